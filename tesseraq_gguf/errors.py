@@ -1,0 +1,41 @@
+"""The one exception family whose messages are written for users.
+
+Whatever a user can cause raises a subclass of `TesseraqError` with one line that says what is wrong and what to do. The CLI
+prints that line and exits with `exit_code`; anything else that reaches the CLI is a bug and shows its traceback.
+"""
+
+
+class TesseraqError(Exception):
+    """Base of every error meant for a user. `str(error)` is one clear line."""
+
+    exit_code = 1
+
+
+class UsageError(TesseraqError):
+    """An option, a name or a path that cannot be meant: unknown type, unknown method, output is a folder."""
+
+    exit_code = 2
+
+
+class ModelError(TesseraqError):
+    """The model cannot be found, read, or is of a kind that this project does not learn."""
+
+
+class CalibrationError(TesseraqError):
+    """The calibration text is missing, empty or too short."""
+
+
+class FileFormatError(TesseraqError):
+    """A GGUF file is missing, truncated, corrupt, or of a type that the reader does not know."""
+
+
+class RuntimeBuildError(TesseraqError):
+    """The runtime cannot be fetched, verified, patched, built or proven."""
+
+
+class RuntimeMissingError(TesseraqError):
+    """No runtime for this version and these patches is installed; the message says how to get one."""
+
+
+class VerificationError(TesseraqError):
+    """What was written does not equal what was learned. Never expected; always worth a bug report."""
