@@ -1,0 +1,12 @@
+# Our C sources, by the library that takes them. Paths are relative to ggml/src, where the build puts this folder as `tesseraq`.
+
+set(TESSERAQ_BASE_SOURCES
+    tesseraq/tsq.c
+    tesseraq/tsq.h)
+
+set(TESSERAQ_CPU_SOURCES
+    tesseraq/tsq-cpu.c
+    tesseraq/tsq-cpu.h)
+
+set(TESSERAQ_X86_SOURCES
+    tesseraq/x86/tsq.c)
