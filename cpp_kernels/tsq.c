@@ -3,7 +3,8 @@
 #include <math.h>
 
 #define TSQ_SEARCH_SCALES 18 // E5M3 codes tried per block: 2.25 octaves
-#define TSQ_SEARCH_STEPS   4 // rounds of "best codes for z, best z for codes" per start
+#define TSQ_SEARCH_STARTS  3 // zero-points to start from, per scale
+#define TSQ_SEARCH_STEPS  16 // at most so many rounds of "best codes for z, best z for codes" per start
 
 // smallest E5M3 code whose value is at least d
 static int tsq_encode_d_up(float d) {
@@ -91,12 +92,11 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
         const float d  = tsq_decode_d(dc);
         const float id = 1.0f/d;
 
-        // start with the range at the bottom, in the middle and at the top of the codes
-        const float z_lo = -lo*id;
-        const float z_hi = qmax - hi*id;
+        // start with the middle of the range at the middle of the codes, and to both sides of it
+        const float z_mid = 0.5f*(qmax - (lo + hi)*id);
 
-        for (int start = 0; start < 3; start++) {
-            int zc = tsq_encode_z(z_lo + 0.5f*start*(z_hi - z_lo), nbits);
+        for (int start = 0; start < TSQ_SEARCH_STARTS; start++) {
+            int zc = tsq_encode_z(z_mid + 0.4f*(start - 1), nbits);
 
             for (int step = 0; step < TSQ_SEARCH_STEPS; step++) {
                 const float z = tsq_decode_z(zc, nbits);
