@@ -29,6 +29,18 @@ class FileFormatError(TesseraqError):
     """A GGUF file is missing, truncated, corrupt, or of a type that the reader does not know."""
 
 
+class ConversionError(TesseraqError):
+    """The file cannot be written: llama.cpp's converter refuses the model, or the disk is full.
+
+    Attributes:
+        log: what the converter said, for a bug report.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+
 class RuntimeBuildError(TesseraqError):
     """The runtime cannot be fetched, verified, patched, built or proven."""
 

@@ -1,10 +1,14 @@
 """TSQ types: blocks of 64 weights, value d·(q - z), an unsigned 8-bit float d and an 8-bit fixed-point z.
 
-Block layout (TSQ2, 18 bytes): byte 0 the E5M3 code of d, byte 1 the code of z, bytes 2 to 17 the codes: weight i of the block stands
-in byte 2 + i % 16 at bits 2·(i // 16) and up, that is four planes of 16 weights. See docs/formats.md.
+Block layout (TSQ2, 18 bytes): byte 0 the E5M3 code of d, byte 1 the code of z, bytes 2 to 17 the codes: weight i of the
+block stands in byte 2 + i % 16 at bits 2·(i // 16) and up, that is four planes of 16 weights. See docs/formats.md.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,3 +62,39 @@ def dequantize(q: NDArray[np.uint8], d: NDArray[np.uint8], z: NDArray[np.uint8],
     rows, columns = q.shape
     groups = q.reshape(rows, columns // BLOCK, BLOCK).astype(np.float32)
     return (decode_scale(d)[..., None] * (groups - decode_zero(z, bits)[..., None])).reshape(rows, columns)
+
+
+_PACK = {2: (pack_tsq2, unpack_tsq2)}
+
+
+@dataclass(frozen=True)
+class TsqPacker:
+    """Packer of the TSQ type with `bits`-bit codes.
+
+    Its arrays: `q` uint8 [rows, columns], `d` and `z` uint8 [rows, columns / 64].
+
+    Attributes:
+        bits: bits of a code.
+    """
+
+    bits: int
+
+    def pack(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
+        """Make the bytes of the rows, uint8 [rows, row_bytes]. Shapes and codes out of range are a ValueError."""
+        q, d, z = arrays["q"], arrays["d"], arrays["z"]
+        rows, columns = q.shape
+        blocks = (rows, columns // BLOCK)
+        if columns % BLOCK or d.shape != blocks or z.shape != blocks:
+            raise ValueError(f"TSQ arrays do not fit together: q {q.shape}, d {d.shape}, z {z.shape}")
+        if q.size and int(q.max()) >> self.bits:
+            raise ValueError(f"a TSQ{self.bits} code is above {(1 << self.bits) - 1}")
+        return _PACK[self.bits][0](q, d, z)
+
+    def unpack(self, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
+        """Invert `pack`."""
+        q, d, z = _PACK[self.bits][1](data)
+        return {"q": q, "d": d, "z": z}
+
+    def dequantize(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Weights float32 [rows, columns]."""
+        return dequantize(arrays["q"], arrays["d"], arrays["z"], self.bits)

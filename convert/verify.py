@@ -1,0 +1,74 @@
+"""The last step of every conversion: read the file back and compare every learned tensor with the learner's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tesseraq_gguf.converter.gguf_file import open_gguf
+from tesseraq_gguf.converter.packers import packer_of
+from tesseraq_gguf.errors import VerificationError
+
+_REPORT = "This is a bug: please report it with the model's name"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a tensor of the file must hold.
+
+    Attributes:
+        name: its name in the file.
+        type: its tensor type.
+        weights: the learner's weights in the order of the file, float32 [rows, columns].
+    """
+
+    name: str
+    type: str
+    weights: NDArray[np.float32]
+
+
+def verify(path: Path, expected: Iterable[Expected]) -> int:
+    """Compare tensors of a finished file with what they must hold: all elements, exactly.
+
+    Args:
+        path: the file.
+        expected: taken one by one, so that a generator keeps memory to one matrix.
+
+    Returns:
+        How many tensors were compared.
+
+    Raises:
+        VerificationError: a tensor differs; the message names it.
+        FileFormatError: the file cannot be read back at all.
+    """
+    file = open_gguf(path)
+    tensors = {t.name: t for t in file.tensors}
+    compared = 0
+    for want in expected:
+        tensor = tensors.get(want.name)
+        if tensor is None:
+            raise VerificationError(f"{want.name} was learned but is not in the file. {_REPORT}")
+        rows, columns = want.weights.shape
+        if tensor.type != want.type or tensor.shape != (columns, rows):
+            raise VerificationError(
+                f"{want.name} is {tensor.type} {list(tensor.shape)} in the file, "
+                f"but learned was {want.type} {[columns, rows]}. {_REPORT}"
+            )
+        packer = packer_of(want.type)
+        stored = packer.dequantize(packer.unpack(np.ascontiguousarray(file.data(tensor))))
+        wrong = np.flatnonzero((_bits(stored) != _bits(want.weights)).any(axis=1))
+        if len(wrong):
+            raise VerificationError(
+                f"{want.name} in the file differs from the learned weights in {len(wrong)} of {rows} rows, "
+                f"first in row {wrong[0]}. {_REPORT}"
+            )
+        compared += 1
+    return compared
+
+
+def _bits(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(weights, dtype=np.float32).view(np.uint32)

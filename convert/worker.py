@@ -1,0 +1,516 @@
+"""The child process that writes: llama.cpp's conversion library lives here, and its `gguf` which knows our types.
+
+The parent may have imported another `gguf` (transformers does), and the library keeps state in its modules; so it gets
+a process of its own. `python -m tesseraq_gguf.converter.worker JOB.json` reads a job, answers in JSON lines on its
+standard output, and leaves the library's chatter on its standard error. It ends when its standard input closes: a parent
+that is gone leaves no writer behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
+from tesseraq_gguf.converter.packers import packer_of
+from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements
+from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
+from tesseraq_gguf.converter.verify import Expected, verify
+from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
+from tesseraq_gguf.quantized import QuantizedTensor, load_tensors
+
+Emit = Callable[[dict[str, Any]], None]
+
+_EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
+
+# matrices that llama.cpp wants in 32 bits: what its own converter and llama-quantize leave alone
+_KEPT = (
+    "_norm.weight", "ffn_gate_inp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv", "time_mix_",
+    "altup", "laurel", "per_layer_model_proj", "attn_rel_b", "indexer.proj",
+)  # fmt: skip
+
+_DROPPED = ("general.file_type", "general.quantization_version", "general.quantized_by", "general.alignment")
+_DROPPED_PREFIXES = ("tesseraq.", "quantize.imatrix.", "split.")
+
+_CHUNK = 1 << 23  # weights requantised at a time
+
+_RUNTIME_HINT = "needs the tesseraq-gguf runtime: pip install tesseraq-gguf; tesseraq-gguf runtime build"
+_STOCK_HINT = "any llama.cpp"
+
+
+class DeferredTensor:
+    """Stands for an array in a `GGUFWriter` until it is written; then its parts are made one by one.
+
+    Attributes:
+        shape: of the array; for quantised tensors in bytes.
+        dtype: of the array.
+        nbytes: size of the array.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, parts: Callable[[], Iterable[NDArray[Any]]]) -> None:
+        self.shape = shape
+        self.dtype = np.dtype(dtype)
+        self.nbytes = int(np.prod(shape, dtype=object)) * self.dtype.itemsize
+        self._parts = parts
+
+    def tofile(self, file: IO[bytes]) -> None:
+        """Write all parts."""
+        for part in self._parts():
+            file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+
+
+class LearnedTensors:
+    """The learner's tensors by checkpoint name, of which one block file is in memory at a time."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.types: dict[str, str] = {}
+        self._file: dict[str, Path] = {}
+        self._loaded: tuple[Path | None, dict[str, QuantizedTensor]] = (None, {})
+        for file in files:
+            for name, tensor in self._load(file).items():
+                if name in self._file:
+                    raise ConversionError(f"{name} was learned twice: in {self._file[name]} and in {file}")
+                self._file[name] = file
+                self.types[name] = tensor.type
+
+    def _load(self, file: Path) -> dict[str, QuantizedTensor]:
+        if self._loaded[0] != file:
+            try:
+                self._loaded = (file, load_tensors(file)[0])
+            except Exception as error:
+                raise ConversionError(f"{file} cannot be read as learned tensors: {error}") from error
+        return self._loaded[1]
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        return self._load(self._file[name])[name]
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Return [rows, columns] of every learned matrix."""
+        return {name: self.weights_shape(name) for name in self._file}
+
+    def weights_shape(self, name: str) -> tuple[int, int]:
+        """Return [rows, columns] of one."""
+        rows, columns = self[name].arrays["q"].shape
+        return int(rows), int(columns)
+
+    def main_type(self) -> str:
+        """Return the type that most matrices have."""
+        return Counter(self.types.values()).most_common(1)[0][0]
+
+
+class Converter:
+    """One conversion class of llama.cpp for one Hugging Face folder.
+
+    Args:
+        job: names the folder.
+        file_type: type of the matrices that nobody decides about; f16 for those it does not fit.
+    """
+
+    def __init__(self, job: dict[str, Any], file_type: str) -> None:
+        import gguf
+        from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+
+        folder = Path(job["folder"])
+        architecture = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
+        try:
+            kind = get_model_class(architecture)
+        except NotImplementedError:
+            raise ModelError(f"{job['name']}: llama.cpp does not know the architecture {architecture}") from None
+        guess = gguf.LlamaFileType(tensor_type(file_type).file_type)
+        self.model: Any = kind(folder, guess, Path(job["out"]), model_name=job["name"].rpartition("/")[2])
+        self._names = self._checkpoint_names()
+
+    def _checkpoint_names(self) -> dict[str, str]:
+        """Names as the class calls them, also by what they are called with and without the usual prefix."""
+        names = {}
+        for name in self.model.model_tensors:
+            names[f"model.{name}"] = name
+            names[name.removeprefix("model.")] = name
+        return names | {name: name for name in self.model.model_tensors}
+
+    def name(self, checkpoint_name: str) -> str:
+        """Return what the class calls a tensor."""
+        try:
+            return self._names[checkpoint_name]
+        except KeyError:
+            raise Unplaceable("llama.cpp's converter does not know it") from None
+
+    def placements(self, name: str, shape: tuple[int, int]) -> list[Placement]:
+        """Find where the rows of a matrix go."""
+        return placements(self.model.modify_tensors, self.name(name), shape)
+
+    def modified(self, name: str, weights: Any) -> list[tuple[str, Any]]:
+        """Return what the class makes of weights."""
+        own = self.name(name)
+        return list(self.model.modify_tensors(weights, own, block_index(own)))
+
+
+class Plan:
+    """Where the learned matrices go.
+
+    Attributes:
+        by_matrix: placements by checkpoint name.
+        by_target: checkpoint name and placement by name in the file.
+        dropped: learned matrices that cannot be placed, with the reason.
+    """
+
+    def __init__(self, converter: Converter, shapes: dict[str, tuple[int, int]]) -> None:
+        self.by_matrix: dict[str, list[Placement]] = {}
+        self.by_target: dict[str, tuple[str, Placement]] = {}
+        self.dropped: dict[str, str] = {}
+        for name, shape in shapes.items():
+            try:
+                found = converter.placements(name, shape)
+            except Unplaceable as reason:
+                self.dropped[name] = str(reason)
+                continue
+            self.by_matrix[name] = found
+            self.by_target |= {p.name: (name, p) for p in found}
+
+
+def check(job: dict[str, Any], emit: Emit) -> None:
+    """Answer which matrices cannot be placed, and fail where writing would fail: unknown architecture or tokenizer."""
+    converter = Converter(job, "f16")
+    plan = Plan(converter, {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()})
+    if job["gguf"] is None:
+        converter.model.prepare_metadata(vocab_only=False)
+    emit({"event": "done", "dropped": plan.dropped})
+
+
+def write(job: dict[str, Any], emit: Emit) -> None:
+    """Write the file of a job and verify it."""
+    learned = LearnedTensors([Path(f) for f in job["learned"]])
+    plan = probe = None
+    if learned.types:
+        probe = Converter(job, "f32")
+        plan = Plan(probe, learned.shapes())
+        for name, reason in plan.dropped.items():
+            emit({"event": "note", "text": f"{name}: what was learned is not used, because {reason}"})
+        if not plan.by_matrix:
+            raise ConversionError(
+                f"{job['name']}: none of the learned matrices can be written, the first because {reason}"
+            )
+    make = _from_folder if job["gguf"] is None else _from_gguf
+    writer = make(job, learned, plan, emit)
+    _add_metadata(writer, job, learned)
+    _write_file(writer, Path(job["out"]), emit)
+    emit({"event": "stage", "text": "verifying"})
+    compared = 0
+    if plan is not None and probe is not None:
+        compared = verify(Path(job["out"]), _expected(probe, plan, learned))
+    else:
+        open_gguf(Path(job["out"]))
+    emit({"event": "done", "verified": compared})
+
+
+def _expected(probe: Converter, plan: Plan, learned: LearnedTensors) -> Iterator[Expected]:
+    """The learner's weights, dequantised by its grid and moved by the converter itself, not by our row maps."""
+    from tesseraq_gguf.grids import grid_of
+
+    for name in plan.by_matrix:
+        tensor = learned[name]
+        weights = grid_of(tensor.type).dequantize(tensor)
+        for target, moved in probe.modified(name, weights):
+            yield Expected(target, tensor.type, moved.numpy())
+
+
+def _packed(learned: LearnedTensors, name: str, placement: Placement) -> DeferredTensor:
+    kind = tensor_type(learned.types[name])
+    rows, columns = learned.weights_shape(name)
+    if placement.rows is not None:
+        rows = len(placement.rows)
+
+    def parts() -> Iterator[NDArray[Any]]:
+        arrays = {key: placement.take(a.numpy()) for key, a in learned[name].arrays.items()}
+        yield packer_of(kind.name).pack(arrays)
+
+    return DeferredTensor((rows, columns // kind.block_weights * kind.block_bytes), np.uint8, parts)
+
+
+def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, emit: Emit) -> Any:
+    """Let the conversion class do all of it, except for what was learned and the types of the rest."""
+    import gguf
+
+    converter = Converter(job, job["type"])
+    model = converter.model
+    embedding = gguf.GGMLQuantizationType(tensor_type(job["embedding_type"]).id)
+    modify, force = model.modify_tensors, model.tensor_force_quant
+    own = {converter.name(name): name for name in plan.by_matrix} if plan else {}
+
+    def modify_tensors(data: Any, name: str, block: int | None) -> Any:
+        if plan is None or name not in own:
+            return modify(data, name, block)
+        kind = gguf.GGMLQuantizationType(tensor_type(learned.types[own[name]]).id)
+        for placement in plan.by_matrix[own[name]]:
+            model.gguf_writer.add_tensor(placement.name, _packed(learned, own[name], placement), raw_dtype=kind)
+        return []
+
+    def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
+        forced = force(name, new_name, block, dimensions)
+        return embedding if forced is False and new_name in _EMBEDDINGS else forced
+
+    model.modify_tensors, model.tensor_force_quant = modify_tensors, tensor_force_quant
+    model.prepare_tensors()
+    if plan is not None:
+        model.ftype = gguf.LlamaFileType(tensor_type(learned.main_type()).file_type)
+        written = [
+            (name, gguf.GGMLQuantizationType(info.dtype).name.lower(), int(info.shape[-1]))
+            for name, info in model.gguf_writer.tensors[0].items()
+            if len(info.shape) > 1 and name not in plan.by_target and not any(k in name for k in _KEPT)
+        ]
+        _note_fallbacks(written, emit)
+    model.prepare_metadata(vocab_only=False)
+    return model.gguf_writer
+
+
+def _from_gguf(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, emit: Emit) -> Any:
+    """Take metadata and tensors over from the file that the folder was expanded from."""
+    import gguf
+
+    source = open_gguf(Path(job["gguf"]))
+    writer = _raw_writer(source)
+    if plan is not None:
+        _check_row_order(job, source, plan)
+    fallbacks = []
+    for tensor in source.tensors:
+        if plan is not None and tensor.name in plan.by_target:
+            name, placement = plan.by_target[tensor.name]
+            deferred, kind = _packed(learned, name, placement), learned.types[name]
+        else:
+            kind = _type_in_copy(tensor, job)
+            deferred = _copied(source, tensor, kind)
+            if plan is not None and kind != "f32":
+                fallbacks.append((tensor.name, kind, tensor.shape[0]))
+        shape = None if deferred.dtype == np.uint8 else tuple(reversed(tensor.shape))
+        type_id = gguf.GGMLQuantizationType(tensor_type(kind).id if kind in TENSOR_TYPES else tensor.type_id)
+        writer.add_tensor(tensor.name, deferred, raw_shape=shape, raw_dtype=type_id)
+    _note_fallbacks(fallbacks, emit)
+    main = learned.main_type() if learned.types else job["type"]
+    writer.add_file_type(tensor_type(main).file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    return writer
+
+
+def _raw_writer(source: GgufFile) -> Any:
+    """A writer with the metadata of a file in it, byte for byte."""
+    import gguf
+
+    class RawWriter(gguf.GGUFWriter):  # type: ignore[misc,unused-ignore]
+        def _pack_val(self, val: Any, *args: Any, **kwargs: Any) -> bytes:
+            return bytes(val.raw if hasattr(val, "raw") else super()._pack_val(val, *args, **kwargs))
+
+    writer = RawWriter(None, source.get("general.architecture", ""))
+    for key, entry in source.entries.items():
+        if key not in _DROPPED and not key.startswith(_DROPPED_PREFIXES):
+            writer.kv_data[0][key] = gguf.GGUFValue(entry, gguf.GGUFValueType.UINT8)
+    return writer
+
+
+def _type_in_copy(tensor: TensorInfo, job: dict[str, Any]) -> str:
+    """The type of a tensor that was not learned: its own, unless it is a matrix and a type is asked for."""
+    if len(tensor.shape) < 2 or not tensor.name.endswith(".weight") or any(k in tensor.name for k in _KEPT):
+        return tensor.type
+    wanted = tensor_type(job["embedding_type"] if tensor.name in _EMBEDDINGS else job["type"])
+    if not wanted.fits(tensor.shape[0]):
+        wanted = tensor_type("f16")
+    keep = job["learned"] and tensor.name not in _EMBEDDINGS and tensor.bits_per_weight <= wanted.bits_per_weight
+    return tensor.type if keep else wanted.name
+
+
+def _copied(source: GgufFile, tensor: TensorInfo, kind: str) -> DeferredTensor:
+    import gguf
+
+    data = source.data(tensor)
+    if kind == tensor.type:
+        if tensor.type in ("f32", "f16"):  # the writer counts these in elements
+            dtype = np.dtype("<f4" if tensor.type == "f32" else "<f2")
+            return DeferredTensor(tuple(reversed(tensor.shape)), dtype, lambda: [data])
+        return DeferredTensor((*reversed(tensor.shape[1:]), data.shape[1]), np.uint8, lambda: [data])
+    have = gguf.GGMLQuantizationType(tensor.type_id)
+    want = gguf.GGMLQuantizationType(tensor_type(kind).id)
+    step = max(1, _CHUNK // tensor.shape[0])
+    outer = tuple(reversed(tensor.shape[1:]))
+    sample = gguf.quants.quantize(gguf.quants.dequantize(np.array(data[:1]), have), want)
+
+    def parts() -> Iterator[NDArray[Any]]:
+        for start in range(0, tensor.rows, step):
+            yield gguf.quants.quantize(gguf.quants.dequantize(np.array(data[start : start + step]), have), want)
+
+    return DeferredTensor((*outer, sample.shape[1]), sample.dtype, parts)
+
+
+def _check_row_order(job: dict[str, Any], source: GgufFile, plan: Plan) -> None:
+    """Hold rows of the expanded folder, moved by our row maps, against the rows of the file they came from."""
+    import gguf
+    from safetensors import safe_open
+
+    from tesseraq_gguf.models.source import ModelSource
+
+    tensors = {t.name: t for t in source.tensors}
+    files = ModelSource(job["name"], Path(job["folder"])).weight_map()
+    for target, (name, placement) in plan.by_target.items():
+        if target not in tensors:
+            raise ConversionError(f"{name} belongs into {target}, which {source.path.name} does not have")
+        tensor = tensors[target]
+        stored = name if name in files else name.removeprefix("model.")
+        picked = np.unique(np.linspace(0, tensor.rows - 1, 16).astype(np.int64))
+        there = picked if placement.rows is None else placement.rows[picked]
+        with safe_open(files[stored], "pt") as weights:
+            part = weights.get_slice(stored)
+            mine = np.stack([part[int(r) : int(r) + 1].float().numpy()[0] for r in there])
+        kind = gguf.GGMLQuantizationType(tensor.type_id)
+        theirs = gguf.quants.dequantize(np.array(source.data(tensor)[picked]), kind)
+        if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=2e-3, atol=1e-6):
+            raise ConversionError(
+                f"the rows of {name} do not return to their places in {target}: transformers read {source.path.name} "
+                "in another order than llama.cpp writes it. Convert from the Hugging Face folder instead"
+            )
+
+
+def _note_fallbacks(written: list[tuple[str, str, int]], emit: Emit) -> None:
+    """Say which matrices of the blocks were not learned: one line for each kind of matrix."""
+    groups: Counter[tuple[str, str, int]] = Counter()
+    for name, kind, columns in written:
+        if name.startswith("blk."):
+            groups[name.split(".", 2)[2].removesuffix(".weight"), kind, columns] += 1
+    for (matrix, kind, columns), count in groups.items():
+        blocks = "1 block" if count == 1 else f"{count} blocks"
+        emit(
+            {"event": "note", "text": f"{matrix} of {blocks} was not learned and is {kind} (rows of {columns} weights)"}
+        )
+
+
+def _add_metadata(writer: Any, job: dict[str, Any], learned: LearnedTensors) -> None:
+    values: dict[str, Any] = {}
+    if learned.types:
+        custom = any(tensor_type(t).custom for t in learned.types.values())
+        values["tesseraq.format_version"] = FORMAT_VERSION
+        values["tesseraq.runtime"] = _RUNTIME_HINT if custom else _STOCK_HINT
+    for key, value in (values | job["metadata"]).items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_string(key, value)
+
+
+class _Counted:
+    """A tensor of the writer that tells how far writing is."""
+
+    def __init__(self, tensor: Any, told: Callable[[int], None]) -> None:
+        self._tensor, self._told = tensor, told
+        self.nbytes = tensor.nbytes
+
+    def tofile(self, file: IO[bytes]) -> None:
+        self._tensor.tofile(file)
+        self._told(self.nbytes)
+
+
+def _write_file(writer: Any, out: Path, emit: Emit) -> None:
+    infos = writer.tensors[0]
+    total = sum(info.nbytes for info in infos.values())
+    free = shutil.disk_usage(out.parent).free
+    if total > free:
+        raise ConversionError(f"the file needs {total / 1e6:,.0f} MB, only {free / 1e6:,.0f} MB are free beside it")
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        emit({"event": "progress", "done": done, "total": total})
+
+    for info in infos.values():
+        info.tensor = _Counted(info.tensor, told)
+    try:
+        writer.write_header_to_file(path=out)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file(progress=False)
+    finally:
+        with contextlib.suppress(OSError):  # a full disk fails again here; the first failure is the one to tell
+            writer.close()
+
+
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "it grows too large"}
+
+
+def _explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
+    """Return error class and one line for what a job raised."""
+    if isinstance(error, TesseraqError):
+        return type(error).__name__, str(error)
+    if isinstance(error, OSError):
+        # numpy drops the number of the error of a short write
+        full = _FULL.get(error.errno or 0) or (_FULL[errno.ENOSPC] if "requested and" in str(error) else None)
+        return "ConversionError", f"the file cannot be written: {full or error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "ConversionError", "not enough memory to write the file"
+    if "BPE pre-tokenizer was not recognized" in str(error):
+        return (
+            "ModelError",
+            f"{job['name']}: llama.cpp does not know this model's tokenizer (get_vocab_base_pre refuses it)",
+        )
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return (
+        "ConversionError",
+        f"{job['name']}: llama.cpp's converter refuses the model: {type(error).__name__}: {reason}",
+    )
+
+
+def _own_output() -> Emit:
+    """Keep standard output for the answers; what the library prints there goes to standard error."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def emit(answer: dict[str, Any]) -> None:
+        channel.write(json.dumps(answer) + "\n")
+        channel.flush()
+
+    return emit
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(arguments: list[str]) -> int:
+    """Do one job; see the module's docstring."""
+    emit = _own_output()
+    _end_with_parent()
+    job = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    sys.path[:0] = [job["gguf_py"], job["llama_cpp"]]
+    try:
+        import gguf
+        import torch
+
+        register_with_gguf(gguf)
+        with torch.inference_mode():
+            {"write": write, "check": check}[job["task"]](job, emit)
+    except Exception as error:
+        traceback.print_exc()
+        kind, text = _explain(error, job)
+        emit({"event": "error", "kind": kind, "text": text})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,286 @@
+"""Write a model as GGUF: learned matrices in their types, other matrices in stock types, all else as llama.cpp has it.
+
+The writing itself is done by a child process, see `worker`. A file appears under its name only when it is whole and
+verified.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from tesseraq_gguf import errors
+from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES, tensor_type
+from tesseraq_gguf.errors import ConversionError, TesseraqError, UsageError
+from tesseraq_gguf.models.source import ModelSource
+from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.runtime.source import SourceTree, ensure_source
+
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
+Metadata = Mapping[str, "str | int | float | bool"]
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A finished file.
+
+    Attributes:
+        path: where it is.
+        bytes: its size.
+        verified: how many of its tensors were compared with what was learned.
+        notes: what the user should know: matrices that were not learned, and why.
+        log: what llama.cpp's converter said.
+    """
+
+    path: Path
+    bytes: int
+    verified: int
+    notes: tuple[str, ...]
+    log: str = field(repr=False)
+
+
+def check_output(out: Path, source: ModelSource | None = None) -> None:
+    """Refuse an output path before any work is done for it.
+
+    Args:
+        out: where the file is to be written.
+        source: the model, which must not be written over.
+
+    Raises:
+        UsageError: a folder, in a folder that is not there or cannot be written to, or a file that is not ours to
+            replace.
+    """
+    if out.is_dir():
+        raise UsageError(f"the output {out} is a folder. Name a file in it, such as {out / 'model.gguf'}")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder of the output {out} does not exist. Make it first: mkdir -p {out.parent}")
+    if os.path.lexists(out):
+        _check_replaced(out, source)
+    try:
+        with tempfile.TemporaryDirectory(dir=out.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"the output {out} cannot be written: {error.strerror}") from error
+
+
+def _check_replaced(out: Path, source: ModelSource | None) -> None:
+    if source is not None and source.gguf is not None and out.exists() and out.samefile(source.gguf):
+        raise UsageError(f"the output {out} is the model itself. Choose another name")
+    if out.exists() and not out.is_file():
+        raise UsageError(f"the output {out} is not a plain file")
+    try:
+        with out.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UsageError(f"the output {out} is there and cannot be read: {error.strerror}") from error
+    if start not in (b"", b"GGUF"):
+        raise UsageError(f"the output {out} is there and is not a GGUF file. Choose another name or remove it")
+
+
+def write_gguf(
+    source: ModelSource,
+    out: Path,
+    learned: Sequence[Path],
+    *,
+    embedding_type: str = "q8_0",
+    fallback_type: str = "q8_0",
+    metadata: Metadata | None = None,
+    say: Say = lambda _: None,
+    progress: Progress = lambda *_: None,
+    tree: SourceTree | None = None,
+) -> WrittenFile:
+    """Write a learned model and verify it: every learned tensor in the file equals the learner's weights, bit for bit.
+
+    Args:
+        source: the model the tensors were learned from.
+        out: the file to write; an existing GGUF file is replaced in one step.
+        learned: files of `save_tensors`, one or more blocks in each.
+        embedding_type: type of embedding and output matrix; f16 where it does not fit their rows.
+        fallback_type: type of block matrices that were not learned; f16 where it does not fit their rows. A model that
+            came as a GGUF file keeps its own type for these where that is smaller.
+        metadata: entries to add, such as `tesseraq.method`; ints become uint32. `tesseraq.format_version` and
+            `tesseraq.runtime` are there by themselves.
+        say: receives a line for each thing the user should know.
+        progress: receives bytes written and bytes in all.
+        tree: the patched llama.cpp, by default the pinned one.
+
+    Raises:
+        UsageError: a type or the output path cannot be meant.
+        ModelError: llama.cpp does not know the architecture or the tokenizer.
+        ConversionError: nothing learned can be placed, or the file cannot be written.
+        VerificationError: the file does not hold what was learned.
+    """
+    if not learned:
+        raise UsageError("nothing was learned: there are no block files to write")
+    job = {
+        "type": _stock(fallback_type),
+        "embedding_type": _stock(embedding_type),
+        "learned": [str(f) for f in learned],
+    }
+    return _write(source, out, job, metadata or {}, say, progress, tree)
+
+
+def write_plain(
+    source: ModelSource,
+    out: Path,
+    type: str,
+    *,
+    embedding_type: str | None = None,
+    metadata: Metadata | None = None,
+    say: Say = lambda _: None,
+    progress: Progress = lambda *_: None,
+    tree: SourceTree | None = None,
+) -> WrittenFile:
+    """Write a model with nothing learned and every matrix in one stock type, for reference. Otherwise as `write_gguf`.
+
+    Args:
+        source: the model.
+        out: the file to write.
+        type: f32, f16, bf16 or q8_0.
+        embedding_type: type of embedding and output matrix if not the same.
+        metadata: entries to add.
+        say: receives a line for each thing the user should know.
+        progress: receives bytes written and bytes in all.
+        tree: the patched llama.cpp, by default the pinned one.
+    """
+    job = {"type": _stock(type), "embedding_type": _stock(embedding_type or type), "learned": []}
+    return _write(source, out, job, metadata or {}, say, progress, tree)
+
+
+def check_source(
+    source: ModelSource, matrices: Mapping[str, tuple[int, int]], *, tree: SourceTree | None = None
+) -> dict[str, str]:
+    """Find out before learning whether a model can be written afterwards.
+
+    Args:
+        source: the model.
+        matrices: shapes [out, in] of the matrices to be learned, by checkpoint name.
+        tree: the patched llama.cpp, by default the pinned one.
+
+    Returns:
+        The matrices that cannot be written as learned, each with the reason; leave these out of learning.
+
+    Raises:
+        ModelError: llama.cpp does not know the architecture or the tokenizer.
+        ConversionError: llama.cpp's converter refuses the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"matrices": {name: list(shape) for name, shape in matrices.items()}}
+        answer, _ = _run("check", source, Path(folder) / "none.gguf", job, {}, lambda _: None, lambda *_: None, tree)
+    return dict(answer["dropped"])
+
+
+def _stock(name: str) -> str:
+    kind = tensor_type(name)
+    if kind.custom:
+        stock = ", ".join(t.name for t in TENSOR_TYPES.values() if not t.custom)
+        raise UsageError(f"'{name}' can only be learned; for tensors that are not learned choose one of {stock}")
+    return kind.name
+
+
+def _write(
+    source: ModelSource,
+    out: Path,
+    job: dict[str, Any],
+    metadata: Metadata,
+    say: Say,
+    progress: Progress,
+    tree: SourceTree | None,
+) -> WrittenFile:
+    out = Path(out)
+    check_output(out, source)
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        say(text)
+
+    with temporary_sibling(out) as partial:
+        answer, log = _run("write", source, partial, job, metadata, note, progress, tree)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        size = partial.stat().st_size
+    return WrittenFile(out, size, int(answer["verified"]), tuple(notes), log)
+
+
+def _run(
+    task: str,
+    source: ModelSource,
+    out: Path,
+    job: dict[str, Any],
+    metadata: Metadata,
+    note: Say,
+    progress: Progress,
+    tree: SourceTree | None,
+) -> tuple[dict[str, Any], str]:
+    """Give a job to a child process; return its last answer and its log."""
+    tree = tree or ensure_source()
+    job |= {
+        "task": task,
+        "name": source.name,
+        "folder": str(source.folder),
+        "gguf": str(source.gguf) if source.gguf else None,
+        "out": str(out),
+        "metadata": dict(metadata),
+        "llama_cpp": str(tree.llama_cpp),
+        "gguf_py": str(tree.gguf_py),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "job.json"
+        file.write_text(json.dumps(job), encoding="utf-8")
+        with (Path(folder) / "log").open("w+", encoding="utf-8", errors="replace") as log:
+            answer = _talk(file, log, note, progress)
+            log.seek(0)
+            said = log.read()
+    if answer.get("event") == "done":
+        return answer, said
+    if answer.get("event") != "error":
+        raise ConversionError("the process that writes the file ended without an answer (was it killed?)", said)
+    kind = getattr(errors, str(answer["kind"]), TesseraqError)
+    if issubclass(kind, ConversionError):
+        raise kind(answer["text"], said)
+    raise kind(answer["text"])
+
+
+def _talk(job: Path, log: IO[str], note: Say, progress: Progress) -> dict[str, Any]:
+    """Run the child process, pass on what it tells, return its last answer. It never outlives this call."""
+    # everything it reads is on this machine: nothing to ask a hub for
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, "-m", "tesseraq_gguf.converter.worker", str(job)]
+    answer: dict[str, Any] = {}
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        encoding="utf-8",
+    )
+    assert child.stdout is not None
+    try:
+        for line in child.stdout:
+            answer = json.loads(line)
+            if answer["event"] == "note":
+                note(answer["text"])
+            elif answer["event"] == "progress":
+                progress(answer["done"], answer["total"])
+        child.wait()
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+    return answer
