@@ -1,0 +1,193 @@
+"""TesseraQ (arXiv 2410.19103): block reconstruction with progressive adaptive rounding and dequantisation-scale tuning.
+
+Soft quantiser (paper §3, with the fractional zero-point of our types):
+
+    q = base + σr(ν)        base = floor(W/d + z) clamped to 0 … 2^b - 2,   σr(x) = clip(1.2·σ(x) - 0.1, 0, 1)
+    Ŵ = 2σ(v)·d·(q - z)
+
+ν starts where Ŵ = W (as far as the range allows), v at 0. Lifecycle of a block:
+
+1. Start: GPTQ on the type's own grid gives d, z and the weights that rounding errors have moved.
+2. Stages k = 1 … K. Each opens by hardening: of all weights, the share `SOFT_SHARE[k]` whose σr(ν) is closest to 0.5 stays soft, the rest
+   is fixed at 0 or 1 for good; Adam's state is reset; then T steps follow on ν, v and z.
+3. Before stage `settle_scales` d·2σ(v) moves to its 8-bit grid and stays; before stage `settle_zeros` z does. The rounding that is
+   still soft then learns against the parameters that the kernel will see.
+4. After the last stage everything is fixed. Codes and parameter codes leave as integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tesseraq_gguf.grids.affine import AffineGrid, decode_scale, scale_code
+from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.reconstruction import BlockProblem
+
+SOFT_SHARE = (
+    0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005,
+)  # fmt: skip
+"""Share of the weights still soft in each stage of progressive adaptive rounding."""
+
+STRETCH, SHIFT = 1.2, 0.1
+"""σr(x) = clip(STRETCH·σ(x) - SHIFT, 0, 1)."""
+
+HARD = 20.0
+"""|ν| of a fixed weight: σr is exactly 0 or 1 there, and its gradient exactly 0."""
+
+
+@dataclass(frozen=True)
+class TesseraQ:
+    """The schedule.
+
+    Attributes:
+        steps: Adam steps of a stage (the paper's T = 250).
+        batch: samples of a step.
+        rounding_rate: learning rate of ν.
+        scale_rate: learning rate of v.
+        zero_rate: learning rate of z, in units of one code.
+        scale_decay: weight decay on v.
+        settle_scales: stage (counted from 0) before which d moves to its grid.
+        settle_zeros: stage before which z moves to its grid.
+        start: gives the first d, z and weights.
+    """
+
+    steps: int = 250
+    batch: int = 4
+    rounding_rate: float = 1e-3
+    scale_rate: float = 1e-3
+    zero_rate: float = 1e-3
+    scale_decay: float = 1e-4
+    settle_scales: int = 14
+    settle_zeros: int = 17
+    start: GPTQ = GPTQ()
+
+    def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
+        """Learn all matrices of the block together against the block's output."""
+        soft = {
+            name: SoftMatrix(c.weight, c.tensor, problem.grids[name]) for name, c in self.start.compensate(problem).items()
+        }
+        total = len(SOFT_SHARE) * self.steps
+        for stage, share in enumerate(SOFT_SHARE):
+            for matrix in soft.values():
+                matrix.harden(share)
+                if stage == self.settle_scales:
+                    matrix.settle_scale()
+                if stage == self.settle_zeros:
+                    matrix.settle_zero()
+            self._stage(problem, soft, stage * self.steps, total)
+        return {name: matrix.finish() for name, matrix in soft.items()}
+
+    def _stage(self, problem: BlockProblem, soft: dict[str, SoftMatrix], done: int, total: int) -> None:
+        roundings = [m.rounding for m in soft.values()]
+        scales = [m.tuning for m in soft.values() if m.tuning.requires_grad]
+        zeros = [m.zero for m in soft.values() if m.zero.requires_grad]
+        groups = [
+            {"params": roundings, "lr": self.rounding_rate},
+            {"params": scales, "lr": self.scale_rate, "weight_decay": self.scale_decay},
+            {"params": zeros, "lr": self.zero_rate},
+        ]
+        adam = torch.optim.Adam([g for g in groups if g["params"]], fused=True)
+        for step in range(self.steps):
+            loss = problem.loss({name: m.weight() for name, m in soft.items()}, problem.draw(self.batch))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            problem.report(done + step + 1, total)
+
+
+class SoftMatrix:
+    """One matrix while it is learned.
+
+    Attributes:
+        rounding: ν, float32 [groups of all rows, 64], learned.
+        tuning: v, float32 [groups of all rows, 1], learned until the scale settles.
+        zero: z, float32 [groups of all rows, 1], learned until it settles.
+
+    Args:
+        weight: the weights to start from, float32 [out, in].
+        tensor: gives the first d and z.
+        grid: the matrix's grid.
+    """
+
+    def __init__(self, weight: Tensor, tensor: QuantizedTensor, grid: AffineGrid) -> None:
+        self._grid = grid
+        self._shape = weight.shape
+        self._d = decode_scale(tensor.arrays["d"]).view(-1, 1)
+        self.zero = grid.decode_zero(tensor.arrays["z"]).view(-1, 1).requires_grad_()
+        with torch.no_grad():
+            position = grid.grouped(weight).reshape(-1, weight.shape[-1] // tensor.arrays["d"].shape[-1]) / self._d + self.zero
+            self._base = position.floor().clamp_(0, grid.highest - 1)
+            fraction = (position - self._base).clamp_(1e-4, 1 - 1e-4)
+        self.rounding = inverse_soft_step(fraction).requires_grad_()
+        self.tuning = torch.zeros_like(self._d).requires_grad_()
+
+    def weight(self) -> Tensor:
+        """Ŵ, float32 [out, in], differentiable in ν, v and z."""
+        scale = self._d * 2 * torch.sigmoid(self.tuning)
+        return _SoftWeight.apply(self.rounding, self._base, scale, self.zero).view(self._shape)  # type: ignore[no-any-return,no-untyped-call]
+
+    @torch.no_grad()
+    def harden(self, share: float) -> None:
+        """Keep the `share` of weights whose σr(ν) is closest to 0.5 soft; fix the rest at 0 or 1."""
+        # σr is monotone and odd around 0, so |σr(ν) - 0.5| orders weights as |ν| does
+        distance = self.rounding.abs().flatten()
+        keep = round(share * distance.numel())
+        limit = distance.kthvalue(max(keep, 1)).values if keep else distance.new_tensor(-1.0)
+        self.rounding.copy_(torch.where(self.rounding.abs() <= limit, self.rounding, torch.copysign(self.rounding.new_tensor(HARD), self.rounding)))
+
+    @torch.no_grad()
+    def settle_scale(self) -> None:
+        """Move d·2σ(v) to the 8-bit grid; v stops learning."""
+        self._d = decode_scale(scale_code(self._d * 2 * torch.sigmoid(self.tuning)))
+        self.tuning = torch.zeros_like(self.tuning)
+
+    @torch.no_grad()
+    def settle_zero(self) -> None:
+        """Move z to the 8-bit grid; it stops learning."""
+        self.zero = self._grid.decode_zero(self._grid.zero_code(self.zero.detach()))
+
+    @torch.no_grad()
+    def finish(self) -> QuantizedTensor:
+        """Fix what is still soft and return codes and parameter codes."""
+        parameters = (self._shape[0], -1)
+        q = (self._base + (self.rounding > 0)).to(torch.uint8).view(self._shape)
+        d = scale_code(self._d).view(parameters)
+        return self._grid.assemble(q, d, self._grid.zero_code(self.zero).view(parameters))
+
+
+def soft_step(x: Tensor) -> Tensor:
+    """σr(x) = clip(1.2·σ(x) - 0.1, 0, 1), any shape."""
+    return (torch.sigmoid(x) * STRETCH - SHIFT).clamp_(0, 1)
+
+
+def inverse_soft_step(y: Tensor) -> Tensor:
+    """The x with σr(x) = y, for y in (0, 1)."""
+    return torch.logit((y + SHIFT) / STRETCH)
+
+
+class _SoftWeight(torch.autograd.Function):
+    """scale·(base + σr(ν) - z) with a backward that keeps only ν and q: half the memory passes of the composed operations."""
+
+    @staticmethod
+    def forward(ctx: Any, rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        offset = soft_step(rounding).add_(base).sub_(zero)
+        ctx.save_for_backward(rounding, offset, scale)
+        return offset * scale
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        rounding, offset, scale = ctx.saved_tensors
+        to_scale = (gradient * offset).sum(1, keepdim=True)
+        to_offset = gradient * scale
+        slope = torch.sigmoid(rounding)
+        stretched = slope * STRETCH - SHIFT
+        inside = (stretched > 0) & (stretched < 1)
+        slope.mul_(1 - slope).mul_(STRETCH).mul_(inside)
+        return slope.mul_(to_offset), None, to_scale, -to_offset.sum(1, keepdim=True)

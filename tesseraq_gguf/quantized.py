@@ -1,0 +1,58 @@
+"""QuantizedTensor: what a block leaves behind. Integer codes and parameters; nothing is derived from floats after this point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from tesseraq_gguf.paths import temporary_sibling
+
+_SEPARATOR = "|"
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One learned matrix.
+
+    Attributes:
+        type: name of its tensor type (`tsq2`).
+        arrays: codes and parameters by name, each with the matrix's rows first: for TSQ types `q` uint8 [out, in],
+            `d` and `z` uint8 [out, in / 64]. Their meaning is the grid's and the packer's.
+    """
+
+    type: str
+    arrays: dict[str, Tensor]
+
+
+def save_tensors(file: Path, tensors: dict[str, QuantizedTensor], notes: dict[str, str] | None = None) -> None:
+    """Write tensors, by checkpoint name, to one safetensors file that appears only when whole.
+
+    Args:
+        file: the target, replaced in one step if it exists.
+        tensors: what to write.
+        notes: strings to keep beside the types in the file's metadata.
+    """
+    from safetensors.torch import save_file
+
+    flat = {f"{name}{_SEPARATOR}{key}": a.contiguous().cpu() for name, t in tensors.items() for key, a in t.arrays.items()}
+    metadata = {f"type{_SEPARATOR}{name}": t.type for name, t in tensors.items()}
+    metadata |= {f"note{_SEPARATOR}{key}": value for key, value in (notes or {}).items()}
+    with temporary_sibling(file) as partial:
+        save_file(flat, partial, metadata=metadata)
+
+
+def load_tensors(file: Path) -> tuple[dict[str, QuantizedTensor], dict[str, str]]:
+    """Invert `save_tensors`: the tensors and the notes."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata() or {}
+        arrays: dict[str, dict[str, Tensor]] = {}
+        for key in stored.keys():  # noqa: SIM118  (not a dict)
+            name, _, array = key.rpartition(_SEPARATOR)
+            arrays.setdefault(name, {})[array] = stored.get_tensor(key)
+    types = {k.removeprefix(f"type{_SEPARATOR}"): v for k, v in metadata.items() if k.startswith(f"type{_SEPARATOR}")}
+    notes = {k.removeprefix(f"note{_SEPARATOR}"): v for k, v in metadata.items() if k.startswith(f"note{_SEPARATOR}")}
+    return {name: QuantizedTensor(types[name], a) for name, a in arrays.items()}, notes

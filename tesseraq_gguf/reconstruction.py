@@ -1,0 +1,237 @@
+"""Block reconstruction: walk the decoder blocks, let a method learn each, carry two chains of activations.
+
+The full-precision chain gives each block's target, the chain through the blocks already quantised gives its input:
+
+    Y = F(X_fp, W)      the method minimises the distance of F(X_q, Ŵ) to Y
+    X_fp <- Y           X_q <- F(X_q, Ŵ)
+
+The engine knows no method and no file format. A finished block leaves as `QuantizedTensor`s through `on_block`; a block that an earlier
+run finished comes back through `finished` and is only run, not learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from tesseraq_gguf.grids import AffineGrid, grid_of
+from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.quantized import QuantizedTensor
+
+Weights = Mapping[str, Tensor]
+"""Weights of a block's matrices by module name, float32 [out, in]."""
+
+
+@dataclass
+class BlockProblem:
+    """One block to learn.
+
+    Attributes:
+        block: the block with its full-precision weights.
+        grids: the grid of each matrix to learn, by module name.
+        inputs: X_q, float32 [samples, length, hidden] on the CPU.
+        targets: Y, the same shape.
+        arguments: what the model hands to this block besides hidden states.
+        device: where to compute.
+        autocast: dtype of matrix products while learning; float32 means no autocast.
+        generator: the block's own random numbers, a function of the run's seed and the block's index alone.
+        report: called with (steps done, steps in all) while learning.
+    """
+
+    block: LoadedBlock
+    grids: dict[str, AffineGrid]
+    inputs: Tensor
+    targets: Tensor
+    arguments: dict[str, Any]
+    device: torch.device
+    autocast: torch.dtype
+    generator: torch.Generator
+    report: Callable[[int, int], None]
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the full-precision weights to learn, float32 [out, in], by module name."""
+        modules = self.block.matrices()
+        return {name: modules[name].weight.detach() for name in self.grids}
+
+    def forward(self, hidden: Tensor, weights: Weights | None = None) -> Tensor:
+        """Run the block on hidden states [batch, length, hidden], with `weights` in place of its own where given."""
+        replaced = {f"{name}.weight": w for name, w in (weights or {}).items()}
+        out = functional_call(self.block.module, replaced, (hidden,), self.arguments)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def loss(self, weights: Weights, samples: Tensor) -> Tensor:
+        """Squared error of the block's output, summed over channels, mean over the tokens of the samples (an index tensor)."""
+        hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32):
+            out = self.forward(hidden, weights)
+        return (out.float() - target).pow(2).sum(-1).mean()
+
+    def draw(self, count: int) -> Tensor:
+        """Draw `count` different sample indices."""
+        return torch.randperm(len(self.inputs), generator=self.generator)[:count]
+
+    @torch.no_grad()
+    def second_moments(self) -> dict[str, Tensor]:
+        """Return mean x·xᵀ of the inputs of each matrix on the quantised chain, float32 [in, in] by module name.
+
+        Matrices with the same input share one tensor.
+        """
+        modules = self.block.matrices()
+        sums: dict[str, Tensor] = {}
+        leader: dict[str, str] = {}
+        seen: dict[int, str] = {}
+        tokens = self.inputs.shape[0] * self.inputs.shape[1]
+
+        def hook(name: str) -> Callable[..., None]:
+            def add(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+                first = seen.setdefault(id(args[0]), name)
+                leader[name] = first
+                alive.append(args[0])  # an id is only unique while the tensor lives
+                if first == name:
+                    x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+                    sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+
+            return add
+
+        handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
+        try:
+            for batch in self.inputs.split(1):
+                alive: list[Tensor] = []
+                seen.clear()
+                self.forward(batch.to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        for moment in sums.values():
+            moment /= tokens
+        return {name: sums[leader[name]] for name in self.grids}
+
+
+class Method(Protocol):
+    """A way to learn the matrices of a block on their grids. Knows losses and schedules; knows no bytes."""
+
+    def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
+        """Return the learned matrices by module name."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What the engine says of a finished block.
+
+    Attributes:
+        index: the block's position.
+        tensors: learned matrices by checkpoint name.
+        loss_before: mean loss over all samples with round-to-nearest weights in the same types.
+        loss_after: the same with the learned weights.
+        seconds: time it took.
+        resumed: True if an earlier run had learned it.
+    """
+
+    index: int
+    tensors: dict[str, QuantizedTensor]
+    loss_before: float
+    loss_after: float
+    seconds: float
+    resumed: bool = False
+
+
+@dataclass
+class Reconstruction:
+    """The walk over the blocks.
+
+    Attributes:
+        decoder: the model.
+        method: learns each block.
+        types: tensor type of each matrix to learn, by checkpoint name; matrices not named keep their weights.
+        seed: makes a run repeatable.
+        autocast: dtype of matrix products while learning.
+        report: called with (block, steps done, steps in all).
+    """
+
+    decoder: Decoder
+    method: Method
+    types: Mapping[str, str]
+    seed: int
+    autocast: torch.dtype
+    report: Callable[[int, int, int], None] = lambda *_: None
+
+    def run(self, tokens: Tensor, finished: Callable[[int], tuple[dict[str, QuantizedTensor], float, float] | None]) -> Iterator[BlockResult]:
+        """Learn block after block.
+
+        Args:
+            tokens: calibration tokens, int64 [samples, length].
+            finished: gives what an earlier run learned for a block (tensors, loss before, loss after), or None.
+
+        Yields:
+            One result per block, in order. The caller keeps it before asking for the next.
+        """
+        full, recorded = self.decoder.stem(tokens)
+        quantised = full.clone()
+        for index in range(len(self.decoder)):
+            started = time.monotonic()
+            problem = self._problem(index, full, quantised, recorded)
+            # the target replaces the full-precision input in place: two activation caches, whatever the depth
+            _run_in_place(problem, full, {})
+            stored = finished(index)
+            if stored is None:
+                learned = self.method.learn(problem)
+                weights = _dequantized(problem, learned)
+                before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
+                after = _mean_loss(problem, weights)
+                tensors = {f"{problem.block.prefix}{name}.weight": t for name, t in learned.items()}
+                result = BlockResult(index, tensors, before, after, time.monotonic() - started)
+            else:
+                tensors, before, after = stored
+                names = {f"{problem.block.prefix}{name}.weight": name for name in problem.grids}
+                weights = _dequantized(problem, {names[n]: t for n, t in tensors.items()})
+                result = BlockResult(index, tensors, before, after, time.monotonic() - started, resumed=True)
+            _run_in_place(problem, quantised, weights)
+            del problem, weights
+            yield result
+
+    def _problem(self, index: int, full: Tensor, quantised: Tensor, recorded: BlockInputs) -> BlockProblem:
+        block = self.decoder.load_block(index)
+        named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in block.matrices()}
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed} {index}".encode()).digest()[:7], "big")
+        return BlockProblem(
+            block=block,
+            grids={name: grid_of(t) for name, t in named.items() if t is not None},
+            inputs=quantised,
+            targets=full,
+            arguments=recorded.arguments[index],
+            device=self.decoder.device,
+            autocast=self.autocast,
+            generator=torch.Generator().manual_seed(seed),
+            report=lambda done, total: self.report(index, done, total),
+        )
+
+
+def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
+    return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
+
+
+def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
+    return {
+        name: problem.grids[name].dequantize(t).to(problem.device) for name, t in tensors.items()
+    }
+
+
+@torch.no_grad()
+def _run_in_place(problem: BlockProblem, activations: Tensor, weights: Weights) -> None:
+    """Replace activations [samples, length, hidden] by the block's output, sample by sample."""
+    for sample in range(len(activations)):
+        activations[sample] = problem.forward(activations[sample : sample + 1].to(problem.device), weights)[0].float().cpu()
+
+
+@torch.no_grad()
+def _mean_loss(problem: BlockProblem, weights: Weights) -> float:
+    losses = [float(problem.loss(weights, torch.tensor([i]))) for i in range(len(problem.inputs))]
+    return sum(losses) / len(losses)
