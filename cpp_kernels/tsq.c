@@ -85,7 +85,7 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
 
     const int first = tsq_encode_d_up(d_min);
 
-    float best = INFINITY;
+    float best = -1.0f; // none yet
     float qt[QK_TSQ];
 
     for (int dc = first; dc < first + TSQ_SEARCH_SCALES && dc <= 255; dc++) {
@@ -104,7 +104,7 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
                 tsq_assign(x, id, z, qmax, n, qt);
 
                 const float err = d*d*tsq_error(x, w, id, z, qt, n);
-                if (err < best) {
+                if (best < 0.0f || err < best) {
                     best    = err;
                     *d_code = dc;
                     *z_code = zc;

@@ -1,0 +1,70 @@
+"""One fact in two places: the C header, the library, gguf-py and convert/tensor_types.py agree."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tesseraq_gguf.converter.packers import tsq
+from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
+from tesseraq_gguf.runtime import SourceTree, cache
+
+CUSTOM = [t for t in TENSOR_TYPES.values() if t.custom]
+
+
+def test_header_constants() -> None:
+    header = (cache.kernels_dir() / "tsq.h").read_text()
+    for t in CUSTOM:
+        assert re.search(rf"#define {t.name.upper()}_TYPE_ID {t.id}\b", header)
+    assert re.search(rf"#define QK_TSQ {tsq.BLOCK}\b", header)
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("t", TENSOR_TYPES.values(), ids=lambda t: t.name)
+def test_library_traits(ggml: ctypes.CDLL, t: object) -> None:
+    assert ggml.ggml_type_name(t.id).decode() == t.name  # type: ignore[attr-defined]
+    assert ggml.ggml_blck_size(t.id) == t.block_weights  # type: ignore[attr-defined]
+    assert ggml.ggml_type_size(t.id) == t.block_bytes  # type: ignore[attr-defined]
+
+
+@pytest.mark.runtime
+def test_ids_between_upstream_and_ours_are_empty(ggml: ctypes.CDLL) -> None:
+    for i in range(43, 500):
+        assert ggml.ggml_type_name(i) is None
+        assert ggml.ggml_blck_size(i) == 0
+
+
+@pytest.mark.runtime
+def test_gguf_py_of_the_source(source: SourceTree) -> None:
+    code = """
+import sys, numpy as np, gguf
+from gguf.quants import dequantize
+from tesseraq_gguf.converter.packers import tsq
+from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
+assert gguf.__file__.startswith(sys.argv[1]), gguf.__file__
+for t in TENSOR_TYPES.values():
+    assert gguf.GGMLQuantizationType[t.name.upper()] == t.id
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(t.id)] == (t.block_weights, t.block_bytes)
+    assert t.name == "f32" or gguf.LlamaFileType["MOSTLY_" + t.name.upper()] == t.file_type
+data = np.random.default_rng(0).integers(0, 256, (20, 54), dtype=np.uint8)
+expected = tsq.dequantize(*tsq.unpack_tsq2(data), bits=2)
+assert (dequantize(data, gguf.GGMLQuantizationType.TSQ2).view(np.uint32) == expected.view(np.uint32)).all()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(source.gguf_py)],
+        env={"PYTHONPATH": str(source.gguf_py)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.runtime
+def test_file_types_of_the_source(source: SourceTree) -> None:
+    header = (source.llama_cpp / "include" / "llama.h").read_text()
+    for t in CUSTOM:
+        assert re.search(rf"LLAMA_FTYPE_MOSTLY_{t.name.upper()}\s+= {t.file_type}\b", header)
