@@ -2,8 +2,8 @@
 
 The parent may have imported another `gguf` (transformers does), and the library keeps state in its modules; so it gets
 a process of its own. `python -m tesseraq_gguf.converter.worker JOB.json` reads a job, answers in JSON lines on its
-standard output, and leaves the library's chatter on its standard error. It ends when its standard input closes: a parent
-that is gone leaves no writer behind.
+standard output, and leaves the library's chatter on its standard error. It ends when its standard input closes: a
+parent that is gone leaves no writer behind.
 """
 
 from __future__ import annotations

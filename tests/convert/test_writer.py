@@ -1,0 +1,431 @@
+"""The file holds what was learned: compared with what llama.cpp's own converter makes of the dequantised weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from tesseraq_gguf.converter import writer
+from tesseraq_gguf.converter.gguf_file import open_gguf
+from tesseraq_gguf.converter.packers import packer_of
+from tesseraq_gguf.converter.writer import WrittenFile, check_output, check_source, write_gguf, write_plain
+from tesseraq_gguf.errors import ConversionError, ModelError, RuntimeMissingError, UsageError, VerificationError
+from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.quantized import load_tensors, save_tensors
+from tesseraq_gguf.runtime import ensure_source
+
+KINDS = ["llama", "llama-576", "llama-odd", "llama-odder", "llama-bias", "mistral", "qwen2", "qwen3", "gemma3", "phi3"]
+
+
+def _weights(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file as float32 in torch's order, by the simplest reader there is."""
+    file = open_gguf(path)
+    found = {}
+    for tensor in file.tensors:
+        data = np.ascontiguousarray(file.data(tensor))
+        if tensor.type == "tsq2":
+            packer = packer_of("tsq2")
+            values = packer.dequantize(packer.unpack(data))
+        else:
+            values = gguf.quants.dequantize(data, gguf.GGMLQuantizationType(tensor.type_id))
+        found[tensor.name] = values.reshape(tuple(reversed(tensor.shape)))
+    return found
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def _stock_conversion(source: ModelSource, blocks: list[Path], folder: Path) -> Path:
+    """Convert the dequantised weights as f32 with llama.cpp's script, as a user would."""
+    dequantised = folder / "dequantised"
+    shutil.copytree(source.folder, dequantised)
+    learned = {name: grid_of(t.type).dequantize(t) for block in blocks for name, t in load_tensors(block)[0].items()}
+    for file in dequantised.glob("*.safetensors"):
+        tensors = {name: learned.get(name, t.float()) for name, t in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    out = folder / "stock.gguf"
+    tree = ensure_source()
+    command = [sys.executable, str(tree.llama_cpp / "convert_hf_to_gguf.py"), str(dequantised), "--outtype", "f32"]
+    subprocess.run([*command, "--outfile", str(out)], check=True, capture_output=True)
+    return out
+
+
+@pytest.fixture(scope="module")
+def write(make_model, learn, tmp_path_factory):
+    """Return what `write_gguf` made of a kind with its notes and steps, made once; not to be changed."""
+    made: dict[str, tuple[WrittenFile, list[str], list[tuple[int, int]]]] = {}
+
+    def make(kind: str) -> tuple[WrittenFile, list[str], list[tuple[int, int]]]:
+        if kind not in made:
+            notes: list[str] = []
+            steps: list[tuple[int, int]] = []
+            out = tmp_path_factory.mktemp(kind) / "out.gguf"
+            metadata = {"tesseraq.method": "random", "tesseraq.recipe": '{"seed": 1}', "tesseraq.seed": 1}
+            source = make_model(kind)
+            made[kind] = (
+                write_gguf(
+                    source,
+                    out,
+                    learn(source),
+                    metadata=metadata,
+                    say=notes.append,
+                    progress=lambda done, total: steps.append((done, total)),
+                ),
+                notes,
+                steps,
+            )
+        return made[kind]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_equals_the_stock_conversion_of_the_dequantised_weights(kind, make_model, learn, write, tmp_path):
+    source = make_model(kind)
+    blocks = learn(source)
+    before = _digests(source.folder)
+    written, notes, steps = write(kind)
+    assert _digests(source.folder) == before, "the input was touched"
+    assert list(written.path.parent.iterdir()) == [written.path]
+    assert steps[-1][0] == steps[-1][1]
+
+    stock = _stock_conversion(source, blocks, tmp_path)
+    ours, theirs = _weights(written.path), _weights(stock)
+    assert set(ours) == set(theirs)
+    file, reference = open_gguf(written.path), open_gguf(stock)
+    types = {t.name: t.type for t in file.tensors}
+    learned_count = sum(len(load_tensors(b)[0]) for b in blocks)
+    assert written.verified == list(types.values()).count("tsq2") == learned_count
+    for name, values in theirs.items():
+        if types[name] in ("tsq2", "f32"):
+            np.testing.assert_array_equal(ours[name].view(np.uint32), values.view(np.uint32), err_msg=name)
+        else:
+            want = gguf.quants.quantize(values, gguf.GGMLQuantizationType[types[name].upper()])
+            want = gguf.quants.dequantize(want, gguf.GGMLQuantizationType[types[name].upper()])
+            np.testing.assert_array_equal(ours[name], want, err_msg=name)
+        if values.ndim == 1 or name.endswith("_norm.weight"):
+            assert types[name] == "f32", name
+    assert types["token_embd.weight"] == "q8_0"
+
+    # metadata: as the stock converter has it, and ours
+    differing = {"general.file_type", "general.name", "general.basename", "general.finetune"}
+    for key, entry in reference.entries.items():
+        if key not in differing:
+            assert file.entries[key].raw == entry.raw, key
+    assert file.get("general.file_type") == 500
+    assert file.get("tesseraq.format_version") == 1
+    assert file.get("tesseraq.method") == "random"
+    assert json.loads(file.get("tesseraq.recipe")) == {"seed": 1}
+    assert "runtime build" in file.get("tesseraq.runtime")
+    assert file.get("general.name") == kind
+
+    down = types["blk.0.ffn_down.weight"]
+    assert down == {"llama-odd": "q8_0", "llama-odder": "f16"}.get(kind, "tsq2")
+    if down != "tsq2":
+        columns = {"llama-odd": 160, "llama-odder": 100}[kind]
+        assert notes == [f"ffn_down of 2 blocks was not learned and is {down} (rows of {columns} weights)"]
+    else:
+        assert notes == []
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_loads_what_was_written_and_computes_what_transformers_does(kind, make_model, learn, write, tmp_path):
+    from tesseraq_gguf.runtime import find_runtime
+
+    try:
+        tool = find_runtime().tool("llama-perplexity")
+    except RuntimeMissingError as error:
+        pytest.skip(str(error))
+    source = make_model(kind)
+    blocks = learn(source)
+    written = write(kind)[0]
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog while seven wizards box with a jolly gnome. " * 40)
+    command = [
+        str(tool),
+        "-m",
+        str(written.path),
+        "-f",
+        str(text),
+        "-c",
+        "256",
+        "--chunks",
+        "1",
+        "-t",
+        "1",
+        "-b",
+        "256",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Final estimate" in done.stdout + done.stderr
+    perplexity = float((done.stdout + done.stderr).split("PPL = ")[-1].split()[0])
+    assert perplexity == pytest.approx(_perplexity(source, blocks, text.read_text(), 256), rel=0.02)
+
+
+def _perplexity(source: ModelSource, blocks: list[Path], text: str, length: int) -> float:
+    """Perplexity of the second half of the first window, as llama-perplexity counts it, by transformers."""
+    import sentencepiece
+    from transformers import AutoModelForCausalLM
+
+    tokens = sentencepiece.SentencePieceProcessor(model_file=str(source.folder / "tokenizer.model")).encode(text)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    state = {n: grid_of(t.type).dequantize(t) for b in blocks for n, t in load_tensors(b)[0].items()}
+    model.load_state_dict(state, strict=False)
+    window = torch.tensor([[1, *tokens[1:length]]])
+    with torch.no_grad():
+        logits = model(window).logits[0, length // 2 : -1]
+    return float(torch.nn.functional.cross_entropy(logits, window[0, length // 2 + 1 :]).exp())
+
+
+@pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0"])
+def test_plain_types_equal_the_stock_conversion(type_name, make_model, tmp_path):
+    source = make_model("llama")
+    written = write_plain(source, tmp_path / "out.gguf", type_name)
+    tree = ensure_source()
+    stock = tmp_path / "stock.gguf"
+    command = [sys.executable, str(tree.llama_cpp / "convert_hf_to_gguf.py"), str(source.folder)]
+    subprocess.run([*command, "--outtype", type_name, "--outfile", str(stock)], check=True, capture_output=True)
+    ours, theirs = open_gguf(written.path), open_gguf(stock)
+    assert [(t.name, t.type, t.shape) for t in ours.tensors] == [(t.name, t.type, t.shape) for t in theirs.tensors]
+    for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert np.array_equal(ours.data(mine), theirs.data(other)), mine.name
+    assert not [key for key in ours.entries if key.startswith("tesseraq.")]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
+def test_a_model_from_a_gguf_file_keeps_its_metadata_and_tensors(kind, make_model, learn, write, tmp_path):
+    folder_source = make_model(kind)
+    original = write_plain(
+        folder_source, tmp_path / "original.gguf", "f16", metadata={"quantize.imatrix.file": "x", "own.key": 2.5}
+    ).path
+    before = original.read_bytes()
+    # the folder that transformers would expand it into is already at hand
+    source = ModelSource(kind, folder_source.folder, gguf=original)
+    written = write_gguf(source, tmp_path / "out.gguf", learn(folder_source), metadata={"tesseraq.method": "random"})
+    direct = write(kind)[0]
+    assert original.read_bytes() == before
+    ours, first = open_gguf(written.path), open_gguf(original)
+    for key, entry in first.entries.items():
+        if key.startswith("quantize.imatrix."):
+            assert key not in ours.entries
+        elif key not in ("general.file_type", "general.quantization_version"):
+            assert ours.entries[key].raw == entry.raw, key
+    assert ours.get("own.key") == 2.5
+    assert ours.get("general.file_type") == 500
+    assert [t.name for t in ours.tensors] == [t.name for t in first.tensors]
+    got, want = _weights(written.path), _weights(direct.path)
+    for name, values in want.items():
+        if name not in ("token_embd.weight", "output.weight"):  # 16 bits on the way
+            np.testing.assert_array_equal(got[name], values, err_msg=name)
+    again = write_plain(source, tmp_path / "again.gguf", "f16").path
+    for mine, other in zip(open_gguf(again).tensors, first.tensors, strict=True):
+        assert np.array_equal(open_gguf(again).data(mine), first.data(other)), mine.name
+
+
+def test_rows_that_a_gguf_reader_brought_into_another_order_are_noticed(make_model, learn, tmp_path):
+    source = make_model("llama")
+    original = write_plain(source, tmp_path / "original.gguf", "f16").path
+    wrong = tmp_path / "wrong"
+    shutil.copytree(source.folder, wrong)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    file = next(f for f in wrong.glob("*.safetensors") if name in safe_open(f, "pt").keys())  # noqa: SIM118
+    tensors = load_file(file)
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match=r"self_attn\.q_proj.*do not return to their places"):
+        write_gguf(ModelSource("m", wrong, gguf=original), tmp_path / "out.gguf", learn(source))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["original.gguf", "wrong"]
+
+
+def test_only_some_matrices_learned(make_model, learn, tmp_path):
+    source = make_model("llama")
+    notes: list[str] = []
+    written = write_gguf(source, tmp_path / "out.gguf", learn(source)[:1], fallback_type="bf16", say=notes.append)
+    types = {t.name: t.type for t in open_gguf(written.path).tensors}
+    assert types["blk.0.attn_q.weight"] == "tsq2"
+    assert types["blk.1.attn_q.weight"] == "bf16"
+    assert "attn_q of 1 block was not learned and is bf16 (rows of 128 weights)" in notes
+
+
+def test_check_source_finds_nothing_wrong_and_what_is_wrong(make_model, tmp_path):
+    source = make_model("llama")
+    shapes = Decoder(source, torch.device("cpu")).matrix_shapes()
+    assert check_source(source, shapes) == {}
+    strange = {"model.layers.0.self_attn.q_proj.weight": (128, 128), "model.layers.0.mixer.weight": (64, 64)}
+    assert check_source(source, strange) == {
+        "model.layers.0.mixer.weight": "llama.cpp's converter does not know it",
+    }
+    unknown = tmp_path / "unknown"
+    shutil.copytree(source.folder, unknown)
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"architectures": ["NobodyForCausalLM"]}))
+    with pytest.raises(ModelError, match=r"llama\.cpp does not know the architecture NobodyForCausalLM"):
+        check_source(ModelSource("unknown", unknown), shapes)
+    (unknown / "config.json").write_text(json.dumps(config))
+    (unknown / "tokenizer.model").unlink()
+    with pytest.raises(ConversionError, match="refuses the model"):
+        check_source(ModelSource("unknown", unknown), shapes)
+
+
+def test_the_process_keeps_its_own_gguf(make_model, learn, tmp_path):
+    before = set(sys.modules)
+    types = len(gguf.GGMLQuantizationType)
+    write_gguf(make_model("llama"), tmp_path / "out.gguf", learn(make_model("llama")))
+    assert "conversion" not in set(sys.modules) - before
+    assert len(gguf.GGMLQuantizationType) == types
+
+
+@pytest.mark.skipif(not hasattr(resource, "RLIMIT_FSIZE"), reason="needs file size limits")
+def test_a_full_disk_is_one_line_and_leaves_nothing(make_model, learn, tmp_path):
+    source, out = make_model("llama-576"), tmp_path / "out.gguf"
+    blocks = learn(source)
+    out.write_bytes(b"GGUF old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(ConversionError, match="cannot be written") as caught:
+            write_gguf(source, out, blocks)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert out.read_bytes() == b"GGUF old"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_too_little_space_is_known_before_writing(make_model, tmp_path, monkeypatch):
+    from tesseraq_gguf.converter import worker
+
+    class Usage:
+        free = 10
+
+    monkeypatch.setattr(worker.shutil, "disk_usage", lambda _: Usage)
+
+    class Writer:
+        tensors = ({"a": type("Info", (), {"nbytes": 5_000_000})},)
+
+    with pytest.raises(ConversionError, match="needs 5 MB, only 0 MB are free"):
+        worker._write_file(Writer(), tmp_path / "out.gguf", lambda _: None)
+
+
+def test_a_wrong_byte_is_found(make_model, learn, tmp_path):
+    from tesseraq_gguf.converter.verify import Expected, verify
+
+    source = make_model("llama")
+    blocks = learn(source)
+    written = write_gguf(source, tmp_path / "out.gguf", blocks)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensor = load_tensors(blocks[0])[0][name]
+    expected = Expected("blk.0.ffn_up.weight", "tsq2", grid_of("tsq2").dequantize(tensor).numpy())
+    assert verify(written.path, [expected]) == 1
+    info = next(t for t in open_gguf(written.path).tensors if t.name == expected.name)
+    data = bytearray(written.path.read_bytes())
+    data[info.offset + info.bytes - 1] ^= 64
+    written.path.write_bytes(data)
+    with pytest.raises(VerificationError, match=r"blk\.0\.ffn_up\.weight .* 1 of 192 rows, first in row 191"):
+        verify(written.path, [expected])
+    with pytest.raises(VerificationError, match="not in the file"):
+        verify(written.path, [Expected("blk.9.ffn_up.weight", "tsq2", expected.weights)])
+    with pytest.raises(VerificationError, match="learned was tsq2"):
+        verify(written.path, [Expected("blk.0.attn_norm.weight", "tsq2", expected.weights)])
+
+
+def test_broken_block_files(make_model, learn, tmp_path):
+    source = make_model("llama")
+    blocks = learn(source)
+    with pytest.raises(UsageError, match="nothing was learned"):
+        write_gguf(source, tmp_path / "out.gguf", [])
+    with pytest.raises(ConversionError, match="learned twice"):
+        write_gguf(source, tmp_path / "out.gguf", [blocks[0], blocks[0]])
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(blocks[0].read_bytes()[:1000])
+    with pytest.raises(ConversionError, match="cannot be read as learned tensors"):
+        write_gguf(source, tmp_path / "out.gguf", [broken])
+    tensors, _ = load_tensors(blocks[0])
+    save_tensors(broken, {name.replace("layers.0", "layers.7"): t for name, t in tensors.items()})
+    with pytest.raises(ConversionError, match="none of the learned matrices can be written"):
+        write_gguf(source, tmp_path / "out.gguf", [broken])
+    with pytest.raises(UsageError, match="'tsq2' can only be learned"):
+        write_gguf(source, tmp_path / "out.gguf", blocks, embedding_type="tsq2")
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def test_interrupting_ends_the_child_and_leaves_nothing(make_model, learn, tmp_path, monkeypatch):
+    source = make_model("llama")
+    children = []
+    popen = subprocess.Popen
+
+    def remember(*args, **kwargs):
+        children.append(popen(*args, **kwargs))
+        return children[-1]
+
+    monkeypatch.setattr(writer.subprocess, "Popen", remember)
+
+    def interrupt(_done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_gguf(source, tmp_path / "out.gguf", learn(source), progress=interrupt)
+    assert children[0].poll() is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_child_ends_with_its_parent(make_model, learn, tmp_path):
+    job = {
+        "task": "write", "name": "m", "folder": str(make_model("llama").folder), "gguf": None, "metadata": {},
+        "out": str(tmp_path / "out.gguf"), "learned": [str(f) for f in learn(make_model("llama"))],
+        "type": "q8_0", "embedding_type": "q8_0",
+        "llama_cpp": str(ensure_source().llama_cpp), "gguf_py": str(ensure_source().gguf_py),
+    }  # fmt: skip
+    (tmp_path / "job").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "tesseraq_gguf.converter.worker", str(tmp_path / "job")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        time.sleep(0.2)
+        assert child.stdin is not None
+        child.stdin.close()
+        assert child.wait(60) == 1
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_outputs_that_cannot_be(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="is a folder"):
+        check_output(tmp_path)
+    with pytest.raises(UsageError, match="does not exist"):
+        check_output(tmp_path / "no" / "out.gguf")
+    notes = tmp_path / "notes.txt"
+    notes.write_text("mine")
+    with pytest.raises(UsageError, match="not a GGUF file"):
+        check_output(notes)
+    with pytest.raises(UsageError, match="not a plain file"):
+        check_output(Path(os.devnull))
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    with pytest.raises(UsageError, match="is the model itself"):
+        check_output(model, ModelSource("m", tmp_path, gguf=model))
+    check_output(model)
+    check_output(tmp_path / "new.gguf")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["model.gguf", "notes.txt"]
+
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(writer.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(UsageError, match="cannot be written: Permission denied"):
+        check_output(tmp_path / "new.gguf")

@@ -1,0 +1,210 @@
+"""Inspection and the check that every reader relies on: what is right is told, what is broken is one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from tesseraq_gguf.converter.gguf_file import ArrayValue
+from tesseraq_gguf.errors import FileFormatError
+from tesseraq_gguf.inspection import inspect, open_gguf, render
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def _entry(key: str, kind: int, value: bytes) -> bytes:
+    return _text(key) + struct.pack("<I", kind) + value
+
+
+ENTRIES = [
+    _entry("general.architecture", 8, _text("llama")),
+    _entry("general.file_type", 4, struct.pack("<I", 500)),
+    _entry("llama.block_count", 4, struct.pack("<I", 1)),
+    _entry("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 2) + _text("a") + _text("b")),
+    _entry("tokenizer.ggml.scores", 9, struct.pack("<IQf", 6, 1, 0.5)),
+    _entry("tesseraq.method", 8, _text("tesseraq")),
+    _entry("tesseraq.format_version", 4, struct.pack("<I", 1)),
+]
+# name, shape, type, bytes
+TENSORS = [("blk.0.ffn_up.weight", (64, 2), 500, 36), ("output_norm.weight", (8,), 0, 32), ("odd", (5,), 1, 10)]
+
+
+def _file(path: Path, *, entries=ENTRIES, tensors=TENSORS, version=3, counts=None, offsets=None, short=0) -> Path:
+    counts = counts or (len(tensors), len(entries))
+    header = b"GGUF" + struct.pack("<IQQ", version, *counts) + b"".join(entries)
+    data = b""
+    for index, (name, shape, kind, size) in enumerate(tensors):
+        offset = offsets[index] if offsets else len(data)
+        header += _text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+        data += bytes(size) + bytes(-size % 32)
+    content = header + bytes(-len(header) % 32) + data
+    path.write_bytes(content[: len(content) - short])
+    return path
+
+
+def test_a_file_of_ours(tmp_path):
+    path = _file(tmp_path / "m.gguf")
+    found = inspect(path)
+    assert found.architecture == "llama"
+    assert found.file_type == "mostly tsq2"
+    assert found.runs_on == "tesseraq-gguf runtime only (types: tsq2)"
+    assert found.needs_runtime
+    assert found.tesseraq == {"method": "tesseraq", "format_version": 1}
+    assert found.metadata["llama.block_count"] == 1
+    assert found.metadata["vocabulary"] == 2
+    assert found.bytes == path.stat().st_size
+    assert found.weights == 128 + 8 + 5
+    assert [(t.name, t.type, t.shape, t.bytes, t.bpw) for t in found.tensors] == [
+        ("blk.0.ffn_up.weight", "tsq2", (64, 2), 36, 2.25),
+        ("output_norm.weight", "f32", (8,), 32, 32.0),
+        ("odd", "f16", (5,), 10, 16.0),
+    ]
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["types"]["tsq2"] == {"tensors": 1, "weights": 128, "bytes": 36, "bpw": 2.25, "custom": True}
+    shown = _shown(render(found))
+    for word in ("blk.0.ffn_up.weight", "64 × 2", "2.250", "tesseraq-gguf runtime only", "tesseraq.method"):
+        assert word in shown
+    assert "blk.0" not in _shown(render(found, tensors=False))
+
+
+def _shown(renderable: object) -> str:
+    text = io.StringIO()
+    Console(file=text, width=100).print(renderable)
+    return text.getvalue()
+
+
+def test_a_stock_file_and_the_padding_of_the_last_tensor(tmp_path):
+    path = _file(tmp_path / "m.gguf", entries=ENTRIES[:1], tensors=TENSORS[1:], short=22)
+    found = inspect(path)
+    assert found.runs_on == "any llama.cpp"
+    assert not found.needs_runtime
+    assert found.file_type is None
+
+
+def test_what_the_gguf_package_writes(tmp_path):
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "qwen3")
+    writer.add_file_type(7)
+    writer.add_array("some.array", [1, 2, 3])
+    writer.add_bool("some.bool", True)
+    writer.add_float64("some.float", 0.5)
+    weights = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    writer.add_tensor("w", gguf.quants.quantize(weights, gguf.GGMLQuantizationType.Q8_0), raw_dtype=8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = open_gguf(path)
+    assert inspect(path).file_type == "mostly q8_0"
+    assert (file.get("some.array"), file.get("some.bool"), file.get("some.float")) == (ArrayValue("i32", 3), True, 0.5)
+    assert file.get("nothing", "x") == "x"
+    reader = gguf.GGUFReader(path)
+    assert np.array_equal(file.data(file.tensors[0]), reader.tensors[0].data)
+
+
+@pytest.mark.parametrize("cut", [4, 7, 20, 30, 100, 200, 300, 400])
+def test_truncated_anywhere(tmp_path, cut):
+    path = _file(tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:cut])
+    with pytest.raises(FileFormatError, match="truncated") as caught:
+        open_gguf(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_tensor_data(tmp_path):
+    path = _file(tmp_path / "m.gguf", short=40)
+    with pytest.raises(
+        FileFormatError, match=r"truncated: tensor 'output_norm.weight' ends at byte .*get the file again"
+    ):
+        open_gguf(path)
+
+
+BROKEN = {
+    "version 1": ({"version": 1}, "GGUF version 1"),
+    "version 9": ({"version": 9}, "GGUF version 9"),
+    "big-endian": ({"version": 3 << 24}, "big-endian"),
+    "tensor count": ({"counts": (1 << 60, 7)}, "announces 1,152,921,504,606,846,976 tensors"),
+    "entry count": ({"counts": (3, 8)}, "truncated|corrupt"),
+    "value type": ({"entries": [_entry("a.b", 77, b"")]}, "metadata 'a.b' has the unknown value type 77"),
+    "array type": ({"entries": [_entry("a.b", 9, struct.pack("<IQ", 9, 1))]}, "array of the unknown value type 9"),
+    "array length": ({"entries": [_entry("a.b", 9, struct.pack("<IQ", 8, 1 << 40))]}, "truncated"),
+    "long array": ({"entries": [_entry("a.b", 9, struct.pack("<IQ", 4, 1 << 62))]}, "truncated"),
+    "twice": ({"entries": [ENTRIES[0], ENTRIES[0]]}, "'general.architecture' appears twice"),
+    "alignment": ({"entries": [_entry("general.alignment", 4, struct.pack("<I", 3))]}, "alignment is 3"),
+    "unknown type": ({"tensors": [("w", (64,), 777, 32)]}, "tensor 'w' of type 777, which is known neither"),
+    "removed type": ({"tensors": [("w", (64,), 4, 32)]}, "tensor 'w' of type 4"),
+    "row length": ({"tensors": [("w", (63,), 500, 36)]}, "cannot be of type tsq2"),
+    "no row": ({"tensors": [("w", (0,), 0, 32)]}, "cannot be of type f32"),
+    "dimensions": ({"tensors": [("w", (1, 1, 1, 1, 1), 0, 32)]}, "header of tensor 'w' makes no sense"),
+    "huge": ({"tensors": [("w", (1 << 40, 1 << 40), 0, 32)]}, "truncated: tensor 'w'"),
+    "overlap": ({"offsets": [0, 32, 96]}, "'output_norm.weight' cannot be"),
+    "same name": ({"tensors": [TENSORS[1], TENSORS[1]]}, "appears 2 times"),
+    "long name": ({"tensors": [("w" * 64, (8,), 0, 32)]}, "makes no sense"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken(tmp_path, case):
+    changes, message = BROKEN[case]
+    path = _file(tmp_path / "m.gguf", **changes)
+    with pytest.raises(FileFormatError, match=message) as caught:
+        open_gguf(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_not_gguf_at_all(tmp_path):
+    path = tmp_path / "m.gguf"
+    for content, message in [
+        (b"", "is empty"),
+        (b"PK\x03\x04 a zip", "does not start with 'GGUF'"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(FileFormatError, match=message):
+            inspect(path)
+    with pytest.raises(FileFormatError, match="no file at"):
+        inspect(tmp_path / "none.gguf")
+    with pytest.raises(FileFormatError, match="is a folder"):
+        inspect(tmp_path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_never_crash(tmp_path_factory, data):
+    path = _file(tmp_path_factory.mktemp("damaged") / "m.gguf")
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        found = inspect(path)
+    except FileFormatError as error:
+        assert "\n" not in str(error)
+    else:
+        json.dumps(found.to_json())
+        _shown(render(found))
+
+
+def test_needs_no_runtime_and_no_torch(tmp_path):
+    path = _file(tmp_path / "m.gguf")
+    code = (
+        "import sys; from tesseraq_gguf.inspection import inspect; "
+        f"assert inspect({str(path)!r}).needs_runtime; "
+        "assert not {'torch', 'transformers', 'llama_cpp'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
