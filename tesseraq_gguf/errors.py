@@ -1,7 +1,7 @@
 """The one exception family whose messages are written for users.
 
-Whatever a user can cause raises a subclass of `TesseraqError` with one line that says what is wrong and what to do. The CLI
-prints that line and exits with `exit_code`; anything else that reaches the CLI is a bug and shows its traceback.
+Whatever a user can cause raises a subclass of `TesseraqError` with one line that says what is wrong and what to do. The
+CLI prints that line and exits with `exit_code`; anything else that reaches the CLI is a bug and shows its traceback.
 """
 
 
@@ -47,6 +47,18 @@ class RuntimeBuildError(TesseraqError):
 
 class RuntimeMissingError(TesseraqError):
     """No runtime for this version and these patches is installed; the message says how to get one."""
+
+
+class EvaluationError(TesseraqError):
+    """The perplexity tool of the runtime failed, or the disk has no room for its logits.
+
+    Attributes:
+        log: what the tool said last.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
 
 
 class VerificationError(TesseraqError):
