@@ -17,6 +17,9 @@ CONTEXT = 4096
 EXIT, RESET = "/exit", "/reset"
 
 _TEMPLATE = "tokenizer.chat_template"
+_LOG_LEVEL_ERROR = 4  # GGML_LOG_LEVEL_ERROR of ggml.h
+
+_kept_alive: list[Any] = []  # C calls these as long as the process lives
 
 
 class Model(Protocol):
@@ -153,15 +156,29 @@ def load(file: Path) -> Model:
         FileFormatError: llama.cpp refuses it.
         RuntimeMissingError: the runtime is not built.
     """
-    from tesseraq_gguf.runtime import Llama
+    from tesseraq_gguf.runtime import load_llama_cpp
 
+    llama_cpp = load_llama_cpp()
+    _silence(llama_cpp)
     header = open_gguf(file)
     trained = header.get(f"{header.get('general.architecture')}.context_length", CONTEXT)
     try:
-        model: Model = Llama(model_path=str(file), n_ctx=min(int(trained), CONTEXT), n_gpu_layers=-1, verbose=False)
+        model: Model = llama_cpp.Llama(model_path=str(file), n_ctx=min(int(trained), CONTEXT), verbose=False)
     except (ValueError, AssertionError) as error:
         raise FileFormatError(f"llama.cpp cannot load {file}: {error or 'it gives no reason'}") from error
     return model
+
+
+def _silence(llama_cpp: Any) -> None:
+    """Let llama.cpp's log through only where it is an error: the bindings' own filter takes warnings for errors."""
+
+    @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+    def errors_only(level: int, text: bytes, _data: Any) -> None:
+        if level == _LOG_LEVEL_ERROR:
+            sys.stderr.write(text.decode("utf-8", "replace"))
+
+    llama_cpp.llama_log_set(errors_only, None)
+    _kept_alive.append(errors_only)
 
 
 def talk(conversation: Conversation, read: Callable[[str], str]) -> None:

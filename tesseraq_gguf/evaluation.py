@@ -167,12 +167,12 @@ class _Run:
             _SUMMARY_PERPLEXITY.search(said), _SUMMARY_DIVERGENCE.search(said), _SUMMARY_TOP.search(said),
         )  # fmt: skip
         if perplexity and divergence and top:
-            return float(perplexity[1]), float(perplexity[2]), float(divergence[1]), float(top[1]) / 100
+            return float(perplexity[1]), float(perplexity[2]), max(0.0, float(divergence[1])), float(top[1]) / 100
         # with few tokens it prints no summary; the last row of its table says the same, a digit shorter
         rows, tops = _ROW.findall(said), _ROW_TOP.findall(said)
         if not rows or not tops:
             raise self._failure("gave no Kullback-Leibler divergence", said)
-        return float(rows[-1][1]), float(rows[-1][2]), float(rows[-1][5]), float(tops[-1][0]) / 100
+        return float(rows[-1][1]), float(rows[-1][2]), max(0.0, float(rows[-1][5])), float(tops[-1][0]) / 100
 
     def _execute(self, what: str, file: Path, arguments: Sequence[str], logits: Path | None = None) -> str:
         """Run the tool to its end and return all it said. It never outlives this call."""

@@ -1,7 +1,7 @@
 """What `convert` shows while it works.
 
-A bar over the blocks with the time left, a bar for the running block, and a line that stays for every finished block. On
-anything but a terminal only the lines that stay.
+A bar over the blocks with the time left, a bar for the running block, and a line that stays for every finished block.
+On anything but a terminal only the lines that stay.
 """
 
 from __future__ import annotations
