@@ -130,7 +130,10 @@ class Converter:
         except NotImplementedError:
             raise ModelError(f"{job['name']}: llama.cpp does not know the architecture {architecture}") from None
         guess = gguf.LlamaFileType(tensor_type(file_type).file_type)
-        self.model: Any = kind(folder, guess, Path(job["out"]), model_name=job["name"].rpartition("/")[2])
+        name = job["name"].rpartition("/")[2]
+        self.model: Any = kind(folder, guess, Path(job["out"]), model_name=name)
+        if folder.name != name:
+            self.model.dir_model_card = _named_card(folder, Path(job["scratch"]) / name)
         self._names = self._checkpoint_names()
 
     def _checkpoint_names(self) -> dict[str, str]:
@@ -156,6 +159,18 @@ class Converter:
         """Return what the class makes of weights."""
         own = self.name(name)
         return list(self.model.modify_tensors(weights, own, block_index(own)))
+
+
+def _named_card(folder: Path, card: Path) -> Path:
+    """Copy what a model says of itself into a folder of its name: a hub's snapshot is called by its commit.
+
+    The converter reads base name, size and fine-tune out of the folder's name.
+    """
+    card.mkdir(exist_ok=True)
+    for file in ("README.md", "config.json", "generation_config.json"):
+        if (folder / file).is_file():
+            shutil.copyfile(folder / file, card / file)
+    return card
 
 
 class Plan:

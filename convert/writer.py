@@ -235,6 +235,7 @@ def _run(
         "gguf_py": str(tree.gguf_py),
     }
     with tempfile.TemporaryDirectory() as folder:
+        job["scratch"] = folder
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job), encoding="utf-8")
         with (Path(folder) / "log").open("w+", encoding="utf-8", errors="replace") as log:

@@ -50,7 +50,7 @@ KINDS: dict[str, tuple[str, dict]] = {
             "num_key_value_heads": 1,
         },
     ),
-    "phi3": ("Phi3", {"original_max_position_embeddings": 512}),
+    "phi-fused": ("Phi3", {"original_max_position_embeddings": 512}),
 }
 
 

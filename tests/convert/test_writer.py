@@ -29,7 +29,18 @@ from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.quantized import load_tensors, save_tensors
 from tesseraq_gguf.runtime import ensure_source
 
-KINDS = ["llama", "llama-576", "llama-odd", "llama-odder", "llama-bias", "mistral", "qwen2", "qwen3", "gemma3", "phi3"]
+KINDS = [
+    "llama",
+    "llama-576",
+    "llama-odd",
+    "llama-odder",
+    "llama-bias",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "phi-fused",
+]
 
 
 def _weights(path: Path) -> dict[str, np.ndarray]:
@@ -255,6 +266,16 @@ def test_rows_that_a_gguf_reader_brought_into_another_order_are_noticed(make_mod
     assert sorted(f.name for f in tmp_path.iterdir()) == ["original.gguf", "wrong"]
 
 
+def test_a_hub_snapshot_is_called_by_its_model_and_not_by_its_commit(make_model, tmp_path):
+    snapshot = tmp_path / ("0123456789abcdef" * 3)[:40]
+    shutil.copytree(make_model("llama").folder, snapshot)
+    (snapshot / "README.md").write_text("---\nlicense: mit\n---\n")
+    out = write_plain(ModelSource("Someone/Tiny-0.5B-Instruct", snapshot), tmp_path / "out.gguf", "f16").path
+    file = open_gguf(out)
+    keys = ("name", "basename", "finetune", "size_label", "license")
+    assert [file.get(f"general.{key}") for key in keys] == ["Tiny-0.5B-Instruct", "Tiny", "Instruct", "0.5B", "mit"]
+
+
 def test_only_some_matrices_learned(make_model, learn, tmp_path):
     source = make_model("llama")
     notes: list[str] = []
@@ -281,7 +302,7 @@ def test_check_source_finds_nothing_wrong_and_what_is_wrong(make_model, tmp_path
         check_source(ModelSource("unknown", unknown), shapes)
     (unknown / "config.json").write_text(json.dumps(config))
     (unknown / "tokenizer.model").unlink()
-    with pytest.raises(ConversionError, match="refuses the model"):
+    with pytest.raises(ModelError, match="does not know this model's tokenizer"):
         check_source(ModelSource("unknown", unknown), shapes)
 
 
@@ -392,7 +413,7 @@ def test_the_child_ends_with_its_parent(make_model, learn, tmp_path):
         "task": "write", "name": "m", "folder": str(make_model("llama").folder), "gguf": None, "metadata": {},
         "out": str(tmp_path / "out.gguf"), "learned": [str(f) for f in learn(make_model("llama"))],
         "type": "q8_0", "embedding_type": "q8_0",
-        "llama_cpp": str(ensure_source().llama_cpp), "gguf_py": str(ensure_source().gguf_py),
+        "scratch": str(tmp_path), "llama_cpp": str(ensure_source().llama_cpp), "gguf_py": str(ensure_source().gguf_py),
     }  # fmt: skip
     (tmp_path / "job").write_text(json.dumps(job))
     command = [sys.executable, "-m", "tesseraq_gguf.converter.worker", str(tmp_path / "job")]
