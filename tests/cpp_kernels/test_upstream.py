@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import struct
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +16,9 @@ pytestmark = pytest.mark.runtime
 
 
 def run(runtime: Runtime, name: str, *arguments: str) -> str:
-    result = subprocess.run([str(runtime.tool(name)), *arguments], capture_output=True, text=True, errors="replace")
+    command = [str(runtime.tool(name)), *arguments]
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}  # threads that spin are slow on a machine with other work
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
 
@@ -39,3 +44,33 @@ def test_backend_ops(runtime: Runtime, operator: str, at_least: int) -> None:
 def test_quantize_perf_knows_the_type(runtime: Runtime) -> None:
     output = run(runtime, "test-quantize-perf", "--op", "vec_dot_q", "--type", "tsq2", "--size", "1024", "-i", "10")
     assert "tsq2" in output
+
+
+def gguf_with_type(path: Path, type_id: int, weights: int = 256) -> Path:
+    """A GGUF file of one tensor, a single row, whose type is `type_id`."""
+
+    def string(text: str) -> bytes:
+        return struct.pack("<Q", len(text)) + text.encode()
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+    key = string("general.architecture") + struct.pack("<I", 8) + string("llama")
+    tensor = string("blk.0.ffn_up.weight") + struct.pack("<IQIQ", 1, weights, type_id, 0)
+    path.write_bytes((head + key + tensor).ljust(512, b"\0") + bytes(1024))
+    return path
+
+
+@pytest.mark.parametrize("type_id", [43, 300, 499, 501, 2**31 - 1])
+def test_unknown_type_ids_are_a_clean_error(runtime: Runtime, tmp_path: Path, type_id: int) -> None:
+    bad = gguf_with_type(tmp_path / "bad.gguf", type_id)
+    command = [str(runtime.tool("llama-quantize")), str(bad), str(tmp_path / "out.gguf"), "TSQ2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"tensor 'blk.0.ffn_up.weight' has invalid ggml type {type_id}. should be in [0, 501)" in result.stderr
+
+
+def test_a_row_that_is_no_multiple_of_the_block_is_a_clean_error(runtime: Runtime, tmp_path: Path) -> None:
+    bad = gguf_with_type(tmp_path / "bad.gguf", 500, weights=250)
+    command = [str(runtime.tool("llama-quantize")), str(bad), str(tmp_path / "out.gguf"), "TSQ2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "type 500 (tsq2) has 250 elements per row, not a multiple of block size (64)" in result.stderr
