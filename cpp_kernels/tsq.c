@@ -2,9 +2,10 @@
 
 #include <math.h>
 
-#define TSQ_SEARCH_SCALES 18 // E5M3 codes tried per block: 2.25 octaves
-#define TSQ_SEARCH_STARTS  3 // zero-points to start from, per scale
-#define TSQ_SEARCH_STEPS  16 // at most so many rounds of "best codes for z, best z for codes" per start
+#define TSQ_SEARCH_SCALES 18    // E5M3 codes tried per block: 2.25 octaves
+#define TSQ_SEARCH_FINE   6     // best of them that are tried again, from both sides
+#define TSQ_SEARCH_SIDE   0.4f  // how far to the sides, in codes
+#define TSQ_SEARCH_STEPS  16    // at most so many rounds of "best codes for z, best z for codes" per start
 
 // smallest E5M3 code whose value is at least d
 static int tsq_encode_d_up(float d) {
@@ -21,42 +22,81 @@ static int tsq_encode_z(float z, int nbits) {
     return !(code > 0.0f) ? 0 : code >= 255.0f ? 255 : (int) code;
 }
 
-// nearest codes for a given scale and zero-point
-static void tsq_assign(const float * GGML_RESTRICT x, float id, float z, int qmax, int n, float * GGML_RESTRICT q) {
-    for (int i = 0; i < n; i++) {
-        float v = x[i]*id + z;
-        v    = v > 0.0f ? v : 0.0f; // also takes NaN to 0
-        v    = v < qmax ? v : qmax;
-        q[i] = (float) (int) (v + 0.5f);
-    }
-}
+// a block of weights at a certain scale
+struct tsq_block {
+    const float * x;     // weights in units of d
+    const float * w;     // importance, >= 0
+    float         sw;    // sum of w
+    int           nbits;
+};
 
-// weighted squared error of the codes, in units of d^2
-static float tsq_error(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, float id, float z, const float * GGML_RESTRICT q, int n) {
-    float sum[8] = {0};
-    for (int i = 0; i < n; i += 8) {
+// Nearest codes for a zero-point, and the best zero-point for these codes. Returns the weighted squared error, in units of d^2.
+static float tsq_assign(const struct tsq_block * b, int z_code, int * z_next, float * GGML_RESTRICT q) {
+    const float * GGML_RESTRICT x = b->x;
+    const float * GGML_RESTRICT w = b->w;
+
+    const float z    = tsq_decode_z(z_code, b->nbits);
+    const float qmax = (float) ((1 << b->nbits) - 1);
+
+    float err[8]   = {0};
+    float shift[8] = {0};
+    for (int i = 0; i < QK_TSQ; i += 8) {
         for (int j = 0; j < 8; j++) {
-            const float e = x[i + j]*id - (q[i + j] - z);
-            sum[j] += w[i + j]*e*e;
+            const float v = x[i + j] + z;
+            const float c = v > 0.0f ? v : 0.0f; // also takes NaN to 0
+            const float k = (float) (int) ((c < qmax ? c : qmax) + 0.5f);
+            const float e = k - v;
+
+            q[i + j]  = k;
+            err[j]   += w[i + j]*e*e;
+            shift[j] += w[i + j]*e;
         }
     }
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+
+    const float sum = ((shift[0] + shift[4]) + (shift[1] + shift[5])) + ((shift[2] + shift[6]) + (shift[3] + shift[7]));
+    *z_next = b->sw > 0.0f ? tsq_encode_z(z + sum/b->sw, b->nbits) : z_code;
+
+    return ((err[0] + err[4]) + (err[1] + err[5])) + ((err[2] + err[6]) + (err[3] + err[7]));
 }
 
-// sum of w*(q - x/d), the numerator of the best zero-point for given codes
-static float tsq_shift(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, float id, const float * GGML_RESTRICT q, int n) {
-    float sum[8] = {0};
-    for (int i = 0; i < n; i += 8) {
-        for (int j = 0; j < 8; j++) {
-            sum[j] += w[i + j]*(q[i + j] - x[i + j]*id);
+// Alternate "best codes for z, best z for codes" from a start. Returns the smallest error on the way, in units of d^2.
+static float tsq_descend(const struct tsq_block * b, int z_start, uint8_t * z_code, float * GGML_RESTRICT q) {
+    float qt[QK_TSQ];
+    float best = -1.0f; // none yet
+    int   next = z_start;
+
+    for (int step = 0; step < TSQ_SEARCH_STEPS; step++) {
+        const int   z   = next;
+        const float err = tsq_assign(b, z, &next, qt);
+        if (best < 0.0f || err < best) {
+            best    = err;
+            *z_code = z;
+            memcpy(q, qt, sizeof(qt));
+        }
+        if (next == z) {
+            break;
         }
     }
-    return ((sum[0] + sum[4]) + (sum[1] + sum[5])) + ((sum[2] + sum[6]) + (sum[3] + sum[7]));
+
+    return best;
 }
 
-// Search d and z on their grids for the smallest weighted squared error; w is >= 0, codes go to q.
-// Every scale that could be meant is tried with a few zero-points, each improved by alternation.
-static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int nbits, int n,
+// the i-th smallest of n values
+static float tsq_nth(const float * values, int n, int i) {
+    float sorted[TSQ_SEARCH_SCALES];
+    for (int j = 0; j < n; j++) {
+        int k = j;
+        for (; k > 0 && sorted[k - 1] > values[j]; k--) {
+            sorted[k] = sorted[k - 1];
+        }
+        sorted[k] = values[j];
+    }
+    return sorted[i < n ? i : n - 1];
+}
+
+// Search d and z on their grids for the smallest weighted squared error; codes go to q.
+// Every scale starts with the range of the weights in the middle of the codes, the best of them from both sides as well.
+static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int nbits,
                        uint8_t * GGML_RESTRICT d_code, uint8_t * GGML_RESTRICT z_code, float * GGML_RESTRICT q) {
     const int   qmax  = (1 << nbits) - 1;
     const float reach = (float) (1 << (nbits - 1)); // z runs from -reach to almost 3*reach
@@ -64,7 +104,7 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
     float lo = x[0];
     float hi = x[0];
     float sw = 0.0f;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < QK_TSQ; i++) {
         lo  = x[i] < lo ? x[i] : lo;
         hi  = x[i] > hi ? x[i] : hi;
         sw += w[i];
@@ -72,7 +112,7 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
 
     *d_code = 0;
     *z_code = 64;
-    memset(q, 0, n*sizeof(float));
+    memset(q, 0, QK_TSQ*sizeof(float));
 
     if (!(lo < 0.0f) && !(hi > 0.0f)) { // all zero (or NaN)
         return;
@@ -84,38 +124,43 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
     d_min = fmaxf(d_min, hi/-(reach*2.98f));
 
     const int first = tsq_encode_d_up(d_min);
+    const int count = first + TSQ_SEARCH_SCALES <= 256 ? TSQ_SEARCH_SCALES : 256 - first;
 
-    float best = -1.0f; // none yet
+    float xs[QK_TSQ];
     float qt[QK_TSQ];
+    float error[TSQ_SEARCH_SCALES];
+    float best = -1.0f; // none yet
 
-    for (int dc = first; dc < first + TSQ_SEARCH_SCALES && dc <= 255; dc++) {
-        const float d  = tsq_decode_d(dc);
-        const float id = 1.0f/d;
+    for (int pass = 0; pass < 2; pass++) {
+        const float limit = pass == 0 ? 0.0f : tsq_nth(error, count, TSQ_SEARCH_FINE - 1);
 
-        // start with the middle of the range at the middle of the codes, and to both sides of it
-        const float z_mid = 0.5f*(qmax - (lo + hi)*id);
+        for (int c = 0; c < count; c++) {
+            if (pass == 1 && !(error[c] <= limit)) {
+                continue;
+            }
 
-        for (int start = 0; start < TSQ_SEARCH_STARTS; start++) {
-            int zc = tsq_encode_z(z_mid + 0.4f*(start - 1), nbits);
+            const float d  = tsq_decode_d(first + c);
+            const float id = 1.0f/d;
+            for (int i = 0; i < QK_TSQ; i++) {
+                xs[i] = x[i]*id;
+            }
+            const struct tsq_block b = { xs, w, sw, nbits };
 
-            for (int step = 0; step < TSQ_SEARCH_STEPS; step++) {
-                const float z = tsq_decode_z(zc, nbits);
+            const float z_mid = 0.5f*(qmax - (lo + hi)*id);
+            const float sides[3] = { z_mid, z_mid - TSQ_SEARCH_SIDE, z_mid + TSQ_SEARCH_SIDE };
 
-                tsq_assign(x, id, z, qmax, n, qt);
-
-                const float err = d*d*tsq_error(x, w, id, z, qt, n);
+            for (int side = pass; side <= 2*pass; side++) {
+                uint8_t z = 64;
+                const float err = d*d*tsq_descend(&b, tsq_encode_z(sides[side], nbits), &z, qt);
+                if (pass == 0) {
+                    error[c] = err;
+                }
                 if (best < 0.0f || err < best) {
                     best    = err;
-                    *d_code = dc;
-                    *z_code = zc;
-                    memcpy(q, qt, n*sizeof(float));
+                    *d_code = first + c;
+                    *z_code = z;
+                    memcpy(q, qt, sizeof(qt));
                 }
-
-                const int next = sw > 0.0f ? tsq_encode_z(tsq_shift(x, w, id, qt, n)/sw, nbits) : zc;
-                if (next == zc) {
-                    break;
-                }
-                zc = next;
             }
         }
     }
@@ -123,7 +168,7 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
 
 static void quantize_block_tsq2(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, block_tsq2 * GGML_RESTRICT y) {
     float q[QK_TSQ];
-    tsq_search(x, w, 2, QK_TSQ, &y->d, &y->z, q);
+    tsq_search(x, w, 2, &y->d, &y->z, q);
 
     for (int j = 0; j < QK_TSQ/4; j++) {
         y->qs[j] = (uint8_t) q[j] | (uint8_t) q[j + 16] << 2 | (uint8_t) q[j + 32] << 4 | (uint8_t) q[j + 48] << 6;
