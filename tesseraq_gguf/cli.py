@@ -45,6 +45,10 @@ app.add_typer(runtime_app, name="runtime")
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
 
 
+class _Stopped(Exception):  # noqa: N818  (nothing went wrong)
+    """The user pressed Ctrl-C, and there is something to say about it."""
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit. Bugs, and nothing else, show a traceback."""
     # before torch is imported: OpenMP threads that spin while they wait stall when the machine does anything else
@@ -59,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except TesseraqError as error:
         _print_log(error)
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as error:
-        _print_line(str(error.__cause__ or error) or "stopped")
+    except (_Stopped, KeyboardInterrupt, typer.Abort) as error:
+        _print_line(str(error) or "stopped")
         sys.exit(INTERRUPTED)
     except _UsageProblem as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -71,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # the reader of our output left, as `head` does; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
+    if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+        _print_line("stopped")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -159,6 +165,9 @@ def convert(
     from tesseraq_gguf.recipe import Recipe
 
     _refuse_conflicts(context, type, method)
+    embedding = tensor_type(embedding_type or ("q8_0" if tensor_type(type).custom else type))
+    if embedding.custom:
+        raise UsageError(f"--embedding-type {embedding.name} cannot be meant: embedding and output are not learned")
     recipe = Recipe(
         model=model,
         out=out,
@@ -169,21 +178,20 @@ def convert(
         samples=samples,
         seqlen=seqlen,
         device=device,
-        embedding_type=embedding_type or ("q8_0" if tensor_type(type).custom else type),
+        embedding_type=embedding.name,
         work_dir=work_dir,
         fresh=fresh,
         seed=seed,
     )
-    with ConvertProgress() as progress:
-        progress.stage("Loading torch")
-        from tesseraq_gguf.pipeline import convert as run
+    try:
+        with ConvertProgress() as progress:
+            progress.stage("Loading torch")
+            from tesseraq_gguf.pipeline import convert as run
 
-        _quieten_transformers()
-        try:
+            _quieten_transformers()
             report = run(recipe, progress)
-        except KeyboardInterrupt:
-            kept = "stopped; finished blocks are kept, run the same command again to go on"
-            raise KeyboardInterrupt(kept) from None
+    except KeyboardInterrupt:
+        raise _Stopped("stopped; finished blocks are kept, run the same command again to go on") from None
     facts = {name: getattr(report, name) for name in report.__dataclass_fields__}
     if as_json:
         _print_json(facts)
@@ -316,7 +324,12 @@ def runtime_path(backend: Annotated[str, typer.Option(help="Which devices it is 
 def runtime_info(
     backend: Annotated[str, typer.Option(help="Which devices it is for.")] = "cpu", as_json: Json = False
 ) -> None:
-    """Tell which runtime is needed and which is there: what a bug report should contain."""
+    """Tell which runtime is needed and which is there: what a bug report should contain.
+
+    \b
+    Example:
+      tesseraq-gguf runtime info --json
+    """
     from tesseraq_gguf.runtime import info
 
     data = info(backend)
