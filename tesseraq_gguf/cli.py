@@ -258,7 +258,10 @@ def inspect(file: Annotated[Path, typer.Argument(help="The GGUF file.")], as_jso
     if as_json:
         _print_json(seen.to_json())
     else:
-        Console().print(render(seen))
+        console = Console()
+        if not console.is_terminal:
+            console.width = max(console.width, 140)  # nobody wants names cut off in a file or a pipe
+        console.print(render(seen))
 
 
 @app.command()
