@@ -33,8 +33,8 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset(samples=64, length=256, steps=8, batch=4, rounding_rate=2e-2, parameter_rate=4e-3),
-    "balanced": Preset(samples=128, length=256, steps=25, batch=4, rounding_rate=1e-2, parameter_rate=2e-3),
+    "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2),
+    "balanced": Preset(samples=256, length=256, steps=25, batch=4, rounding_rate=3e-2, parameter_rate=5e-3),
     "best": Preset(samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3),
 }
 """`best` is the paper's setting (arXiv 2410.19103, §4.1); the others spend less and take larger steps."""

@@ -19,14 +19,21 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from tesseraq_gguf.grids import AffineGrid, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.sensitivity import channel_sensitivity
+
+Finished = Callable[[int], "tuple[dict[str, QuantizedTensor], float | None, float | None] | None"]
+"""Gives what an earlier run learned for a block (tensors, loss before, loss after), or None."""
 
 Weights = Mapping[str, Tensor]
 """Weights of a block's matrices by module name, float32 [out, in]."""
+
+
+_REPORTED_SAMPLES = 32
+"""Losses told to the user are means over so many samples: what they cost should not be felt."""
 
 
 @dataclass
@@ -38,6 +45,7 @@ class BlockProblem:
         grids: the grid of each matrix to learn, by module name.
         inputs: X_q, float32 [samples, length, hidden] on the CPU.
         targets: Y, the same shape.
+        sensitivity: weight of the squared error per position and channel, float32 [length, hidden].
         arguments: what the model hands to this block besides hidden states.
         device: where to compute.
         autocast: dtype of matrix products while learning; float32 means no autocast.
@@ -49,6 +57,7 @@ class BlockProblem:
     grids: dict[str, AffineGrid]
     inputs: Tensor
     targets: Tensor
+    sensitivity: Tensor
     arguments: dict[str, Any]
     device: torch.device
     autocast: torch.dtype
@@ -62,32 +71,31 @@ class BlockProblem:
 
     def forward(self, hidden: Tensor, weights: Weights | None = None) -> Tensor:
         """Run the block on hidden states [batch, length, hidden], with `weights` in place of its own where given."""
-        replaced = {f"{name}.weight": w for name, w in (weights or {}).items()}
-        out = functional_call(self.block.module, replaced, (hidden,), self.arguments)
-        return out if isinstance(out, Tensor) else out[0]
+        return self.block.run(hidden, self.arguments, weights)
 
     def loss(self, weights: Weights, samples: Tensor) -> Tensor:
-        """Squared error of the block's output, summed over channels, mean over the tokens of the samples (an index tensor)."""
+        """Squared error of the block's output, weighted and summed over channels, mean over the tokens of the samples (an index tensor)."""
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32):
             out = self.forward(hidden, weights)
-        return (out.float() - target).pow(2).sum(-1).mean()
+        return ((out.float() - target).pow(2) * self.sensitivity).sum(-1).mean()
 
     def draw(self, count: int) -> Tensor:
         """Draw `count` different sample indices."""
         return torch.randperm(len(self.inputs), generator=self.generator)[:count]
 
     @torch.no_grad()
-    def second_moments(self) -> dict[str, Tensor]:
+    def second_moments(self, samples: int) -> dict[str, Tensor]:
         """Return mean x·xᵀ of the inputs of each matrix on the quantised chain, float32 [in, in] by module name.
 
-        Matrices with the same input share one tensor.
+        Matrices with the same input share one tensor. At most the first `samples` samples are run.
         """
         modules = self.block.matrices()
         sums: dict[str, Tensor] = {}
         leader: dict[str, str] = {}
         seen: dict[int, str] = {}
-        tokens = self.inputs.shape[0] * self.inputs.shape[1]
+        inputs = self.inputs[:samples]
+        tokens = inputs.shape[0] * inputs.shape[1]
 
         def hook(name: str) -> Callable[..., None]:
             def add(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -102,7 +110,7 @@ class BlockProblem:
 
         handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
         try:
-            for batch in self.inputs.split(1):
+            for batch in inputs.split(1):
                 alive: list[Tensor] = []
                 seen.clear()
                 self.forward(batch.to(self.device))
@@ -129,7 +137,7 @@ class BlockResult:
     Attributes:
         index: the block's position.
         tensors: learned matrices by checkpoint name.
-        loss_before: mean loss over all samples with round-to-nearest weights in the same types.
+        loss_before: mean loss over some samples with round-to-nearest weights in the same types; None if not measured.
         loss_after: the same with the learned weights.
         seconds: time it took.
         resumed: True if an earlier run had learned it.
@@ -137,8 +145,8 @@ class BlockResult:
 
     index: int
     tensors: dict[str, QuantizedTensor]
-    loss_before: float
-    loss_after: float
+    loss_before: float | None
+    loss_after: float | None
     seconds: float
     resumed: bool = False
 
@@ -162,22 +170,25 @@ class Reconstruction:
     seed: int
     autocast: torch.dtype
     report: Callable[[int, int, int], None] = lambda *_: None
+    sensitivity_samples: int = 16
 
-    def run(self, tokens: Tensor, finished: Callable[[int], tuple[dict[str, QuantizedTensor], float, float] | None]) -> Iterator[BlockResult]:
+    def run(self, tokens: Tensor, finished: Finished) -> Iterator[BlockResult]:
         """Learn block after block.
 
         Args:
             tokens: calibration tokens, int64 [samples, length].
-            finished: gives what an earlier run learned for a block (tensors, loss before, loss after), or None.
+            finished: gives what an earlier run learned.
 
         Yields:
             One result per block, in order. The caller keeps it before asking for the next.
         """
+        few = tokens[: self.sensitivity_samples]
+        sensitivity = channel_sensitivity(self.decoder, few, self.seed)
         full, recorded = self.decoder.stem(tokens)
         quantised = full.clone()
         for index in range(len(self.decoder)):
             started = time.monotonic()
-            problem = self._problem(index, full, quantised, recorded)
+            problem = self._problem(index, full, quantised, sensitivity[index], recorded)
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
             _run_in_place(problem, full, {})
             stored = finished(index)
@@ -197,7 +208,7 @@ class Reconstruction:
             del problem, weights
             yield result
 
-    def _problem(self, index: int, full: Tensor, quantised: Tensor, recorded: BlockInputs) -> BlockProblem:
+    def _problem(self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs) -> BlockProblem:
         block = self.decoder.load_block(index)
         named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in block.matrices()}
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {index}".encode()).digest()[:7], "big")
@@ -206,6 +217,7 @@ class Reconstruction:
             grids={name: grid_of(t) for name, t in named.items() if t is not None},
             inputs=quantised,
             targets=full,
+            sensitivity=sensitivity.to(self.decoder.device),
             arguments=recorded.arguments[index],
             device=self.decoder.device,
             autocast=self.autocast,
@@ -233,5 +245,6 @@ def _run_in_place(problem: BlockProblem, activations: Tensor, weights: Weights) 
 
 @torch.no_grad()
 def _mean_loss(problem: BlockProblem, weights: Weights) -> float:
-    losses = [float(problem.loss(weights, torch.tensor([i]))) for i in range(len(problem.inputs))]
+    some = torch.arange(min(len(problem.inputs), _REPORTED_SAMPLES))
+    losses = [float(problem.loss(weights, batch)) for batch in some.split(1)]
     return sum(losses) / len(losses)

@@ -38,9 +38,11 @@ class GPTQ:
 
     Attributes:
         damping: share of the mean of H's diagonal that is added to the diagonal.
+        samples: calibration sequences that H is measured on, at most.
     """
 
     damping: float = 0.01
+    samples: int = 128
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Round each matrix of the block against the second moments of its inputs."""
@@ -48,7 +50,7 @@ class GPTQ:
 
     def compensate(self, problem: BlockProblem) -> dict[str, Compensated]:
         """Return tensors and the moved weights of all matrices, by module name."""
-        moments = problem.second_moments()
+        moments = problem.second_moments(self.samples)
         return {
             name: compensate(w, moments[name], problem.grids[name], self.damping) for name, w in problem.matrices().items()
         }
@@ -75,14 +77,17 @@ def compensate(weight: Tensor, moment: Tensor, grid: AffineGrid, damping: float)
         d, z = grid.search(w[:, columns], importance[columns])
         d_codes[:, group], z_codes[:, group] = d[:, 0], z[:, 0]
         scale, zero = decode_scale(d)[:, 0], grid.decode_zero(z)[:, 0]
-        block, factor = w[:, columns], upper[columns, columns]
+        # column by column: transposed, a column is contiguous
+        block, factor = w[:, columns].T.contiguous(), upper[columns, columns]
         errors = torch.empty_like(block)
+        q = torch.empty_like(block)
         for j in range(GROUP):
-            q = (block[:, j] / scale + zero).round_().clamp_(0, grid.highest)
-            codes[:, group * GROUP + j] = q.to(torch.uint8)
-            errors[:, j] = (block[:, j] - scale * (q - zero)) / factor[j, j]
-            block[:, j + 1 :] -= errors[:, j, None] * factor[j, j + 1 :]
-        w[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
+            torch.div(block[j], scale, out=q[j]).add_(zero).round_().clamp_(0, grid.highest)
+            torch.div(block[j] - scale * (q[j] - zero), factor[j, j], out=errors[j])
+            block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        w[:, columns] = block.T
+        codes[:, columns] = q.T.to(torch.uint8)
+        w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
     return Compensated(grid.assemble(codes, d_codes, z_codes), w)
 
 

@@ -1,14 +1,32 @@
-"""Round to nearest: every group gets the parameters with the least squared error of its weights; no data, no learning."""
+"""Round to nearest: every group gets the parameters with the least squared error of its weights. No data, no learning, no order."""
 
 from __future__ import annotations
 
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem
+import time
+from collections.abc import Iterator, Mapping
+
+from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.models.decoder import Decoder
+from tesseraq_gguf.reconstruction import BlockResult, Finished
 
 
-class RoundToNearest:
-    """The baseline every other method must beat."""
+def round_blocks(decoder: Decoder, types: Mapping[str, str], finished: Finished) -> Iterator[BlockResult]:
+    """Round the matrices of every block: the baseline every method must beat.
 
-    def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
-        """Round each matrix by itself."""
-        return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
+    Args:
+        decoder: the model.
+        types: tensor type of each matrix to round, by checkpoint name.
+        finished: gives what an earlier run rounded.
+
+    Yields:
+        One result per block, in order, without losses: nothing is run.
+    """
+    for index in range(len(decoder)):
+        started = time.monotonic()
+        if (stored := finished(index)) is not None:
+            yield BlockResult(index, stored[0], None, None, 0.0, resumed=True)
+            continue
+        block = decoder.load_block(index)
+        named = {f"{block.prefix}{name}.weight": module.weight for name, module in block.matrices().items()}
+        tensors = {name: grid_of(types[name]).quantize(weight.detach()) for name, weight in named.items() if name in types}
+        yield BlockResult(index, tensors, None, None, time.monotonic() - started)

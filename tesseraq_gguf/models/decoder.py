@@ -7,13 +7,14 @@ what the model hands to each block; `load_block` gives one block its weights fro
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models.source import ModelSource
@@ -38,6 +39,18 @@ class LoadedBlock:
     def matrices(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the block by module name: the matrices that methods learn."""
         return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+
+    def run(self, hidden: Tensor, arguments: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            hidden: [batch, length, hidden].
+            arguments: what the model hands to this block besides hidden states.
+            weights: matrices [out, in] by module name to use in place of the block's own.
+        """
+        replaced = {f"{name}.weight": w for name, w in (weights or {}).items()}
+        out = functional_call(self.module, replaced, (hidden,), arguments)
+        return out if isinstance(out, Tensor) else out[0]
 
 
 @dataclass(frozen=True)
@@ -144,18 +157,44 @@ class Decoder:
     @torch.no_grad()
     def mean_loss(self, hidden: Tensor, tokens: Tensor) -> float:
         """Return the mean next-token cross-entropy in nats of final hidden states [samples, length, hidden] on `tokens`."""
-        norm = copy.deepcopy(_final_norm(self._model.base_model)[1])
-        self._fill(norm, f"{self._base_prefix()}{_final_norm(self._model.base_model)[0]}.")
-        total, count = 0.0, 0
-        head = self._output_weight()
-        soft_cap = getattr(self.config, "final_logit_softcapping", None)
+        norm, head = self._head()
+        total = 0.0
         for h, t in zip(hidden, tokens, strict=True):
-            logits = norm.to(self.device)(h.to(self.device)) @ head.T
-            if soft_cap:
-                logits = soft_cap * torch.tanh(logits / soft_cap)
-            total += float(nn.functional.cross_entropy(logits[:-1].float(), t[1:].to(self.device), reduction="sum"))
-            count += len(t) - 1
-        return total / count
+            logits = self._logits(norm, head, h.to(self.device))
+            total += float(nn.functional.cross_entropy(logits[:-1], t[1:].to(self.device), reduction="sum"))
+        return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    def answer_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient of the log-probability of answers drawn from the model itself.
+
+        Args:
+            hidden: final hidden states, float32 [samples, length, hidden].
+            generator: draws one answer per position.
+
+        Returns:
+            The gradient with respect to `hidden`, of the same shape, on the CPU.
+        """
+        norm, head = self._head()
+        gradients = []
+        for h in hidden:
+            h = h.to(self.device).requires_grad_()
+            logits = self._logits(norm, head, h)
+            uniform = torch.rand(len(h), 1, generator=generator).to(self.device)
+            drawn = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), uniform).clamp_max(logits.shape[-1] - 1)
+            score = logits.log_softmax(-1).gather(1, drawn).sum()
+            gradients.append(torch.autograd.grad(score, h)[0].cpu())
+        return torch.stack(gradients)
+
+    def _head(self) -> tuple[nn.Module, Tensor]:
+        name, norm = _final_norm(self._model.base_model)
+        norm = copy.deepcopy(norm)
+        self._fill(norm, f"{self._base_prefix()}{name}.")
+        return norm.to(self.device).requires_grad_(False), self._output_weight()
+
+    def _logits(self, norm: nn.Module, head: Tensor, hidden: Tensor) -> Tensor:
+        logits = (norm(hidden) @ head.T).float()
+        soft_cap = getattr(self.config, "final_logit_softcapping", None)
+        return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
     def _output_weight(self) -> Tensor:
         name = "lm_head.weight"

@@ -1,0 +1,126 @@
+"""Calibration: text to token sequences of one length."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.errors import CalibrationError, ModelError
+from tesseraq_gguf.models.source import ModelSource
+
+DATASETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": ("allenai/c4", "en"),
+}
+"""Text sets by name, through `datasets`: path and configuration on the hub."""
+
+BUILT_IN = "python-topics"
+"""Name of the default text: the topics of Python's own help, English prose with code. It ships with every Python."""
+
+_CHARACTERS_PER_TOKEN = 8
+"""Enough text per token wanted from a streamed set: more than any tokenizer needs on average."""
+
+_FEWEST = 4
+"""Fewer sequences than this are no calibration."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Token sequences to learn on.
+
+    Attributes:
+        name: where the text came from.
+        tokens: int64 [samples, length].
+    """
+
+    name: str
+    tokens: Tensor
+
+    def fingerprint(self) -> str:
+        """Return a hash of the tokens."""
+        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+def load_calibration(source: ModelSource, text: str | None, samples: int, length: int, seed: int) -> Calibration:
+    """Cut a text into sequences and draw `samples` of them.
+
+    The text is tokenised whole, cut into pieces without overlap, each opened by the beginning-of-sequence token if the model has the
+    habit; which pieces are taken depends on the seed alone. A text with fewer pieces gives all it has.
+
+    Args:
+        source: the model, for its tokenizer.
+        text: a file, a name in `DATASETS`, or None for the built-in text.
+        samples: sequences wanted.
+        length: tokens of a sequence.
+        seed: of the draw.
+
+    Raises:
+        CalibrationError: missing, unreadable, empty, or too short a text.
+    """
+    name = text or BUILT_IN
+    pieces = _pieces(source, _read(text, samples * length * _CHARACTERS_PER_TOKEN), length)
+    if len(pieces) < min(samples, _FEWEST):
+        raise CalibrationError(
+            f"the calibration text {name} is too short: it fills {len(pieces)} sequences of {length} tokens, "
+            f"and at least {min(samples, _FEWEST)} are needed. Give a longer text or a smaller --seqlen"
+        )
+    order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
+    return Calibration(Path(name).name, pieces[order[:samples]])
+
+
+def _read(text: str | None, enough: int) -> str:
+    if text is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[key] for key in sorted(topics))
+    if text in DATASETS:
+        return _stream(text, enough)
+    path = Path(text).expanduser()
+    try:
+        content = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        known = " or ".join(DATASETS)
+        raise CalibrationError(f"no calibration text at {text}. Give a text file, or {known}") from None
+    except OSError as error:
+        raise CalibrationError(f"the calibration text {text} cannot be read: {error.strerror}") from error
+    if not content.strip():
+        raise CalibrationError(f"the calibration text {text} is empty")
+    return content
+
+
+def _stream(name: str, enough: int) -> str:
+    from datasets import load_dataset
+
+    path, configuration = DATASETS[name]
+    parts, size = [], 0
+    try:
+        for row in load_dataset(path, configuration, split="train", streaming=True):
+            parts.append(row["text"])
+            size += len(row["text"])
+            if size >= enough:
+                break
+    except Exception as error:  # datasets and the hub raise many unrelated kinds
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise CalibrationError(f"the text set {name} could not be fetched ({reason}). Give a text file instead") from error
+    return "\n\n".join(parts) if name == "c4" else "".join(parts)
+
+
+def _pieces(source: ModelSource, text: str, length: int) -> Tensor:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        with_specials = tokenizer("a").input_ids
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    except Exception as error:  # tokenizers raise many unrelated kinds
+        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+        raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {reason}") from error
+    begin = [tokenizer.bos_token_id] if with_specials[:1] == [tokenizer.bos_token_id] else []
+    body = length - len(begin)
+    count = len(ids) // body
+    pieces = torch.tensor(ids[: count * body], dtype=torch.int64).view(count, body)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)

@@ -1,0 +1,114 @@
+"""The work directory: finished blocks of a run, so that a killed run goes on at the next block.
+
+`run.json` says which run the blocks belong to. Whatever changes what would be learned (model, calibration, method, types, settings, seed,
+precision) changes the identity, and blocks of another identity are refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.quantized import QuantizedTensor, load_tensors, save_tensors
+from tesseraq_gguf.reconstruction import BlockResult
+
+Identity = Mapping[str, object]
+"""What a run is, JSON-ready."""
+
+
+class WorkDirectory:
+    """Finished blocks on disk. Use as a context manager: one process at a time.
+
+    Args:
+        folder: made if it is not there.
+        identity: of the present run.
+        fresh: remove what an earlier run left.
+
+    Raises:
+        UsageError: the folder cannot be used, another process uses it, or it holds another run's blocks.
+    """
+
+    def __init__(self, folder: Path, identity: Identity, fresh: bool) -> None:
+        self.folder = folder
+        self._identity: dict[str, object] = json.loads(json.dumps(identity))
+        self._fresh = fresh
+        self._lock = FileLock(f"{folder}.lock")
+
+    def __enter__(self) -> WorkDirectory:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"another run is using the work directory {self.folder}. Wait for it, or give --work-dir") from None
+        except OSError as error:
+            raise UsageError(f"the work directory {self.folder} cannot be used: {error.strerror}") from error
+        try:
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        state = self.folder / "run.json"
+        if self.folder.exists() and not state.is_file() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UsageError(f"{self.folder} is not a work directory of this program. Give another --work-dir")
+        if self._fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if state.is_file():
+            earlier = _parse(state)
+            changed = sorted(k for k in earlier.keys() | self._identity.keys() if earlier.get(k) != self._identity.get(k))
+            if changed:
+                raise UsageError(
+                    f"{self.folder} holds finished blocks of a run that differs in {', '.join(changed)}. "
+                    "Use --fresh to start over, or another --work-dir"
+                )
+            return
+        self.folder.mkdir(exist_ok=True)
+        with temporary_sibling(state) as partial:
+            partial.write_text(json.dumps(self._identity, indent=2), encoding="utf-8")
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"block-{index:04d}.safetensors"
+
+    def keep(self, result: BlockResult) -> None:
+        """Write a finished block; it appears whole or not at all."""
+        notes = {"loss_before": json.dumps(result.loss_before), "loss_after": json.dumps(result.loss_after)}
+        save_tensors(self._file(result.index), result.tensors, notes)
+
+    def finished(self, index: int) -> tuple[dict[str, QuantizedTensor], float | None, float | None] | None:
+        """Return what an earlier run learned for a block: tensors, loss before, loss after; None if it did not get there."""
+        file = self._file(index)
+        if not file.is_file():
+            return None
+        tensors, notes = load_tensors(file)
+        return tensors, json.loads(notes["loss_before"]), json.loads(notes["loss_after"])
+
+    def files(self) -> list[Path]:
+        """Return the files of all finished blocks, in order."""
+        return sorted(self.folder.glob("block-*.safetensors"))
+
+    def remove(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _parse(state: Path) -> dict[str, object]:
+    try:
+        parsed = json.loads(state.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
