@@ -48,7 +48,8 @@ class Calibration:
 def load_calibration(source: ModelSource, text: str | None, samples: int, length: int, seed: int) -> Calibration:
     """Cut a text into sequences and draw `samples` of them.
 
-    The text is tokenised whole, cut into pieces without overlap, each opened by the beginning-of-sequence token if the model has the
+    The text is tokenised whole, cut into pieces without overlap, each opened by the beginning-of-sequence token if the
+    model has the
     habit; which pieces are taken depends on the seed alone. A text with fewer pieces gives all it has.
 
     Args:
@@ -105,7 +106,9 @@ def _stream(name: str, enough: int) -> str:
                 break
     except Exception as error:  # datasets and the hub raise many unrelated kinds
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise CalibrationError(f"the text set {name} could not be fetched ({reason}). Give a text file instead") from error
+        raise CalibrationError(
+            f"the text set {name} could not be fetched ({reason}). Give a text file instead"
+        ) from error
     return "\n\n".join(parts) if name == "c4" else "".join(parts)
 
 

@@ -24,7 +24,8 @@ def cache_folder(kind: str) -> Path:
 def temporary_sibling(target: Path) -> Iterator[Path]:
     """Give a path beside `target` to build in; rename it to `target` if the body ends well, remove it if not.
 
-    The path does not exist yet: the body makes a file or a folder there. An existing file at `target` is replaced in one step.
+    The path does not exist yet: the body makes a file or a folder there. An existing file at `target` is replaced in
+    one step.
     """
     home = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     partial = home / target.name

@@ -27,7 +27,11 @@ from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Finished, Method, Reconstruction
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import ensure_source
+from tesseraq_gguf.sensitivity import channel_sensitivity
 from tesseraq_gguf.work_directory import WorkDirectory
+
+_SENSITIVITY_SAMPLES = 16
+"""Calibration sequences that the sensitivity of the channels is measured on."""
 
 
 class Progress(Reporter, Protocol):
@@ -80,7 +84,8 @@ class ConversionReport:
 def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionReport:
     """Learn a model and write it as a GGUF file. Every error a user can cause is a `TesseraqError`.
 
-    The same recipe again goes on after the last finished block; the file appears under its name only when it is whole and verified.
+    The same recipe again goes on after the last finished block; the file appears under its name only when it is whole
+    and verified.
 
     Args:
         recipe: what to make.
@@ -97,12 +102,26 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     decoder = Decoder(source, device)
     if not recipe.learns:
         progress.stage(f"Writing {recipe.out.name} in {target.name}; nothing is learned")
-        write_plain(source, recipe.out, target.name, embedding_type=recipe.embedding_type, say=progress.note, progress=progress.advance, tree=tree)
+        write_plain(
+            source,
+            recipe.out,
+            target.name,
+            embedding_type=recipe.embedding_type,
+            say=progress.note,
+            progress=progress.advance,
+            tree=tree,
+        )
         return _report(recipe, len(decoder), 0, {}, started)
     shapes = decoder.matrix_shapes()
-    fallbacks = {name: f"rows of {columns} are no multiple of {GROUP}" for name, (_, columns) in shapes.items() if columns % GROUP}
+    fallbacks = {
+        name: f"rows of {columns} are no multiple of {GROUP}"
+        for name, (_, columns) in shapes.items()
+        if columns % GROUP
+    }
     progress.stage("Asking llama.cpp's converter about the model")
-    fallbacks |= check_source(source, {name: shape for name, shape in shapes.items() if name not in fallbacks}, tree=tree)
+    fallbacks |= check_source(
+        source, {name: shape for name, shape in shapes.items() if name not in fallbacks}, tree=tree
+    )
     for name, reason in fallbacks.items():
         progress.note(f"{name} is not learned and gets a stock type: {reason}")
     types = {name: target.name for name in shapes if name not in fallbacks}
@@ -143,7 +162,10 @@ def _calibration(recipe: Recipe, source: object, progress: Progress) -> Calibrat
     progress.stage("Reading the calibration text")
     calibration = load_calibration(source, recipe.calibration, settings.samples, settings.length, recipe.seed)  # type: ignore[arg-type]
     if len(calibration.tokens) < settings.samples:
-        progress.note(f"the calibration text gives {len(calibration.tokens)} sequences of {settings.length} tokens, fewer than the {settings.samples} asked for")
+        progress.note(
+            f"the calibration text gives {len(calibration.tokens)} sequences of {settings.length} tokens, "
+            f"fewer than the {settings.samples} asked for"
+        )
     return calibration
 
 
@@ -159,6 +181,13 @@ def _results(
     if calibration is None:
         yield from round_blocks(decoder, types, finished)
         return
+    stored = [finished(index) for index in range(len(decoder))]
+    if all(s is not None for s in stored):
+        for index, s in enumerate(stored):
+            assert s is not None
+            yield BlockResult(index, *s, seconds=0.0, resumed=True)
+        return
+    del stored
     walk = Reconstruction(
         decoder=decoder,
         method=_method(recipe),
@@ -168,9 +197,13 @@ def _results(
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
     )
     try:
-        yield from walk.run(calibration.tokens, finished)
+        few = calibration.tokens[:_SENSITIVITY_SAMPLES]
+        sensitivity = channel_sensitivity(decoder, few, recipe.seed, progress.advance)
+        yield from walk.run(calibration.tokens, sensitivity, finished)
     except torch.OutOfMemoryError as error:
-        raise TesseraqError(f"not enough memory on {decoder.device}: use fewer --samples, a smaller --seqlen, or --device cpu") from error
+        raise TesseraqError(
+            f"not enough memory on {decoder.device}: use fewer --samples, a smaller --seqlen, or --device cpu"
+        ) from error
 
 
 def _method(recipe: Recipe) -> Method:

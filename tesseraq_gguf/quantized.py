@@ -1,4 +1,7 @@
-"""QuantizedTensor: what a block leaves behind. Integer codes and parameters; nothing is derived from floats after this point."""
+"""QuantizedTensor: what a block leaves behind.
+
+Integer codes and parameters; nothing is derived from floats after this point.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ def save_tensors(file: Path, tensors: dict[str, QuantizedTensor], notes: dict[st
     """
     from safetensors.torch import save_file
 
-    flat = {f"{name}{_SEPARATOR}{key}": a.contiguous().cpu() for name, t in tensors.items() for key, a in t.arrays.items()}
+    flat = {
+        f"{name}{_SEPARATOR}{key}": a.contiguous().cpu() for name, t in tensors.items() for key, a in t.arrays.items()
+    }
     metadata = {f"type{_SEPARATOR}{name}": t.type for name, t in tensors.items()}
     metadata |= {f"note{_SEPARATOR}{key}": value for key, value in (notes or {}).items()}
     with temporary_sibling(file) as partial:

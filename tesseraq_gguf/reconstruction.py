@@ -5,7 +5,8 @@ The full-precision chain gives each block's target, the chain through the blocks
     Y = F(X_fp, W)      the method minimises the distance of F(X_q, Ŵ) to Y
     X_fp <- Y           X_q <- F(X_q, Ŵ)
 
-The engine knows no method and no file format. A finished block leaves as `QuantizedTensor`s through `on_block`; a block that an earlier
+The engine knows no method and no file format. A finished block leaves as `QuantizedTensor`s through `on_block`; a
+block that an earlier
 run finished comes back through `finished` and is only run, not learned.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +24,6 @@ from torch import Tensor
 from tesseraq_gguf.grids import AffineGrid, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.sensitivity import channel_sensitivity
 
 Finished = Callable[[int], "tuple[dict[str, QuantizedTensor], float | None, float | None] | None"]
 """Gives what an earlier run learned for a block (tensors, loss before, loss after), or None."""
@@ -74,7 +74,12 @@ class BlockProblem:
         return self.block.run(hidden, self.arguments, weights)
 
     def loss(self, weights: Weights, samples: Tensor) -> Tensor:
-        """Squared error of the block's output, weighted and summed over channels, mean over the tokens of the samples (an index tensor)."""
+        """Weighted squared error of the block's output, summed over channels, mean over tokens.
+
+        Args:
+            weights: to use in place of the block's own.
+            samples: which samples to run, int64.
+        """
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32):
             out = self.forward(hidden, weights)
@@ -170,20 +175,18 @@ class Reconstruction:
     seed: int
     autocast: torch.dtype
     report: Callable[[int, int, int], None] = lambda *_: None
-    sensitivity_samples: int = 16
 
-    def run(self, tokens: Tensor, finished: Finished) -> Iterator[BlockResult]:
+    def run(self, tokens: Tensor, sensitivity: Sequence[Tensor], finished: Finished) -> Iterator[BlockResult]:
         """Learn block after block.
 
         Args:
             tokens: calibration tokens, int64 [samples, length].
+            sensitivity: for each block the weights of its squared error, float32 [length, hidden].
             finished: gives what an earlier run learned.
 
         Yields:
             One result per block, in order. The caller keeps it before asking for the next.
         """
-        few = tokens[: self.sensitivity_samples]
-        sensitivity = channel_sensitivity(self.decoder, few, self.seed)
         full, recorded = self.decoder.stem(tokens)
         quantised = full.clone()
         for index in range(len(self.decoder)):
@@ -192,6 +195,8 @@ class Reconstruction:
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
             _run_in_place(problem, full, {})
             stored = finished(index)
+            before: float | None
+            after: float | None
             if stored is None:
                 learned = self.method.learn(problem)
                 weights = _dequantized(problem, learned)
@@ -208,7 +213,9 @@ class Reconstruction:
             del problem, weights
             yield result
 
-    def _problem(self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs) -> BlockProblem:
+    def _problem(
+        self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs
+    ) -> BlockProblem:
         block = self.decoder.load_block(index)
         named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in block.matrices()}
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {index}".encode()).digest()[:7], "big")
@@ -231,16 +238,16 @@ def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
 
 
 def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
-    return {
-        name: problem.grids[name].dequantize(t).to(problem.device) for name, t in tensors.items()
-    }
+    return {name: problem.grids[name].dequantize(t).to(problem.device) for name, t in tensors.items()}
 
 
 @torch.no_grad()
 def _run_in_place(problem: BlockProblem, activations: Tensor, weights: Weights) -> None:
     """Replace activations [samples, length, hidden] by the block's output, sample by sample."""
     for sample in range(len(activations)):
-        activations[sample] = problem.forward(activations[sample : sample + 1].to(problem.device), weights)[0].float().cpu()
+        activations[sample] = (
+            problem.forward(activations[sample : sample + 1].to(problem.device), weights)[0].float().cpu()
+        )
 
 
 @torch.no_grad()

@@ -1,11 +1,13 @@
 """How much the model's answer feels an error in each channel of the residual stream, after every block.
 
-A block's squared error counts channels alike, but what follows does not: language models keep a few channels a thousand times larger than
+A block's squared error counts channels alike, but what follows does not: language models keep a few channels a
+thousand times larger than
 the rest, and every norm that reads them scales them down. For a small error e after a block the answer moves by
 
     KL(p || p_e) ≈ ½ eᵀ F e,      F = E[g gᵀ],  g = ∂ log p(y) / ∂ hidden,  y drawn from the model itself
 
-(the Fisher information of the output distribution). Its diagonal, averaged over tokens, weighs the squared error of reconstruction.
+(the Fisher information of the output distribution). Its diagonal, averaged over tokens, weighs the squared error of
+reconstruction.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def channel_sensitivity(
         report: called with (blocks done, blocks in all).
 
     Returns:
-        For each block float32 [length, hidden], mean 1 over the positions from the second on. The first position, where models park attention,
+        For each block float32 [length, hidden], mean 1 over the positions from the second on. The first position,
+        where models park attention,
         has weights of its own; all others share theirs.
     """
     hidden, recorded = decoder.stem(tokens)
@@ -44,7 +47,11 @@ def channel_sensitivity(
     for index in range(len(decoder)):
         block = decoder.load_block(index)
         with torch.no_grad():
-            levels.append(torch.cat([block.run(h, recorded.arguments[index]).cpu() for h in levels[-1].to(decoder.device).split(1)]))
+            levels.append(
+                torch.cat(
+                    [block.run(h, recorded.arguments[index]).cpu() for h in levels[-1].to(decoder.device).split(1)]
+                )
+            )
         report(index + 1, total)
     gradient = decoder.answer_gradient(levels.pop(), torch.Generator().manual_seed(seed))
     weights = []

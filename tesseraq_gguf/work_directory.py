@@ -1,6 +1,7 @@
 """The work directory: finished blocks of a run, so that a killed run goes on at the next block.
 
-`run.json` says which run the blocks belong to. Whatever changes what would be learned (model, calibration, method, types, settings, seed,
+`run.json` says which run the blocks belong to. Whatever changes what would be learned (model, calibration, method,
+types, settings, seed,
 precision) changes the identity, and blocks of another identity are refused, never mixed.
 """
 
@@ -45,7 +46,9 @@ class WorkDirectory:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise UsageError(f"another run is using the work directory {self.folder}. Wait for it, or give --work-dir") from None
+            raise UsageError(
+                f"another run is using the work directory {self.folder}. Wait for it, or give --work-dir"
+            ) from None
         except OSError as error:
             raise UsageError(f"the work directory {self.folder} cannot be used: {error.strerror}") from error
         try:
@@ -70,7 +73,9 @@ class WorkDirectory:
             shutil.rmtree(self.folder, ignore_errors=True)
         if state.is_file():
             earlier = _parse(state)
-            changed = sorted(k for k in earlier.keys() | self._identity.keys() if earlier.get(k) != self._identity.get(k))
+            changed = sorted(
+                k for k in earlier.keys() | self._identity.keys() if earlier.get(k) != self._identity.get(k)
+            )
             if changed:
                 raise UsageError(
                     f"{self.folder} holds finished blocks of a run that differs in {', '.join(changed)}. "
@@ -90,7 +95,7 @@ class WorkDirectory:
         save_tensors(self._file(result.index), result.tensors, notes)
 
     def finished(self, index: int) -> tuple[dict[str, QuantizedTensor], float | None, float | None] | None:
-        """Return what an earlier run learned for a block: tensors, loss before, loss after; None if it did not get there."""
+        """Return what an earlier run learned for a block (tensors, loss before, loss after), or None."""
         file = self._file(index)
         if not file.is_file():
             return None

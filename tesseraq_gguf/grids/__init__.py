@@ -1,4 +1,7 @@
-"""Grids: which values a tensor type can hold. A grid quantises, dequantises and searches parameters in torch; it knows no loss."""
+"""Grids: which values a tensor type can hold.
+
+A grid quantises, dequantises and searches parameters in torch; it knows no loss.
+"""
 
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.grids.affine import TSQ2, AffineGrid

@@ -1,6 +1,8 @@
-"""Affine grids of the TSQ types: value d·(q - z) in groups of 64, d an unsigned 8-bit float, z an 8-bit fixed-point number.
+"""Affine grids of the TSQ types: value d·(q - z) in groups of 64, d an unsigned 8-bit float, z an 8-bit fixed-point
+number.
 
-Matrices are [rows, columns]; grouped matrices are [rows, groups, 64]; parameters are [rows, groups]. All arithmetic is float32 and, where
+Matrices are [rows, columns]; grouped matrices are [rows, groups, 64]; parameters are [rows, groups]. All arithmetic is
+float32 and, where
 it makes bytes, equal to the C reference bit for bit.
 """
 
@@ -98,14 +100,18 @@ class AffineGrid:
         return self.assemble(self.encode(weight, decode_scale(d), self.decode_zero(z)), d, z)
 
     def assemble(self, q: Tensor, d: Tensor, z: Tensor) -> QuantizedTensor:
-        """Name codes and parameter codes (all uint8) as this type's arrays. A group whose codes and zero-point say all-zero stays so."""
+        """Name codes and parameter codes (all uint8) as this type's arrays.
+
+        A group whose codes and zero-point say all-zero stays so.
+        """
         return QuantizedTensor(self.type, {"q": q, "d": d, "z": z})
 
     @torch.no_grad()
     def search(self, weight: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Find the d and z of every group that minimise the weighted squared error of rounding to nearest.
 
-        Starts from the group's range shrunk from both ends, refines each candidate by alternating nearest codes and the weighted
+        Starts from the group's range shrunk from both ends, refines each candidate by alternating nearest codes and
+        the weighted
         least-squares d and z, puts d and z on their 8-bit grids, and keeps the best.
 
         Args:
@@ -151,7 +157,11 @@ class AffineGrid:
                 d = torch.where(moved, slope, d).clamp_min(2.0**-24)
                 z = torch.where(moved, mean_q - mean_w / d, z)
             nearest = scale_code(d)
-            for code in (nearest, (nearest.int() + 1).clamp_max(255).to(torch.uint8), (nearest.int() - 1).clamp_min(0).to(torch.uint8)):
+            for code in (
+                nearest,
+                (nearest.int() + 1).clamp_max(255).to(torch.uint8),
+                (nearest.int() - 1).clamp_min(0).to(torch.uint8),
+            ):
                 scale = decode_scale(code)
                 q = (w / scale[:, None] + z[:, None]).round_().clamp_(0, self.highest)
                 zero = self.zero_code((h * q).sum(1) / total_h - total_hw / total_h / scale)

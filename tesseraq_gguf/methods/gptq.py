@@ -1,4 +1,5 @@
-"""GPTQ on a type's own grid (Frantar et al., arXiv 2210.17323): columns are rounded in order, each error fed into the columns after it.
+"""GPTQ on a type's own grid (Frantar et al., arXiv 2210.17323): columns are rounded in order, each error fed into the
+columns after it.
 
     H = mean x·xᵀ of the matrix's inputs on the quantised chain, plus damping
     U = upper Cholesky factor of H⁻¹
@@ -52,7 +53,8 @@ class GPTQ:
         """Return tensors and the moved weights of all matrices, by module name."""
         moments = problem.second_moments(self.samples)
         return {
-            name: compensate(w, moments[name], problem.grids[name], self.damping) for name, w in problem.matrices().items()
+            name: compensate(w, moments[name], problem.grids[name], self.damping)
+            for name, w in problem.matrices().items()
         }
 
 
@@ -92,7 +94,7 @@ def compensate(weight: Tensor, moment: Tensor, grid: AffineGrid, damping: float)
 
 
 def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped inverse of a positive semi-definite matrix [n, n]; damping grows until it exists."""
+    """Upper Cholesky factor of the damped inverse of a second-moment matrix [n, n]; damping grows until it exists."""
     diagonal = moment.diagonal()
     mean = diagonal.mean().clamp_min(1e-12)
     while True:

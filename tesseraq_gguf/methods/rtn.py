@@ -1,4 +1,7 @@
-"""Round to nearest: every group gets the parameters with the least squared error of its weights. No data, no learning, no order."""
+"""Round to nearest: every group gets the parameters with the least squared error of its weights.
+
+No data, no learning, no order.
+"""
 
 from __future__ import annotations
 
@@ -28,5 +31,7 @@ def round_blocks(decoder: Decoder, types: Mapping[str, str], finished: Finished)
             continue
         block = decoder.load_block(index)
         named = {f"{block.prefix}{name}.weight": module.weight for name, module in block.matrices().items()}
-        tensors = {name: grid_of(types[name]).quantize(weight.detach()) for name, weight in named.items() if name in types}
+        tensors = {
+            name: grid_of(types[name]).quantize(weight.detach()) for name, weight in named.items() if name in types
+        }
         yield BlockResult(index, tensors, None, None, time.monotonic() - started)

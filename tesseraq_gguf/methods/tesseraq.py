@@ -8,16 +8,18 @@ Soft quantiser (paper §3, with the fractional zero-point of our types):
 ν starts where Ŵ = W (as far as the range allows), v at 0. Lifecycle of a block:
 
 1. Start: GPTQ on the type's own grid gives d, z and the weights that rounding errors have moved.
-2. Stages k = 1 … K. Each opens by hardening: of all weights, the share `SOFT_SHARE[k]` whose σr(ν) is closest to 0.5 stays soft, the rest
-   is fixed at 0 or 1 for good; Adam's state is reset; then T steps follow on ν, v and z.
-3. Before stage `settle_scales` d·2σ(v) moves to its 8-bit grid and stays; before stage `settle_zeros` z does. The rounding that is
-   still soft then learns against the parameters that the kernel will see.
+2. Stages k = 1 … K. Each opens by hardening: of all weights, the share `SOFT_SHARE[k]` whose σr(ν) is closest to 0.5
+   stays soft, the rest is fixed at 0 or 1 for good; Adam's state is reset; then T steps follow on ν, v and z.
+3. Before stage `settle_scales` d·2σ(v) moves to its 8-bit grid and stays; before stage `settle_zeros` z does. The
+   rounding that is still soft then learns against the parameters that the kernel will see.
 4. After the last stage everything is fixed. Codes and parameter codes leave as integers.
+
+The paper's squared error is weighted by `BlockProblem.sensitivity`; ν learns at a higher rate where steps are few.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.reconstruction import BlockProblem
 
 SOFT_SHARE = (
-    0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21, 0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005,
+    0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21,
+    0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005,
 )  # fmt: skip
 """Share of the weights still soft in each stage of progressive adaptive rounding."""
 
@@ -65,12 +68,13 @@ class TesseraQ:
     scale_decay: float = 1e-4
     settle_scales: int = 14
     settle_zeros: int = 17
-    start: GPTQ = GPTQ()
+    start: GPTQ = field(default_factory=GPTQ)
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Learn all matrices of the block together against the block's output."""
         soft = {
-            name: SoftMatrix(c.weight, c.tensor, problem.grids[name]) for name, c in self.start.compensate(problem).items()
+            name: SoftMatrix(c.weight, c.tensor, problem.grids[name])
+            for name, c in self.start.compensate(problem).items()
         }
         total = len(SOFT_SHARE) * self.steps
         for stage, share in enumerate(SOFT_SHARE):
@@ -121,7 +125,9 @@ class SoftMatrix:
         self._d = decode_scale(tensor.arrays["d"]).view(-1, 1)
         self.zero = grid.decode_zero(tensor.arrays["z"]).view(-1, 1).requires_grad_()
         with torch.no_grad():
-            position = grid.grouped(weight).reshape(-1, weight.shape[-1] // tensor.arrays["d"].shape[-1]) / self._d + self.zero
+            position = (
+                grid.grouped(weight).reshape(-1, weight.shape[-1] // tensor.arrays["d"].shape[-1]) / self._d + self.zero
+            )
             self._base = position.floor().clamp_(0, grid.highest - 1)
             fraction = (position - self._base).clamp_(1e-4, 1 - 1e-4)
         self.rounding = inverse_soft_step(fraction).requires_grad_()
@@ -130,7 +136,7 @@ class SoftMatrix:
     def weight(self) -> Tensor:
         """Ŵ, float32 [out, in], differentiable in ν, v and z."""
         scale = self._d * 2 * torch.sigmoid(self.tuning)
-        return _SoftWeight.apply(self.rounding, self._base, scale, self.zero).view(self._shape)  # type: ignore[no-any-return,no-untyped-call]
+        return _SoftWeight.apply(self.rounding, self._base, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def harden(self, share: float) -> None:
@@ -139,7 +145,13 @@ class SoftMatrix:
         distance = self.rounding.abs().flatten()
         keep = round(share * distance.numel())
         limit = distance.kthvalue(max(keep, 1)).values if keep else distance.new_tensor(-1.0)
-        self.rounding.copy_(torch.where(self.rounding.abs() <= limit, self.rounding, torch.copysign(self.rounding.new_tensor(HARD), self.rounding)))
+        self.rounding.copy_(
+            torch.where(
+                self.rounding.abs() <= limit,
+                self.rounding,
+                torch.copysign(self.rounding.new_tensor(HARD), self.rounding),
+            )
+        )
 
     @torch.no_grad()
     def settle_scale(self) -> None:
@@ -172,7 +184,7 @@ def inverse_soft_step(y: Tensor) -> Tensor:
 
 
 class _SoftWeight(torch.autograd.Function):
-    """scale·(base + σr(ν) - z) with a backward that keeps only ν and q: half the memory passes of the composed operations."""
+    """scale·(base + σr(ν) - z), with a backward of half the memory passes that the composed operations would take."""
 
     @staticmethod
     def forward(ctx: Any, rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

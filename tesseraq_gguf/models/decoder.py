@@ -1,7 +1,9 @@
 """A decoder-only transformers model of which at most one decoder block has weights in memory.
 
-The model is built on the meta device (no memory). `stem` runs everything before the first block (embedding, positions, masks) and keeps
-what the model hands to each block; `load_block` gives one block its weights from the safetensors files; `head` runs final norm and output.
+The model is built on the meta device (no memory). `stem` runs everything before the first block (embedding, positions,
+masks) and keeps
+what the model hands to each block; `load_block` gives one block its weights from the safetensors files; `head` runs
+final norm and output.
 """
 
 from __future__ import annotations
@@ -77,7 +79,9 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
-            raise ModelError("this architecture hands positional arguments to its decoder blocks, which is not supported")
+            raise ModelError(
+                "this architecture hands positional arguments to its decoder blocks, which is not supported"
+            )
         self.arguments = kwargs
         return hidden_states
 
@@ -129,7 +133,7 @@ class Decoder:
         }
 
     def load_block(self, index: int) -> LoadedBlock:
-        """Give block `index` its weights: a new float32 module on the device, in evaluation mode, nothing requiring gradients."""
+        """Give block `index` its weights: a new float32 module on the device, in evaluation mode, all frozen."""
         prefix = self.block_prefix(index)
         module = copy.deepcopy(self._blocks[index])
         self._fill(module, prefix)
@@ -147,7 +151,11 @@ class Decoder:
         """
         recorders = [_Recorder(b) for b in self._blocks]
         base = self._model.base_model
-        with self._embedding(), _replaced(self._model, self._blocks_name, nn.ModuleList(recorders)), _identity_norm(base):
+        with (
+            self._embedding(),
+            _replaced(self._model, self._blocks_name, nn.ModuleList(recorders)),
+            _identity_norm(base),
+        ):
             outputs = []
             for sample in tokens.split(1):
                 result = base(input_ids=sample.to(self.device), use_cache=False)
@@ -156,7 +164,7 @@ class Decoder:
 
     @torch.no_grad()
     def mean_loss(self, hidden: Tensor, tokens: Tensor) -> float:
-        """Return the mean next-token cross-entropy in nats of final hidden states [samples, length, hidden] on `tokens`."""
+        """Return the mean cross-entropy in nats per token of final hidden states [samples, length, hidden]."""
         norm, head = self._head()
         total = 0.0
         for h, t in zip(hidden, tokens, strict=True):
@@ -222,14 +230,15 @@ class Decoder:
             stored = self._read(prefix + name)
             if stored.shape != tensor.shape:
                 raise ModelError(
-                    f"{self.source.name}: {prefix + name} has shape {tuple(stored.shape)}, config.json implies {tuple(tensor.shape)}"
+                    f"{self.source.name}: {prefix + name} has shape {tuple(stored.shape)}, "
+                    f"config.json implies {tuple(tensor.shape)}"
                 )
             state[name] = stored.float()
         module.load_state_dict(state, assign=True)
 
     @contextmanager
     def _embedding(self) -> Iterator[None]:
-        """Give the modules outside the blocks that the stem needs their weights, in the dtype of the file, for a while."""
+        """Give the modules that the stem needs their weights, in the dtype of the file, for a while."""
         norm = _final_norm(self._model.base_model)[0]
         outside = [
             (name, module)
@@ -269,7 +278,9 @@ def _skeleton(source: ModelSource) -> Any:
     try:
         config = AutoConfig.from_pretrained(source.folder)
         if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(f"{source.name} is an encoder-decoder model; only decoder-only language models can be learned")
+            raise ModelError(
+                f"{source.name} is an encoder-decoder model; only decoder-only language models can be learned"
+            )
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     except (ValueError, KeyError, OSError, ImportError) as error:
@@ -280,9 +291,15 @@ def _skeleton(source: ModelSource) -> Any:
 
 def _find_blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(isinstance(m, nn.Linear) for m in module.modules()):
+        if (
+            isinstance(module, nn.ModuleList)
+            and len(module) == count
+            and any(isinstance(m, nn.Linear) for m in module.modules())
+        ):
             return name, module
-    raise ModelError(f"{type(model).__name__}: no list of {count} decoder blocks with linear layers found in this architecture")
+    raise ModelError(
+        f"{type(model).__name__}: no list of {count} decoder blocks with linear layers found in this architecture"
+    )
 
 
 def _final_norm(base: nn.Module) -> tuple[str, nn.Module]:

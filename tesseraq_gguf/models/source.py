@@ -1,7 +1,9 @@
 """From what the user calls MODEL to a folder with a config, a tokenizer and safetensors weights.
 
-A Hugging Face folder is used where it stands. A hub id is downloaded by `huggingface_hub`. A GGUF file (and the demo model, which is one) is
-expanded once by transformers into a folder of the cache; its own metadata and vocabulary are kept for the output by `gguf`.
+A Hugging Face folder is used where it stands. A hub id is downloaded by `huggingface_hub`. A GGUF file (and the demo
+model, which is one) is
+expanded once by transformers into a folder of the cache; its own metadata and vocabulary are kept for the output by
+`gguf`.
 """
 
 from __future__ import annotations
@@ -59,18 +61,24 @@ class ModelSource:
         names: dict[str, Path] = {}
         for file in sorted(files):
             if not file.is_file():
-                raise ModelError(f"{self.name}: {file.name} is listed in {index.name} but is not there. Download the model again.")
+                raise ModelError(
+                    f"{self.name}: {file.name} is listed in {index.name} but is not there. Download the model again."
+                )
             try:
                 with safe_open(file, "pt") as tensors:
                     names.update(dict.fromkeys(tensors.keys(), file))
             except (SafetensorError, OSError) as error:
-                raise ModelError(f"{self.name}: {file.name} cannot be read ({error}). Download the file again.") from error
+                raise ModelError(
+                    f"{self.name}: {file.name} cannot be read ({error}). Download the file again."
+                ) from error
         if not names:
-            raise ModelError(f"{self.name}: no *.safetensors file in {self.folder}. Save the model with safetensors first.")
+            raise ModelError(
+                f"{self.name}: no *.safetensors file in {self.folder}. Save the model with safetensors first."
+            )
         return names
 
     def fingerprint(self) -> str:
-        """Return a hash that changes when config or weights change: config text, and name, size and time of the weight files."""
+        """Return a hash of the config's text and of name, size and time of the weight files."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for file in sorted(self.folder.glob("*.safetensors")):
             stat = file.stat()
@@ -98,7 +106,9 @@ def resolve_model(model: str, say: Say = lambda _: None) -> ModelSource:
             raise ModelError(f"{path} is neither a model folder nor a .gguf file")
         return _expand_gguf(path, path.stem, say)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise ModelError(f"no model at {model}. Give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or 'demo'")
+        raise ModelError(
+            f"no model at {model}. Give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or 'demo'"
+        )
     return _from_hub(model, say)
 
 
@@ -122,7 +132,9 @@ def _from_hub(model: str, say: Say) -> ModelSource:
         folder = snapshot_download(model, allow_patterns=patterns)
     except Exception as error:  # the hub client raises many unrelated kinds
         reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"{model}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason})") from error
+        raise ModelError(
+            f"{model}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason})"
+        ) from error
     return ModelSource(model, _from_folder(Path(folder)).folder)
 
 
