@@ -13,8 +13,8 @@ from pathlib import Path
 
 DEPTHS = (8, 24)
 MOST = 1.15
-WIDTH, INNER, VOCABULARY = 768, 2048, 320
-SAMPLES, LENGTH = 8, 64
+WIDTH, INNER, VOCABULARY = 512, 1408, 320
+SAMPLES, LENGTH = 4, 32
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards box with a jolly gnome. "
 
 

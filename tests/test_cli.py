@@ -385,6 +385,13 @@ def test_commands_in_the_documents_exist(command):
     assert context.params
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_presets_is_true(name):
+    preset = PRESETS[name]
+    row = f"| `{name}` | {preset.samples} × {preset.length} tokens | 20 × {preset.steps} |"
+    assert row in (ROOT / "README.md").read_text()
+
+
 def test_python_in_the_readme_runs(tiny_model, long_text, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks
