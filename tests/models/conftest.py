@@ -1,0 +1,3 @@
+"""Tiny models for these tests."""
+
+from tiny_models import make_model  # noqa: F401  (a fixture)

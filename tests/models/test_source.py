@@ -1,0 +1,86 @@
+"""MODEL: folders, GGUF files, and what is neither."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tesseraq_gguf.converter.writer import write_plain
+from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.models import Decoder, resolve_model
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing-there", "no model at nothing-there"),
+        ("./nowhere/at/all", "no model at"),
+        ("gone.gguf", "no model at gone.gguf"),
+        ("empty", "has no config.json"),
+        ("text.txt", "neither a model folder nor a .gguf file"),
+        ("fake.gguf", "not a GGUF file"),
+        ("broken", "config.json cannot be read"),
+        ("someone/unreachable", "the hub did not give it"),
+    ],
+)
+def test_what_is_no_model(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("words")
+    (tmp_path / "fake.gguf").write_bytes(b"not this")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=message) as caught:
+        resolve_model(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_gguf_leaves_nothing_in_the_cache(make_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TESSERAQ_GGUF_CACHE", str(tmp_path / "cache"))
+    whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+    write_plain(make_model("llama"), whole, "f16", tree=_tree(monkeypatch))
+    cut.write_bytes(whole.read_bytes()[:20000])
+    with pytest.raises(ModelError, match=r"cut\.gguf"):
+        resolve_model(str(cut))
+    assert not [p for p in (tmp_path / "cache" / "models").iterdir() if not p.name.endswith(".lock")]
+
+
+def test_a_gguf_file_becomes_the_same_model(make_model, tmp_path, monkeypatch):
+    tree = _tree(monkeypatch)
+    monkeypatch.setenv("TESSERAQ_GGUF_CACHE", str(tmp_path / "cache"))
+    source = make_model("llama")
+    file = tmp_path / "tiny.gguf"
+    write_plain(source, file, "f32", tree=tree)
+    before = file.read_bytes()
+    said = []
+    expanded = resolve_model(str(file), said.append)
+    again = resolve_model(str(file), said.append)
+    assert (expanded.gguf, again.folder) == (file, expanded.folder)
+    assert len(said) == 1  # the second time it is there already
+    assert file.read_bytes() == before
+    ours, theirs = Decoder(source, torch.device("cpu")), Decoder(expanded, torch.device("cpu"))
+    for name, module in ours.load_block(1).matrices().items():
+        # the folder keeps matrices in float16
+        torch.testing.assert_close(theirs.load_block(1).matrices()[name].weight, module.weight, atol=1e-6, rtol=1e-3)
+
+
+def test_the_fingerprint_follows_the_weights(make_model, tmp_path):
+    import shutil
+
+    from tesseraq_gguf.models import ModelSource
+
+    shutil.copytree(make_model("llama").folder, tmp_path / "copy")
+    source = ModelSource("copy", tmp_path / "copy")
+    first = source.fingerprint()
+    assert source.fingerprint() == first
+    shard = sorted(source.folder.glob("*.safetensors"))[0]
+    shard.write_bytes(shard.read_bytes())
+    assert source.fingerprint() != first
+
+
+def _tree(monkeypatch):
+    """Return the patched source from the user's own cache, before a test moves the cache."""
+    from tesseraq_gguf.runtime.source import ensure_source
+
+    return ensure_source()
