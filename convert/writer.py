@@ -122,8 +122,8 @@ def write_gguf(
     if not learned:
         raise UsageError("nothing was learned: there are no block files to write")
     job = {
-        "type": _stock(fallback_type),
-        "embedding_type": _stock(embedding_type),
+        "type": stock_type(fallback_type),
+        "embedding_type": stock_type(embedding_type),
         "learned": [str(f) for f in learned],
     }
     return _write(source, out, job, metadata or {}, say, progress, tree)
@@ -152,7 +152,7 @@ def write_plain(
         progress: receives bytes written and bytes in all.
         tree: the patched llama.cpp, by default the pinned one.
     """
-    job = {"type": _stock(type), "embedding_type": _stock(embedding_type or type), "learned": []}
+    job = {"type": stock_type(type), "embedding_type": stock_type(embedding_type or type), "learned": []}
     return _write(source, out, job, metadata or {}, say, progress, tree)
 
 
@@ -179,7 +179,12 @@ def check_source(
     return dict(answer["dropped"])
 
 
-def _stock(name: str) -> str:
+def stock_type(name: str) -> str:
+    """Return the name of a type that tensors can have without being learned.
+
+    Raises:
+        UsageError: no such type, or one that can only be learned.
+    """
     kind = tensor_type(name)
     if kind.custom:
         stock = ", ".join(t.name for t in TENSOR_TYPES.values() if not t.custom)

@@ -14,7 +14,7 @@ import torch
 
 from tesseraq_gguf.calibration import Calibration, load_calibration
 from tesseraq_gguf.converter.tensor_types import tensor_type
-from tesseraq_gguf.converter.writer import Metadata, check_output, check_source, write_gguf, write_plain
+from tesseraq_gguf.converter.writer import Metadata, check_output, check_source, stock_type, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.errors import ModelError, TesseraqError
 from tesseraq_gguf.grids.affine import GROUP
@@ -22,7 +22,7 @@ from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.tesseraq import TesseraQ
-from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Finished, Method, Reconstruction
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
@@ -30,8 +30,8 @@ from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.sensitivity import channel_sensitivity
 from tesseraq_gguf.work_directory import WorkDirectory
 
-_SENSITIVITY_SAMPLES = 16
-"""Calibration sequences that the sensitivity of the channels is measured on."""
+_SENSITIVITY_TOKENS = 4096
+"""Calibration tokens that the sensitivity of the channels is measured on."""
 
 
 class Progress(Reporter, Protocol):
@@ -93,7 +93,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     """
     progress = progress or SilentProgress()
     started = time.monotonic()
-    target, _ = tensor_type(recipe.type), tensor_type(recipe.embedding_type)
+    target = tensor_type(recipe.type)
+    stock_type(recipe.embedding_type)
     check_output(recipe.out)
     source = resolve_model(recipe.model, progress.stage)
     check_output(recipe.out, source)
@@ -112,6 +113,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             tree=tree,
         )
         return _report(recipe, len(decoder), 0, {}, started)
+    calibration = _calibration(recipe, source, progress)
     shapes = decoder.matrix_shapes()
     fallbacks = {
         name: f"rows of {columns} are no multiple of {GROUP}"
@@ -127,7 +129,6 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     types = {name: target.name for name in shapes if name not in fallbacks}
     if not types:
         raise ModelError(f"{source.name}: no matrix of its blocks can be learned in {target.name}")
-    calibration = _calibration(recipe, source, progress)
     autocast = learning_dtype(device)
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, types)
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
@@ -155,12 +156,12 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     return _report(recipe, len(decoder), resumed, fallbacks, started)
 
 
-def _calibration(recipe: Recipe, source: object, progress: Progress) -> Calibration | None:
+def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Calibration | None:
     if recipe.method == "rtn":
         return None
     settings = recipe.settings
     progress.stage("Reading the calibration text")
-    calibration = load_calibration(source, recipe.calibration, settings.samples, settings.length, recipe.seed)  # type: ignore[arg-type]
+    calibration = load_calibration(source, recipe.calibration, settings.samples, settings.length, recipe.seed)
     if len(calibration.tokens) < settings.samples:
         progress.note(
             f"the calibration text gives {len(calibration.tokens)} sequences of {settings.length} tokens, "
@@ -197,7 +198,7 @@ def _results(
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
     )
     try:
-        few = calibration.tokens[:_SENSITIVITY_SAMPLES]
+        few = calibration.tokens[: max(1, _SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
         sensitivity = channel_sensitivity(decoder, few, recipe.seed, progress.advance)
         yield from walk.run(calibration.tokens, sensitivity, finished)
     except torch.OutOfMemoryError as error:

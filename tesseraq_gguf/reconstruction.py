@@ -45,7 +45,8 @@ class BlockProblem:
         grids: the grid of each matrix to learn, by module name.
         inputs: X_q, float32 [samples, length, hidden] on the CPU.
         targets: Y, the same shape.
-        sensitivity: weight of the squared error per position and channel, float32 [length, hidden].
+        sensitivity: weights of the squared error of each channel, float32 [2, hidden]: in the first position, and in
+            all others.
         arguments: what the model hands to this block besides hidden states.
         device: where to compute.
         autocast: dtype of matrix products while learning; float32 means no autocast.
@@ -83,7 +84,9 @@ class BlockProblem:
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32):
             out = self.forward(hidden, weights)
-        return ((out.float() - target).pow(2) * self.sensitivity).sum(-1).mean()
+        error = (out.float() - target).pow(2)
+        first, rest = error[:, 0] @ self.sensitivity[0], error[:, 1:] @ self.sensitivity[1]
+        return (first.sum() + rest.sum()) / (first.numel() + rest.numel())
 
     def draw(self, count: int) -> Tensor:
         """Draw `count` different sample indices."""
@@ -181,7 +184,8 @@ class Reconstruction:
 
         Args:
             tokens: calibration tokens, int64 [samples, length].
-            sensitivity: for each block the weights of its squared error, float32 [length, hidden].
+            sensitivity: for each block the weights of its squared error, float32 [2, hidden]: in the first position,
+                and in all others.
             finished: gives what an earlier run learned.
 
         Yields:

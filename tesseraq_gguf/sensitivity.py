@@ -12,7 +12,9 @@ reconstruction.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,38 +39,38 @@ def channel_sensitivity(
         report: called with (blocks done, blocks in all).
 
     Returns:
-        For each block float32 [length, hidden], mean 1 over the positions from the second on. The first position,
-        where models park attention,
-        has weights of its own; all others share theirs.
+        For each block float32 [2, hidden], mean 1 in the second row: weights of the first position, where models park
+        attention, and weights that all other positions share.
     """
     hidden, recorded = decoder.stem(tokens)
-    levels = [hidden]
     total = 2 * len(decoder)
-    for index in range(len(decoder)):
-        block = decoder.load_block(index)
-        with torch.no_grad():
-            levels.append(
-                torch.cat(
-                    [block.run(h, recorded.arguments[index]).cpu() for h in levels[-1].to(decoder.device).split(1)]
+    # the inputs of all blocks wait on disk for the way down: memory does not grow with depth
+    with tempfile.TemporaryDirectory(prefix="tesseraq-") as folder:
+        levels = [Path(folder) / f"{index}.pt" for index in range(len(decoder))]
+        for index, level in enumerate(levels):
+            torch.save(hidden, level)
+            block = decoder.load_block(index)
+            with torch.no_grad():
+                hidden = torch.cat(
+                    [block.run(h.to(decoder.device), recorded.arguments[index]).cpu() for h in hidden.split(1)]
                 )
-            )
-        report(index + 1, total)
-    gradient = decoder.answer_gradient(levels.pop(), torch.Generator().manual_seed(seed))
-    weights = []
-    for index in reversed(range(len(decoder))):
-        weights.append(_weights(gradient))
-        block, inputs = decoder.load_block(index), levels.pop()
-        below = []
-        for h, g in zip(inputs.split(1), gradient.split(1), strict=True):
-            h = h.to(decoder.device).requires_grad_()
-            below.append(torch.autograd.grad(block.run(h, recorded.arguments[index]), h, g.to(decoder.device))[0].cpu())
-        gradient = torch.cat(below)
-        report(total - index, total)
+            report(index + 1, total)
+        gradient = decoder.answer_gradient(hidden, torch.Generator().manual_seed(seed))
+        weights = []
+        for index in reversed(range(len(decoder))):
+            weights.append(_weights(gradient))
+            block, inputs = decoder.load_block(index), torch.load(levels[index])
+            below = []
+            for h, g in zip(inputs.split(1), gradient.split(1), strict=True):
+                h = h.to(decoder.device).requires_grad_()
+                out = block.run(h, recorded.arguments[index])
+                below.append(torch.autograd.grad(out, h, g.to(decoder.device))[0].cpu())
+            gradient = torch.cat(below)
+            report(total - index, total)
     return weights[::-1]
 
 
 def _weights(gradient: Tensor) -> Tensor:
     energy = gradient.square().mean(0)
     scale = energy[1:].mean().clamp_min(1e-30)
-    rest = energy[1:].mean(0, keepdim=True).expand(len(energy) - 1, -1)
-    return (torch.cat([energy[:1], rest]) / scale).clamp_min(_FLOOR)
+    return (torch.stack([energy[0], energy[1:].mean(0)]) / scale).clamp_min(_FLOOR)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.grids.affine import TSQ2, scale_code
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.quantized import QuantizedTensor, save_tensors
+
 
 def random_tensor(shape: tuple[int, int], seed: int) -> QuantizedTensor:
     """Return a TSQ2 matrix of random codes whose weights are about as large as a model's."""

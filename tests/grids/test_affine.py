@@ -1,0 +1,110 @@
+"""TSQ grids: parameters on their 8-bit grids, nearest codes, and the search, against numpy and brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tesseraq_gguf.converter.packers import tsq
+from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.grids import TSQ2, grid_of
+from tesseraq_gguf.grids.affine import AffineGrid, decode_scale, scale_code
+
+CODES = torch.arange(256, dtype=torch.uint8)
+
+
+def _error(grid: AffineGrid, weight, tensor, importance=1.0) -> float:
+    return float((importance * (grid.dequantize(tensor) - weight) ** 2).sum())
+
+
+def test_scales_equal_the_formula_and_numpy():
+    exponent, mantissa = CODES.int() >> 3, CODES.int() & 7
+    assert torch.equal(decode_scale(CODES), (2.0 ** (exponent - 24) * (1 + mantissa / 8)).float())
+    np.testing.assert_array_equal(decode_scale(CODES).numpy(), tsq.decode_scale(CODES.numpy()))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_zero_points_equal_the_formula_and_numpy(bits):
+    grid = AffineGrid("any", bits)
+    expected = -(2.0 ** (bits - 1)) + CODES.float() * {2: 1 / 32, 3: 1 / 16, 4: 1 / 8}[bits]
+    assert torch.equal(grid.decode_zero(CODES), expected)
+    np.testing.assert_array_equal(grid.decode_zero(CODES).numpy(), tsq.decode_zero(CODES.numpy(), bits))
+    assert torch.equal(grid.zero_code(expected), CODES)
+
+
+def test_every_scale_is_its_own_nearest():
+    assert torch.equal(scale_code(decode_scale(CODES)), CODES)
+
+
+@settings(deadline=None)
+@given(st.floats(min_value=2.0**-30, max_value=1024, width=32))
+def test_the_nearest_scale_is_chosen(d):
+    values = decode_scale(CODES).double()
+    chosen = values[int(scale_code(torch.tensor([d])))]
+    assert abs(float(chosen) - d) == pytest.approx(float((values - d).abs().min()), rel=1e-6)
+
+
+@settings(deadline=None)
+@given(st.integers(min_value=0, max_value=2**32 - 1))
+def test_encode_chooses_the_nearest_value(seed):
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(2, 128, generator=random)
+    d = decode_scale(scale_code(torch.rand(2, 2, generator=random) + 0.1))
+    z = TSQ2.decode_zero(torch.randint(0, 256, (2, 2), generator=random, dtype=torch.uint8))
+    q = TSQ2.encode(weight, d, z)
+    values = d[..., None, None] * (torch.arange(4) - z[..., None, None])
+    best = (TSQ2.grouped(weight)[..., None] - values).abs().amin(-1)
+    got = (TSQ2.grouped(weight) - d[..., None] * (TSQ2.grouped(q) - z[..., None])).abs()
+    torch.testing.assert_close(got, best, atol=1e-5, rtol=1e-4)
+
+
+def test_the_search_comes_close_to_brute_force():
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(12, 64, generator=random)
+    found = (TSQ2.dequantize(TSQ2.quantize(weight)) - weight).square().sum(1)
+    best = torch.full((12,), torch.inf)
+    zeros = TSQ2.decode_zero(CODES)
+    for d in decode_scale(torch.arange(24 * 8 - 16, 24 * 8 + 16, dtype=torch.uint8)):
+        q = (weight[:, None] / d + zeros[None, :, None]).round().clamp(0, 3)
+        errors = (d * (q - zeros[None, :, None]) - weight[:, None]).square().sum(-1)
+        best = torch.minimum(best, errors.amin(1))
+    assert (found >= best * (1 - 1e-5)).all()
+    assert float(found.sum() / best.sum()) < 1.02
+    assert float(found.sum() / weight.square().sum()) < 0.11
+
+
+def test_importance_moves_the_error_away_from_what_matters():
+    random = torch.Generator().manual_seed(2)
+    weight = torch.randn(64, 128, generator=random)
+    importance = torch.rand(128, generator=random) ** 4 + 0.001
+    plain, weighted = TSQ2.quantize(weight), TSQ2.quantize(weight, importance)
+    assert _error(TSQ2, weight, weighted, importance) < 0.9 * _error(TSQ2, weight, plain, importance)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -0.37, 1e-20, 1e-7, 100.0])
+def test_constant_groups(value):
+    weight = torch.full((1, 64), value)
+    got = TSQ2.dequantize(TSQ2.quantize(weight))
+    assert torch.isfinite(got).all()
+    assert float((got - weight).abs().max()) <= max(0.04 * abs(value), 2.0**-24)
+
+
+def test_zeros_stay_exactly_zero():
+    tensor = TSQ2.quantize(torch.zeros(2, 128))
+    assert torch.equal(TSQ2.dequantize(tensor), torch.zeros(2, 128))
+
+
+def test_rows_do_not_feel_each_other():
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(300, 192, generator=random)
+    whole = TSQ2.quantize(weight)
+    for name, array in TSQ2.quantize(weight[100:101]).arrays.items():
+        assert torch.equal(array, whole.arrays[name][100:101])
+
+
+def test_types_without_a_grid():
+    with pytest.raises(UsageError, match=r"q8_0.*tsq2"):
+        grid_of("q8_0")

@@ -1,0 +1,174 @@
+"""TesseraQ: its quantiser against the paper's formulas, its hardening, and that it learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tesseraq_gguf.grids import TSQ2
+from tesseraq_gguf.grids.affine import decode_scale
+from tesseraq_gguf.methods.gptq import GPTQ, compensate
+from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, soft_step
+from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.reconstruction import BlockProblem
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def matrix():
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    return weight, TSQ2.quantize(weight)
+
+
+@pytest.fixture
+def problem(make_model):
+    """Return the first block of a tiny Gemma, with random tokens."""
+    decoder = Decoder(make_model("gemma3"), CPU)
+    tokens = torch.randint(4, 300, (12, 48), generator=torch.Generator().manual_seed(1))
+    hidden, inputs = decoder.stem(tokens)
+    block = decoder.load_block(0)
+    with torch.no_grad():
+        targets = torch.cat([block.run(h, inputs.arguments[0]) for h in hidden.split(1)])
+    return BlockProblem(
+        block=block,
+        grids=dict.fromkeys(block.matrices(), TSQ2),
+        inputs=hidden,
+        targets=targets,
+        sensitivity=torch.ones(2, decoder.hidden_size),
+        arguments=inputs.arguments[0],
+        device=CPU,
+        autocast=torch.float32,
+        generator=torch.Generator().manual_seed(2),
+        report=lambda *_: None,
+    )
+
+
+def _loss(problem, tensors) -> float:
+    with torch.no_grad():
+        weights = {name: problem.grids[name].dequantize(t) for name, t in tensors.items()}
+        return float(problem.loss(weights, torch.arange(len(problem.inputs))))
+
+
+def test_the_schedule_is_the_papers():
+    assert len(SOFT_SHARE) == 20
+    assert (SOFT_SHARE[0], SOFT_SHARE[-1]) == (0.8, 0.005)
+    assert list(SOFT_SHARE) == sorted(SOFT_SHARE, reverse=True)
+
+
+def test_the_soft_step_and_its_inverse():
+    x = torch.linspace(-2.3, 2.3, 100)
+    torch.testing.assert_close(soft_step(x), (1.2 / (1 + torch.exp(-x)) - 0.1).clamp(0, 1))
+    torch.testing.assert_close(inverse_soft_step(soft_step(x)), x, atol=1e-4, rtol=1e-4)
+    assert float(soft_step(torch.tensor(20.0))) == 1.0
+    assert float(soft_step(torch.tensor(-20.0))) == 0.0
+
+
+def test_it_starts_at_the_weights_where_nothing_clamps(matrix):
+    weight, tensor = matrix
+    soft = SoftMatrix(weight, tensor, TSQ2)
+    d = decode_scale(tensor.arrays["d"])
+    z = TSQ2.decode_zero(tensor.arrays["z"])
+    position = TSQ2.grouped(weight) / d[..., None] + z[..., None]
+    inside = ((position > 0.01) & (position < 2.99)).flatten(-2)
+    assert inside.float().mean() > 0.7
+    torch.testing.assert_close(soft.weight()[inside], weight[inside], atol=1e-3, rtol=1e-3)
+
+
+def test_the_backward_equals_autograds(matrix):
+    weight, tensor = matrix
+    soft = SoftMatrix(weight, tensor, TSQ2)
+    with torch.no_grad():
+        soft.tuning += 0.3
+    gradient = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
+    learned = [soft.rounding, soft.tuning, soft.zero]
+    got = torch.autograd.grad((soft.weight() * gradient).sum(), learned)
+    step = (torch.sigmoid(soft.rounding) * 1.2 - 0.1).clamp(0, 1)
+    plain = (soft._d * 2 * torch.sigmoid(soft.tuning) * (soft._base + step - soft.zero)).view(8, 128)
+    expected = torch.autograd.grad((plain * gradient).sum(), learned)
+    torch.testing.assert_close(soft.weight(), plain)
+    for ours, autograds in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, autograds)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.1, 0.005])
+def test_hardening_fixes_the_decided_weights_for_good(share, matrix):
+    soft = SoftMatrix(*matrix, TSQ2)
+    before = soft_step(soft.rounding.detach())
+    soft.harden(share)
+    after = soft_step(soft.rounding.detach())
+    fixed = (after == 0) | (after == 1)
+    count = after.numel()
+    assert abs(int((~fixed).sum()) - round(share * count)) <= 0.01 * count
+    # the fixed are the most decided, on the side they were; the others have not moved
+    assert (before[fixed] - 0.5).abs().min() >= (before[~fixed] - 0.5).abs().max() - 1e-6
+    assert torch.equal(after[fixed], (before[fixed] > 0.5).float())
+    assert torch.equal(after[~fixed], before[~fixed])
+    grown = torch.autograd.grad(soft.weight().square().sum(), soft.rounding)[0]
+    assert not grown[fixed].any()
+
+
+def test_what_leaves_is_what_was_learned(matrix):
+    soft = SoftMatrix(*matrix, TSQ2)
+    with torch.no_grad():
+        soft.tuning += 0.21
+        soft.zero += 0.013
+    soft.settle_scale()
+    soft.settle_zero()
+    soft.harden(0.0)
+    assert torch.equal(TSQ2.dequantize(soft.finish()), soft.weight())
+
+
+def test_second_moments_are_those_of_the_inputs(problem):
+    moments = problem.second_moments(samples=5)
+    seen = {}
+    handle = problem.block.matrices()["mlp.down_proj"].register_forward_pre_hook(lambda _, a: seen.update(x=a[0]))
+    with torch.no_grad():
+        problem.forward(problem.inputs[:5])
+    handle.remove()
+    x = seen["x"].reshape(-1, seen["x"].shape[-1]).double()
+    torch.testing.assert_close(moments["mlp.down_proj"].double(), x.T @ x / len(x), atol=1e-5, rtol=1e-4)
+    assert moments["self_attn.q_proj"] is moments["self_attn.k_proj"]
+    assert moments["self_attn.q_proj"] is not moments["mlp.up_proj"]
+
+
+def test_gptq_lowers_the_output_error():
+    random = torch.Generator().manual_seed(4)
+    weight = torch.randn(32, 192, generator=random)
+    x = torch.randn(2000, 192, generator=random) @ torch.randn(192, 192, generator=random)
+    moment = x.T @ x / len(x)
+    outcome = compensate(weight, moment, TSQ2, 0.01)
+
+    def error(tensor):
+        off = TSQ2.dequantize(tensor) - weight
+        return float((off @ moment * off).sum())
+
+    assert error(outcome.tensor) < 0.7 * error(TSQ2.quantize(weight, moment.diagonal()))
+    # the codes are the nearest ones of the weights as they were when they were rounded
+    a = outcome.tensor.arrays
+    assert torch.equal(TSQ2.encode(outcome.weight, decode_scale(a["d"]), TSQ2.decode_zero(a["z"])), a["q"])
+
+
+def test_gptq_survives_inputs_that_are_always_zero():
+    weight = torch.randn(4, 64)
+    outcome = compensate(weight, torch.zeros(64, 64), TSQ2, 0.01)
+    assert torch.isfinite(TSQ2.dequantize(outcome.tensor)).all()
+
+
+def test_each_method_beats_the_one_before(problem):
+    rounded = {name: TSQ2.quantize(w) for name, w in problem.matrices().items()}
+    start = GPTQ().learn(problem)
+    method = TesseraQ(steps=4, batch=4, rounding_rate=6e-2, scale_rate=1e-2, zero_rate=1e-2)
+    learned = method.learn(problem)
+    assert _loss(problem, start) < 0.7 * _loss(problem, rounded)
+    assert _loss(problem, learned) < 0.8 * _loss(problem, start)
+
+
+def test_the_seed_decides(problem):
+    method = TesseraQ(steps=1, batch=4, rounding_rate=6e-2)
+    outcomes = []
+    for seed in (5, 5, 6):
+        problem.generator.manual_seed(seed)
+        outcomes.append(method.learn(problem)["mlp.up_proj"].arrays["q"])
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert not torch.equal(outcomes[0], outcomes[2])

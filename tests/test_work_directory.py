@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.reconstruction import BlockResult
+from tesseraq_gguf.work_directory import WorkDirectory
+
+IDENTITY = {"model": "abc", "seed": 0, "preset": {"steps": 3}}
+
+
+def _result(index: int) -> BlockResult:
+    q = torch.randint(0, 4, (2, 64), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
+    code = torch.full((2, 1), 70, dtype=torch.uint8)
+    return BlockResult(
+        index, {f"layers.{index}.w": QuantizedTensor("tsq2", {"q": q, "d": code, "z": code + 1})}, 2.5, 1.25, 1.0
+    )
+
+
+def test_blocks_come_back_as_they_were(tmp_path):
+    with WorkDirectory(tmp_path / "work", IDENTITY, fresh=False) as work:
+        assert work.finished(0) is None
+        work.keep(_result(0))
+        work.keep(_result(1))
+    with WorkDirectory(tmp_path / "work", IDENTITY, fresh=False) as work:
+        tensors, before, after = work.finished(1)
+        assert (before, after) == (2.5, 1.25)
+        assert tensors.keys() == {"layers.1.w"}
+        for name, array in _result(1).tensors["layers.1.w"].arrays.items():
+            assert torch.equal(tensors["layers.1.w"].arrays[name], array)
+        assert [f.name for f in work.files()] == ["block-0000.safetensors", "block-0001.safetensors"]
+        assert work.finished(2) is None
+
+
+@pytest.mark.parametrize("change", [{"model": "abd"}, {"preset": {"steps": 4}}, {"more": 1}])
+def test_another_run_is_noticed_and_never_mixed(change, tmp_path):
+    with WorkDirectory(tmp_path / "work", IDENTITY, fresh=False) as work:
+        work.keep(_result(0))
+    other = IDENTITY | change
+    with (
+        pytest.raises(UsageError, match=f"differs in {next(iter(change))}.*--fresh"),
+        WorkDirectory(tmp_path / "work", other, fresh=False),
+    ):
+        pass
+    assert (tmp_path / "work" / "block-0000.safetensors").exists()
+    with WorkDirectory(tmp_path / "work", other, fresh=True) as work:
+        assert work.finished(0) is None
+
+
+def test_a_folder_of_the_users_is_left_alone(tmp_path):
+    (tmp_path / "letters.txt").write_text("dear")
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match="not a work directory"), WorkDirectory(tmp_path, IDENTITY, fresh):
+            pass
+    assert (tmp_path / "letters.txt").read_text() == "dear"
+
+
+def test_a_file_is_no_work_directory(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="not a work directory"), WorkDirectory(tmp_path / "file", IDENTITY, True):
+        pass
+
+
+def test_one_process_at_a_time(tmp_path):
+    program = (
+        "import sys, pathlib; from tesseraq_gguf.work_directory import WorkDirectory\n"
+        f"with WorkDirectory(pathlib.Path({str(tmp_path / 'work')!r}), {IDENTITY!r}, False):\n"
+        "    print('in', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(UsageError, match="another run is using"), WorkDirectory(tmp_path / "work", IDENTITY, False):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with WorkDirectory(tmp_path / "work", IDENTITY, False):
+        pass
+
+
+def test_nothing_but_blocks_is_left_behind(tmp_path):
+    with WorkDirectory(tmp_path / "work", IDENTITY, False) as work:
+        work.keep(_result(0))
+        assert sorted(p.name for p in work.folder.iterdir()) == ["block-0000.safetensors", "run.json"]
+        work.remove()
+    assert not list(tmp_path.iterdir())
