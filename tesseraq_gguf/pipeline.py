@@ -13,11 +13,10 @@ from typing import Protocol
 import torch
 
 from tesseraq_gguf.calibration import Calibration, load_calibration
-from tesseraq_gguf.converter.tensor_types import tensor_type
+from tesseraq_gguf.converter.tensor_types import TensorType, tensor_type
 from tesseraq_gguf.converter.writer import Metadata, check_output, check_source, stock_type, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.errors import ModelError, TesseraqError
-from tesseraq_gguf.grids.affine import GROUP
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.rtn import round_blocks
@@ -26,7 +25,7 @@ from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Finished, Method, Reconstruction
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
-from tesseraq_gguf.runtime.source import ensure_source
+from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.sensitivity import channel_sensitivity
 from tesseraq_gguf.work_directory import WorkDirectory
 
@@ -114,27 +113,15 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         )
         return _report(recipe, len(decoder), 0, {}, started)
     calibration = _calibration(recipe, source, progress)
-    shapes = decoder.matrix_shapes()
-    fallbacks = {
-        name: f"rows of {columns} are no multiple of {GROUP}"
-        for name, (_, columns) in shapes.items()
-        if columns % GROUP
-    }
     progress.stage("Asking llama.cpp's converter about the model")
-    fallbacks |= check_source(
-        source, {name: shape for name, shape in shapes.items() if name not in fallbacks}, tree=tree
-    )
+    types, fallbacks = _plan(source, decoder, target, tree)
     for name, reason in fallbacks.items():
         progress.note(f"{name} is not learned and gets a stock type: {reason}")
-    types = {name: target.name for name in shapes if name not in fallbacks}
-    if not types:
-        raise ModelError(f"{source.name}: no matrix of its blocks can be learned in {target.name}")
     autocast = learning_dtype(device)
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, types)
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
     with WorkDirectory(folder, identity, recipe.fresh) as work:
         resumed = 0
-        progress.stage(f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {device}")
         for result in _results(recipe, decoder, types, calibration, autocast, work.finished, progress):
             if not result.resumed:
                 work.keep(result)
@@ -154,6 +141,23 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         if recipe.work_dir is None:
             work.remove()
     return _report(recipe, len(decoder), resumed, fallbacks, started)
+
+
+def _plan(
+    source: ModelSource, decoder: Decoder, target: TensorType, tree: SourceTree
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the tensor type of each matrix to learn, and why the others are not learned."""
+    shapes = decoder.matrix_shapes()
+    unfit = {
+        name: f"{target.block_weights} does not divide its rows of {columns}"
+        for name, (_, columns) in shapes.items()
+        if not target.fits(columns)
+    }
+    unfit |= check_source(source, {name: shape for name, shape in shapes.items() if name not in unfit}, tree=tree)
+    types = {name: target.name for name in shapes if name not in unfit}
+    if not types:
+        raise ModelError(f"{source.name}: no matrix of its blocks can be learned in {target.name}")
+    return types, unfit
 
 
 def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Calibration | None:
@@ -179,7 +183,9 @@ def _results(
     finished: Finished,
     progress: Progress,
 ) -> Iterator[BlockResult]:
+    learning = f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
     if calibration is None:
+        progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
         yield from round_blocks(decoder, types, finished)
         return
     stored = [finished(index) for index in range(len(decoder))]
@@ -198,8 +204,10 @@ def _results(
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
     )
     try:
+        progress.stage("Measuring which channels the model's answer depends on")
         few = calibration.tokens[: max(1, _SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
         sensitivity = channel_sensitivity(decoder, few, recipe.seed, progress.advance)
+        progress.stage(learning)
         yield from walk.run(calibration.tokens, sensitivity, finished)
     except torch.OutOfMemoryError as error:
         raise TesseraqError(
