@@ -18,7 +18,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.converter.gguf_file import open_gguf
+from tesseraq_gguf.errors import FileFormatError, ModelError
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
 
 Say = Callable[[str], None]
@@ -150,6 +151,10 @@ def _demo_file() -> Path:
 
 def _expand_gguf(file: Path, name: str, say: Say) -> ModelSource:
     """Let transformers turn a GGUF file into a Hugging Face folder in the cache, once per file content."""
+    try:
+        open_gguf(file)
+    except FileFormatError as error:
+        raise ModelError(str(error)) from error
     digest = _digest(file)
     folder = cache_folder("models") / digest[:24]
     with FileLock(f"{folder}.lock"):
@@ -197,9 +202,6 @@ def _write_folder(file: Path, folder: Path) -> None:
 
 def _digest(file: Path) -> str:
     with file.open("rb") as f:
-        if f.read(4) != b"GGUF":
-            raise ModelError(f"{file} is not a GGUF file (it does not start with GGUF)")
-        f.seek(0)
         digest = hashlib.sha256()
         while chunk := f.read(1 << 22):
             digest.update(chunk)
