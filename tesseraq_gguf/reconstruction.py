@@ -5,9 +5,8 @@ The full-precision chain gives each block's target, the chain through the blocks
     Y = F(X_fp, W)      the method minimises the distance of F(X_q, Ŵ) to Y
     X_fp <- Y           X_q <- F(X_q, Ŵ)
 
-The engine knows no method and no file format. A finished block leaves as `QuantizedTensor`s through `on_block`; a
-block that an earlier
-run finished comes back through `finished` and is only run, not learned.
+The engine knows no method and no file format. A finished block leaves as `QuantizedTensor`s in a `BlockResult`; a
+block that an earlier run finished comes back through `finished` and is only run, not learned.
 """
 
 from __future__ import annotations

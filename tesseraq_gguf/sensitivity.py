@@ -1,8 +1,8 @@
 """How much the model's answer feels an error in each channel of the residual stream, after every block.
 
 A block's squared error counts channels alike, but what follows does not: language models keep a few channels a
-thousand times larger than
-the rest, and every norm that reads them scales them down. For a small error e after a block the answer moves by
+thousand times larger than the rest, and every norm that reads them scales them down. For a small error e after a
+block the answer moves by
 
     KL(p || p_e) ≈ ½ eᵀ F e,      F = E[g gᵀ],  g = ∂ log p(y) / ∂ hidden,  y drawn from the model itself
 

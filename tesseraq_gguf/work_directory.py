@@ -1,8 +1,7 @@
 """The work directory: finished blocks of a run, so that a killed run goes on at the next block.
 
 `run.json` says which run the blocks belong to. Whatever changes what would be learned (model, calibration, method,
-types, settings, seed,
-precision) changes the identity, and blocks of another identity are refused, never mixed.
+types, settings, seed, precision) changes the identity, and blocks of another identity are refused, never mixed.
 """
 
 from __future__ import annotations

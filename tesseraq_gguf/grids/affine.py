@@ -1,9 +1,8 @@
 """Affine grids of the TSQ types: value d·(q - z) in groups of 64, d an unsigned 8-bit float, z an 8-bit fixed-point
 number.
 
-Matrices are [rows, columns]; grouped matrices are [rows, groups, 64]; parameters are [rows, groups]. All arithmetic is
-float32 and, where
-it makes bytes, equal to the C reference bit for bit.
+Matrices are [rows, columns]; grouped matrices are [rows, groups, 64]; parameters are [rows, groups]. All arithmetic
+is float32 and, where it makes bytes, equal to the C reference bit for bit.
 """
 
 from __future__ import annotations
@@ -100,10 +99,7 @@ class AffineGrid:
         return self.assemble(self.encode(weight, decode_scale(d), self.decode_zero(z)), d, z)
 
     def assemble(self, q: Tensor, d: Tensor, z: Tensor) -> QuantizedTensor:
-        """Name codes and parameter codes (all uint8) as this type's arrays.
-
-        A group whose codes and zero-point say all-zero stays so.
-        """
+        """Name codes and parameter codes (all uint8) as this type's arrays."""
         return QuantizedTensor(self.type, {"q": q, "d": d, "z": z})
 
     @torch.no_grad()

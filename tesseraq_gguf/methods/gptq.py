@@ -1,5 +1,5 @@
-"""GPTQ on a type's own grid (Frantar et al., arXiv 2210.17323): columns are rounded in order, each error fed into the
-columns after it.
+"""GPTQ on a type's own grid (Frantar et al., arXiv 2210.17323): columns are rounded in order, each error fed into
+the columns after it.
 
     H = mean x·xᵀ of the matrix's inputs on the quantised chain, plus damping
     U = upper Cholesky factor of H⁻¹

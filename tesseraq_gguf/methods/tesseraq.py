@@ -1,4 +1,5 @@
-"""TesseraQ (arXiv 2410.19103): block reconstruction with progressive adaptive rounding and dequantisation-scale tuning.
+"""TesseraQ (arXiv 2410.19103): block reconstruction with progressive adaptive rounding and dequantisation-scale
+tuning.
 
 Soft quantiser (paper §3, with the fractional zero-point of our types):
 

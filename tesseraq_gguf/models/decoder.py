@@ -1,9 +1,8 @@
 """A decoder-only transformers model of which at most one decoder block has weights in memory.
 
-The model is built on the meta device (no memory). `stem` runs everything before the first block (embedding, positions,
-masks) and keeps
-what the model hands to each block; `load_block` gives one block its weights from the safetensors files; `head` runs
-final norm and output.
+The model is built on the meta device (no memory). `stem` runs everything before the first block (embedding,
+positions, masks) and keeps what the model hands to each block; `load_block` gives one block its weights from the
+safetensors files; `mean_loss` and `answer_gradient` run final norm and output.
 """
 
 from __future__ import annotations
@@ -113,11 +112,6 @@ class Decoder:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.config.hidden_size)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Rows of the embedding."""
-        return int(self._model.get_input_embeddings().num_embeddings)
 
     def block_prefix(self, index: int) -> str:
         """Return the checkpoint prefix of block `index`, with its final dot."""

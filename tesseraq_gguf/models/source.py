@@ -1,9 +1,8 @@
 """From what the user calls MODEL to a folder with a config, a tokenizer and safetensors weights.
 
 A Hugging Face folder is used where it stands. A hub id is downloaded by `huggingface_hub`. A GGUF file (and the demo
-model, which is one) is
-expanded once by transformers into a folder of the cache; its own metadata and vocabulary are kept for the output by
-`gguf`.
+model, which is one) is expanded once by transformers into a folder of the cache; its own metadata and vocabulary are
+kept for the output by `gguf`.
 """
 
 from __future__ import annotations
