@@ -49,8 +49,7 @@ def load_calibration(source: ModelSource, text: str | None, samples: int, length
     """Cut a text into sequences and draw `samples` of them.
 
     The text is tokenised whole, cut into pieces without overlap, each opened by the beginning-of-sequence token if the
-    model has the
-    habit; which pieces are taken depends on the seed alone. A text with fewer pieces gives all it has.
+    model has the habit; which pieces are taken depends on the seed alone. A text with fewer pieces gives all it has.
 
     Args:
         source: the model, for its tokenizer.
