@@ -14,19 +14,31 @@ from tesseraq_gguf.paths import temporary_sibling
 
 _SEPARATOR = "|"
 
+_PLAIN = "f32"
+
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One learned matrix.
+    """One learned matrix, or a vector such as a norm's weight that changed along with matrices.
 
     Attributes:
-        type: name of its tensor type (`tsq2`).
+        type: name of its tensor type (`tsq2`); `f32` for a vector.
         arrays: codes and parameters by name, each with the matrix's rows first: for TSQ types `q` uint8 [out, in],
-            `d` and `z` uint8 [out, in / 64]. Their meaning is the grid's and the packer's.
+            `d` and `z` uint8 [out, in / 64]. Their meaning is the grid's and the packer's. A vector has `values`.
     """
 
     type: str
     arrays: dict[str, Tensor]
+
+    @property
+    def plain(self) -> bool:
+        """Whether this is a vector of plain numbers."""
+        return self.type == _PLAIN
+
+
+def plain_vector(values: Tensor) -> QuantizedTensor:
+    """Keep a vector, float32 of any shape, as it is."""
+    return QuantizedTensor(_PLAIN, {"values": values.detach().float()})
 
 
 def save_tensors(file: Path, tensors: dict[str, QuantizedTensor], notes: dict[str, str] | None = None) -> None:

@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.grids import AffineGrid, grid_of
+from tesseraq_gguf.grids import Grid, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
-from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 
 Finished = Callable[[int], "tuple[dict[str, QuantizedTensor], float | None, float | None] | None"]
 """Gives what an earlier run learned for a block (tensors, loss before, loss after), or None."""
@@ -54,7 +54,7 @@ class BlockProblem:
     """
 
     block: LoadedBlock
-    grids: dict[str, AffineGrid]
+    grids: dict[str, Grid]
     inputs: Tensor
     targets: Tensor
     sensitivity: Tensor
@@ -133,7 +133,10 @@ class Method(Protocol):
     """A way to learn the matrices of a block on their grids. Knows losses and schedules; knows no bytes."""
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
-        """Return the learned matrices by module name."""
+        """Return the learned matrices by module name.
+
+        Parameters that the method changes along with them, such as norms, it changes by `LoadedBlock.replace`.
+        """
         ...
 
 
@@ -143,7 +146,7 @@ class BlockResult:
 
     Attributes:
         index: the block's position.
-        tensors: learned matrices by checkpoint name.
+        tensors: learned matrices, and vectors that changed along with them, by checkpoint name.
         loss_before: mean loss over some samples with round-to-nearest weights in the same types; None if not measured.
         loss_after: the same with the learned weights.
         seconds: time it took.
@@ -178,7 +181,13 @@ class Reconstruction:
     autocast: torch.dtype
     report: Callable[[int, int, int], None] = lambda *_: None
 
-    def run(self, tokens: Tensor, sensitivity: Sequence[Tensor], finished: Finished) -> Iterator[BlockResult]:
+    def run(
+        self,
+        tokens: Tensor,
+        sensitivity: Sequence[Tensor],
+        finished: Finished,
+        embeddings: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> Iterator[BlockResult]:
         """Learn block after block.
 
         Args:
@@ -186,12 +195,15 @@ class Reconstruction:
             sensitivity: for each block the weights of its squared error, float32 [2, hidden]: in the first position,
                 and in all others.
             finished: gives what an earlier run learned.
+            embeddings: gives matrices outside the blocks that are quantised, dequantised, by checkpoint name.
 
         Yields:
             One result per block, in order. The caller keeps it before asking for the next.
         """
         full, recorded = self.decoder.stem(tokens)
-        quantised = full.clone()
+        outside = embeddings()
+        quantised = self.decoder.stem(tokens, outside)[0] if outside else full.clone()
+        del outside
         for index in range(len(self.decoder)):
             started = time.monotonic()
             problem = self._problem(index, full, quantised, sensitivity[index], recorded)
@@ -201,16 +213,15 @@ class Reconstruction:
             before: float | None
             after: float | None
             if stored is None:
+                before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
                 learned = self.method.learn(problem)
                 weights = _dequantized(problem, learned)
-                before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
                 after = _mean_loss(problem, weights)
-                tensors = {f"{problem.block.prefix}{name}.weight": t for name, t in learned.items()}
+                tensors = _named(problem, learned)
                 result = BlockResult(index, tensors, before, after, time.monotonic() - started)
             else:
                 tensors, before, after = stored
-                names = {f"{problem.block.prefix}{name}.weight": name for name in problem.grids}
-                weights = _dequantized(problem, {names[n]: t for n, t in tensors.items()})
+                weights = problem.block.adopt(tensors)
                 result = BlockResult(index, tensors, before, after, time.monotonic() - started, resumed=True)
             _run_in_place(problem, quantised, weights)
             del problem, weights
@@ -238,6 +249,14 @@ class Reconstruction:
 
 def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
     return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
+
+
+def _named(problem: BlockProblem, learned: Mapping[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
+    """What leaves the block, by checkpoint name."""
+    block = problem.block
+    matrices = {f"{name}.weight": tensor for name, tensor in learned.items()}
+    vectors = {name: plain_vector(v) for name, v in block.replaced.items() if name not in matrices}
+    return {block.prefix + name: tensor for name, tensor in (matrices | vectors).items()}
 
 
 def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:

@@ -4,13 +4,31 @@ A grid quantises, dequantises and searches parameters in torch; it knows no loss
 """
 
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.grids.affine import TSQ2, AffineGrid
+from tesseraq_gguf.grids import stock, superblock
+from tesseraq_gguf.grids.grid import Arrays, Grid
+from tesseraq_gguf.grids.tsq import tsq
 
-GRIDS: dict[str, AffineGrid] = {"tsq2": TSQ2}
+_ALL: tuple[Grid, ...] = (
+    tsq(2),
+    tsq(3),
+    tsq(4),
+    stock.symmetric("q2_0", bits=2, group=64),
+    stock.symmetric("q4_0", bits=4, group=32),
+    stock.offset("q4_1", bits=4, group=32),
+    stock.symmetric("q5_0", bits=5, group=32),
+    stock.symmetric("q8_0", bits=8, group=32),
+    superblock.with_minimum("q2_k", bits=2, group=16, scale_bits=4),
+    superblock.signed("q3_k", bits=3, group=16, scale_bits=6),
+    superblock.with_minimum("q4_k", bits=4, group=32, scale_bits=6),
+)
+
+GRIDS: dict[str, Grid] = {grid.type: grid for grid in _ALL}
 """The grids that methods can learn on, by tensor type."""
 
+TSQ2 = GRIDS["tsq2"]
 
-def grid_of(tensor_type: str) -> AffineGrid:
+
+def grid_of(tensor_type: str) -> Grid:
     """Return the grid of a tensor type.
 
     Raises:
@@ -22,4 +40,4 @@ def grid_of(tensor_type: str) -> AffineGrid:
         raise UsageError(f"no method learns on type '{tensor_type}'. Types to learn on: {', '.join(GRIDS)}") from None
 
 
-__all__ = ["GRIDS", "TSQ2", "AffineGrid", "grid_of"]
+__all__ = ["GRIDS", "TSQ2", "Arrays", "Grid", "grid_of"]

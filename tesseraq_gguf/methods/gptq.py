@@ -5,7 +5,8 @@ the columns after it.
     U = upper Cholesky factor of H⁻¹
     for column j:  q_j = grid(w_j);  e_j = (w_j - ŵ_j) / U_jj;  w_k -= e_j·U_jk for k > j
 
-d and z of a group are searched when its first column comes up, on the weights as the errors so far have moved them.
+The parameters of a span (a group, or a super-block of groups) are searched when its first column comes up, on the
+weights as the errors so far have moved them.
 """
 
 from __future__ import annotations
@@ -15,22 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.grids.affine import GROUP, AffineGrid, decode_scale
-from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.grids import Arrays, Grid
+from tesseraq_gguf.methods.start import Start
 from tesseraq_gguf.reconstruction import BlockProblem
-
-
-@dataclass(frozen=True)
-class Compensated:
-    """The outcome of GPTQ on one matrix.
-
-    Attributes:
-        tensor: codes and parameters.
-        weight: float32 [out, in], each weight as the errors of the columns before it had moved it when it was rounded.
-    """
-
-    tensor: QuantizedTensor
-    weight: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,12 +33,8 @@ class GPTQ:
     damping: float = 0.01
     samples: int = 128
 
-    def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
-        """Round each matrix of the block against the second moments of its inputs."""
-        return {name: c.tensor for name, c in self.compensate(problem).items()}
-
-    def compensate(self, problem: BlockProblem) -> dict[str, Compensated]:
-        """Return tensors and the moved weights of all matrices, by module name."""
+    def start(self, problem: BlockProblem) -> dict[str, Start]:
+        """Round each matrix of the block against the second moments of its inputs, by module name."""
         moments = problem.second_moments(self.samples)
         return {
             name: compensate(w, moments[name], problem.grids[name], self.damping)
@@ -59,7 +43,7 @@ class GPTQ:
 
 
 @torch.no_grad()
-def compensate(weight: Tensor, moment: Tensor, grid: AffineGrid, damping: float) -> Compensated:
+def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> Start:
     """GPTQ on one matrix.
 
     Args:
@@ -67,30 +51,35 @@ def compensate(weight: Tensor, moment: Tensor, grid: AffineGrid, damping: float)
         moment: mean x·xᵀ, float32 [in, in].
         grid: the values a weight may take.
         damping: share of the mean diagonal added to the diagonal.
+
+    Returns:
+        Codes and parameters, and each weight as the errors of the columns before it had moved it when it was rounded.
     """
     w = weight.clone()
     upper = _inverse_factor(moment, damping)
     importance = 1.0 / upper.diagonal().square()
     codes = torch.empty_like(w, dtype=torch.uint8)
-    d_codes = torch.empty(w.shape[0], w.shape[1] // GROUP, dtype=torch.uint8, device=w.device)
-    z_codes = torch.empty_like(d_codes)
-    for group in range(w.shape[1] // GROUP):
-        columns = slice(group * GROUP, (group + 1) * GROUP)
-        d, z = grid.search(w[:, columns], importance[columns])
-        d_codes[:, group], z_codes[:, group] = d[:, 0], z[:, 0]
-        scale, zero = decode_scale(d)[:, 0], grid.decode_zero(z)[:, 0]
+    found: list[Arrays] = []
+    for start in range(0, w.shape[1], grid.span):
+        columns = slice(start, start + grid.span)
+        arrays = grid.search(w[:, columns], importance[columns])
+        found.append(arrays)
         # column by column: transposed, a column is contiguous
+        scale, zero = (
+            p.repeat_interleave(grid.group, 1).T.contiguous() for p in (grid.scale(arrays), grid.zero(arrays))
+        )
         block, factor = w[:, columns].T.contiguous(), upper[columns, columns]
         errors = torch.empty_like(block)
         q = torch.empty_like(block)
-        for j in range(GROUP):
-            torch.div(block[j], scale, out=q[j]).add_(zero).round_().clamp_(0, grid.highest)
-            torch.div(block[j] - scale * (q[j] - zero), factor[j, j], out=errors[j])
+        for j in range(grid.span):
+            torch.div(block[j], scale[j], out=q[j]).add_(zero[j]).round_().clamp_(0, grid.highest)
+            torch.div(block[j] - scale[j] * (q[j] - zero[j]), factor[j, j], out=errors[j])
             block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
         w[:, columns] = block.T
         codes[:, columns] = q.T.to(torch.uint8)
         w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
-    return Compensated(grid.assemble(codes, d_codes, z_codes), w)
+    arrays = {key: torch.cat([f[key] for f in found], 1) for key in found[0]}
+    return Start(grid.assemble(codes, arrays), w)
 
 
 def _inverse_factor(moment: Tensor, damping: float) -> Tensor:

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tesseraq_gguf.grids.affine import AffineGrid, decode_scale, scale_code
+from tesseraq_gguf.grids import Arrays, Grid
 from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.start import Initialisation, Start
 from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.reconstruction import BlockProblem
 
@@ -58,7 +59,7 @@ class TesseraQ:
         scale_decay: weight decay on v.
         settle_scales: stage (counted from 0) before which d moves to its grid.
         settle_zeros: stage before which z moves to its grid.
-        start: gives the first d, z and weights.
+        initialisation: gives the first scales, zero-points and weights.
     """
 
     steps: int = 250
@@ -69,13 +70,12 @@ class TesseraQ:
     scale_decay: float = 1e-4
     settle_scales: int = 14
     settle_zeros: int = 17
-    start: GPTQ = field(default_factory=GPTQ)
+    initialisation: Initialisation = field(default_factory=GPTQ)
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Learn all matrices of the block together against the block's output."""
         soft = {
-            name: SoftMatrix(c.weight, c.tensor, problem.grids[name])
-            for name, c in self.start.compensate(problem).items()
+            name: SoftMatrix(start, problem.grids[name]) for name, start in self.initialisation.start(problem).items()
         }
         total = len(SOFT_SHARE) * self.steps
         for stage, share in enumerate(SOFT_SHARE):
@@ -107,36 +107,34 @@ class TesseraQ:
 
 
 class SoftMatrix:
-    """One matrix while it is learned.
+    """One matrix while it is learned. Variables stand group by group: [groups of all rows, weights or 1].
 
     Attributes:
-        rounding: ν, float32 [groups of all rows, 64], learned.
-        tuning: v, float32 [groups of all rows, 1], learned until the scale settles.
-        zero: z, float32 [groups of all rows, 1], learned until it settles.
+        rounding: ν, float32 [groups, weights of a group], learned.
+        tuning: v, float32 [groups, 1], learned until the scale settles.
+        zero: z, float32 [groups, 1], learned until it settles; never if the grid fixes it.
 
     Args:
-        weight: the weights to start from, float32 [out, in].
-        tensor: gives the first d and z.
+        start: where to begin.
         grid: the matrix's grid.
     """
 
-    def __init__(self, weight: Tensor, tensor: QuantizedTensor, grid: AffineGrid) -> None:
+    def __init__(self, start: Start, grid: Grid) -> None:
         self._grid = grid
-        self._shape = weight.shape
-        self._d = decode_scale(tensor.arrays["d"]).view(-1, 1)
-        self.zero = grid.decode_zero(tensor.arrays["z"]).view(-1, 1).requires_grad_()
+        self._shape = start.weight.shape
+        self._arrays: Arrays = {}
+        self._scale = grid.scale(start.tensor.arrays).view(-1, 1)
+        self.zero = grid.zero(start.tensor.arrays).view(-1, 1).requires_grad_(grid.learns_zero)
         with torch.no_grad():
-            position = (
-                grid.grouped(weight).reshape(-1, weight.shape[-1] // tensor.arrays["d"].shape[-1]) / self._d + self.zero
-            )
+            position = start.weight.reshape(-1, grid.group) / self._scale + self.zero
             self._base = position.floor().clamp_(0, grid.highest - 1)
             fraction = (position - self._base).clamp_(1e-4, 1 - 1e-4)
         self.rounding = inverse_soft_step(fraction).requires_grad_()
-        self.tuning = torch.zeros_like(self._d).requires_grad_()
+        self.tuning = torch.zeros_like(self._scale).requires_grad_()
 
     def weight(self) -> Tensor:
         """Ŵ, float32 [out, in], differentiable in ν, v and z."""
-        scale = self._d * 2 * torch.sigmoid(self.tuning)
+        scale = self._scale * 2 * torch.sigmoid(self.tuning)
         return _SoftWeight.apply(self.rounding, self._base, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -156,22 +154,25 @@ class SoftMatrix:
 
     @torch.no_grad()
     def settle_scale(self) -> None:
-        """Move d·2σ(v) to the 8-bit grid; v stops learning."""
-        self._d = decode_scale(scale_code(self._d * 2 * torch.sigmoid(self.tuning)))
+        """Move the scale, d·2σ(v), to where the type can store it; v stops learning."""
+        self._arrays |= self._grid.settle_scale(self._of_rows(self._scale * 2 * torch.sigmoid(self.tuning)))
+        self._scale = self._grid.scale(self._arrays).view(-1, 1)
         self.tuning = torch.zeros_like(self.tuning)
 
     @torch.no_grad()
     def settle_zero(self) -> None:
-        """Move z to the 8-bit grid; it stops learning."""
-        self.zero = self._grid.decode_zero(self._grid.zero_code(self.zero.detach()))
+        """Move z to where the type can store it beside the settled scale; it stops learning."""
+        self._arrays |= self._grid.settle_zero(self._of_rows(self.zero.detach()), self._of_rows(self._scale))
+        self.zero = self._grid.zero(self._arrays).view(-1, 1)
 
     @torch.no_grad()
     def finish(self) -> QuantizedTensor:
-        """Fix what is still soft and return codes and parameter codes."""
-        parameters = (self._shape[0], -1)
+        """Fix what is still soft and return codes and parameters."""
         q = (self._base + (self.rounding > 0)).to(torch.uint8).view(self._shape)
-        d = scale_code(self._d).view(parameters)
-        return self._grid.assemble(q, d, self._grid.zero_code(self.zero).view(parameters))
+        return self._grid.assemble(q, self._arrays)
+
+    def _of_rows(self, parameter: Tensor) -> Tensor:
+        return parameter.view(self._shape[0], -1)
 
 
 def soft_step(x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.converter.tensor_types import tensor_type
-from tesseraq_gguf.grids.affine import TSQ2, scale_code
+from tesseraq_gguf.grids import TSQ2
+from tesseraq_gguf.grids.tsq import scale_code
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.quantized import QuantizedTensor, save_tensors
 
@@ -22,7 +23,7 @@ def random_tensor(shape: tuple[int, int], seed: int) -> QuantizedTensor:
     q = torch.randint(0, 4, shape, generator=random, dtype=torch.uint8)
     d = scale_code(torch.rand(rows, groups, generator=random) * 0.02 + 0.005)
     z = torch.randint(90, 140, (rows, groups), generator=random, dtype=torch.uint8)
-    return TSQ2.assemble(q, d, z)
+    return TSQ2.assemble(q, {"d": d, "z": z})
 
 
 @pytest.fixture(scope="session")

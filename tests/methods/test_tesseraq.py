@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tesseraq_gguf.grids import TSQ2
-from tesseraq_gguf.grids.affine import decode_scale
+from tesseraq_gguf.grids.tsq import decode_scale
 from tesseraq_gguf.methods.gptq import GPTQ, compensate
+from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, soft_step
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.reconstruction import BlockProblem
@@ -66,7 +67,7 @@ def test_the_soft_step_and_its_inverse():
 
 def test_it_starts_at_the_weights_where_nothing_clamps(matrix):
     weight, tensor = matrix
-    soft = SoftMatrix(weight, tensor, TSQ2)
+    soft = SoftMatrix(Start(tensor, weight), TSQ2)
     d = decode_scale(tensor.arrays["d"])
     z = TSQ2.decode_zero(tensor.arrays["z"])
     position = TSQ2.grouped(weight) / d[..., None] + z[..., None]
@@ -77,7 +78,7 @@ def test_it_starts_at_the_weights_where_nothing_clamps(matrix):
 
 def test_the_backward_equals_autograds(matrix):
     weight, tensor = matrix
-    soft = SoftMatrix(weight, tensor, TSQ2)
+    soft = SoftMatrix(Start(tensor, weight), TSQ2)
     with torch.no_grad():
         soft.tuning += 0.3
     gradient = torch.randn(8, 128, generator=torch.Generator().manual_seed(1))
@@ -93,7 +94,7 @@ def test_the_backward_equals_autograds(matrix):
 
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.1, 0.005])
 def test_hardening_fixes_the_decided_weights_for_good(share, matrix):
-    soft = SoftMatrix(*matrix, TSQ2)
+    soft = SoftMatrix(Start(matrix[1], matrix[0]), TSQ2)
     before = soft_step(soft.rounding.detach())
     soft.harden(share)
     after = soft_step(soft.rounding.detach())
@@ -109,7 +110,7 @@ def test_hardening_fixes_the_decided_weights_for_good(share, matrix):
 
 
 def test_what_leaves_is_what_was_learned(matrix):
-    soft = SoftMatrix(*matrix, TSQ2)
+    soft = SoftMatrix(Start(matrix[1], matrix[0]), TSQ2)
     with torch.no_grad():
         soft.tuning += 0.21
         soft.zero += 0.013
@@ -146,7 +147,7 @@ def test_gptq_lowers_the_output_error():
     assert error(outcome.tensor) < 0.7 * error(TSQ2.quantize(weight, moment.diagonal()))
     # the codes are the nearest ones of the weights as they were when they were rounded
     a = outcome.tensor.arrays
-    assert torch.equal(TSQ2.encode(outcome.weight, decode_scale(a["d"]), TSQ2.decode_zero(a["z"])), a["q"])
+    assert torch.equal(TSQ2.encode(outcome.weight, a), a["q"])
 
 
 def test_gptq_survives_inputs_that_are_always_zero():
@@ -157,7 +158,7 @@ def test_gptq_survives_inputs_that_are_always_zero():
 
 def test_each_method_beats_the_one_before(problem):
     rounded = {name: TSQ2.quantize(w) for name, w in problem.matrices().items()}
-    start = GPTQ().learn(problem)
+    start = AsItStarts(GPTQ()).learn(problem)
     method = TesseraQ(steps=4, batch=4, rounding_rate=6e-2, scale_rate=1e-2, zero_rate=1e-2)
     learned = method.learn(problem)
     assert _loss(problem, start) < 0.7 * _loss(problem, rounded)

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseraq_gguf.converter.packers import tsq
-from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.grids import TSQ2, grid_of
-from tesseraq_gguf.grids.affine import AffineGrid, decode_scale, scale_code
+from tesseraq_gguf.grids import TSQ2, Grid
+from tesseraq_gguf.grids.tsq import decode_scale, scale_code
+from tesseraq_gguf.grids.tsq import tsq as grid_with
 
 CODES = torch.arange(256, dtype=torch.uint8)
 
 
-def _error(grid: AffineGrid, weight, tensor, importance=1.0) -> float:
+def _error(grid: Grid, weight, tensor, importance=1.0) -> float:
     return float((importance * (grid.dequantize(tensor) - weight) ** 2).sum())
 
 
@@ -28,7 +28,7 @@ def test_scales_equal_the_formula_and_numpy():
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_zero_points_equal_the_formula_and_numpy(bits):
-    grid = AffineGrid("any", bits)
+    grid = grid_with(bits)
     expected = -(2.0 ** (bits - 1)) + CODES.float() * {2: 1 / 32, 3: 1 / 16, 4: 1 / 8}[bits]
     assert torch.equal(grid.decode_zero(CODES), expected)
     np.testing.assert_array_equal(grid.decode_zero(CODES).numpy(), tsq.decode_zero(CODES.numpy(), bits))
@@ -52,9 +52,12 @@ def test_the_nearest_scale_is_chosen(d):
 def test_encode_chooses_the_nearest_value(seed):
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(2, 128, generator=random)
-    d = decode_scale(scale_code(torch.rand(2, 2, generator=random) + 0.1))
-    z = TSQ2.decode_zero(torch.randint(0, 256, (2, 2), generator=random, dtype=torch.uint8))
-    q = TSQ2.encode(weight, d, z)
+    arrays = {
+        "d": scale_code(torch.rand(2, 2, generator=random) + 0.1),
+        "z": torch.randint(0, 256, (2, 2), generator=random, dtype=torch.uint8),
+    }
+    d, z = TSQ2.scale(arrays), TSQ2.zero(arrays)
+    q = TSQ2.encode(weight, arrays)
     values = d[..., None, None] * (torch.arange(4) - z[..., None, None])
     best = (TSQ2.grouped(weight)[..., None] - values).abs().amin(-1)
     got = (TSQ2.grouped(weight) - d[..., None] * (TSQ2.grouped(q) - z[..., None])).abs()
@@ -103,8 +106,3 @@ def test_rows_do_not_feel_each_other():
     whole = TSQ2.quantize(weight)
     for name, array in TSQ2.quantize(weight[100:101]).arrays.items():
         assert torch.equal(array, whole.arrays[name][100:101])
-
-
-def test_types_without_a_grid():
-    with pytest.raises(UsageError, match=r"q8_0.*tsq2"):
-        grid_of("q8_0")
