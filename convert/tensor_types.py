@@ -26,6 +26,9 @@ class TensorType:
         block_weights: weights per block; a row's length must be a multiple of it.
         block_bytes: bytes per block.
         custom: True if only our runtime reads it.
+        plain: True if gguf-py rounds floats to it: what a tensor can be that is not learned.
+        fallback: the type that llama-quantize takes for rows that are no whole number of blocks; where that does not
+            fit either, or is None, f16.
     """
 
     name: str
@@ -34,6 +37,8 @@ class TensorType:
     block_weights: int
     block_bytes: int
     custom: bool
+    plain: bool = False
+    fallback: str | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -45,11 +50,19 @@ class TensorType:
         return row_length % self.block_weights == 0
 
 
+# The file types of the K types are the "small" ones, Q2_K_S and so on: the others promise a mix of types.
 _TYPES = (
-    TensorType("f32", 0, 0, 1, 4, False),
-    TensorType("f16", 1, 1, 1, 2, False),
-    TensorType("bf16", 30, 32, 1, 2, False),
-    TensorType("q8_0", 8, 7, 32, 34, False),
+    TensorType("f32", 0, 0, 1, 4, False, plain=True),
+    TensorType("f16", 1, 1, 1, 2, False, plain=True),
+    TensorType("bf16", 30, 32, 1, 2, False, plain=True),
+    TensorType("q8_0", 8, 7, 32, 34, False, plain=True),
+    TensorType("q5_0", 6, 8, 32, 22, False, plain=True),
+    TensorType("q4_1", 3, 3, 32, 20, False, plain=True),
+    TensorType("q4_0", 2, 2, 32, 18, False, plain=True),
+    TensorType("q2_0", 42, 41, 64, 18, False, fallback="q4_0"),
+    TensorType("q4_k", 12, 14, 256, 144, False, fallback="q5_0"),
+    TensorType("q3_k", 11, 11, 256, 110, False, fallback="q4_0"),
+    TensorType("q2_k", 10, 21, 256, 84, False, fallback="q4_0"),
     TensorType("tsq2", 500, 500, 64, 18, True),
 )
 

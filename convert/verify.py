@@ -23,7 +23,7 @@ class Expected:
     Attributes:
         name: its name in the file.
         type: its tensor type.
-        weights: the learner's weights in the order of the file, float32 [rows, columns].
+        weights: the learner's weights in the order of the file, float32 [rows, columns]; of a vector, type f32, [values].
     """
 
     name: str
@@ -52,15 +52,20 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
         tensor = tensors.get(want.name)
         if tensor is None:
             raise VerificationError(f"{want.name} was learned but is not in the file. {_REPORT}")
-        rows, columns = want.weights.shape
-        if tensor.type != want.type or tensor.shape != (columns, rows):
+        shape = tuple(reversed(want.weights.shape))
+        if tensor.type != want.type or tensor.shape != shape:
             raise VerificationError(
                 f"{want.name} is {tensor.type} {list(tensor.shape)} in the file, "
-                f"but learned was {want.type} {[columns, rows]}. {_REPORT}"
+                f"but learned was {want.type} {list(shape)}. {_REPORT}"
             )
-        packer = packer_of(want.type)
-        stored = packer.dequantize(packer.unpack(np.ascontiguousarray(file.data(tensor))))
-        wrong = np.flatnonzero((_bits(stored) != _bits(want.weights)).any(axis=1))
+        data, weights = np.ascontiguousarray(file.data(tensor)), np.atleast_2d(want.weights)
+        rows = len(weights)
+        if want.type == "f32":
+            stored = data.view(np.float32).reshape(weights.shape)
+        else:
+            packer = packer_of(want.type)
+            stored = packer.dequantize(packer.unpack(data))
+        wrong = np.flatnonzero((_bits(stored) != _bits(weights)).any(axis=1))
         if len(wrong):
             raise VerificationError(
                 f"{want.name} in the file differs from the learned weights in {len(wrong)} of {rows} rows, "

@@ -73,10 +73,16 @@ class DeferredTensor:
 
 
 class LearnedTensors:
-    """The learner's tensors by checkpoint name, of which one block file is in memory at a time."""
+    """The learner's tensors by checkpoint name, of which one block file is in memory at a time.
+
+    Attributes:
+        types: tensor type of every learned matrix.
+        vectors: names of the vectors that changed along with matrices.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         self.types: dict[str, str] = {}
+        self.vectors: list[str] = []
         self._file: dict[str, Path] = {}
         self._loaded: tuple[Path | None, dict[str, QuantizedTensor]] = (None, {})
         for file in files:
@@ -84,7 +90,10 @@ class LearnedTensors:
                 if name in self._file:
                     raise ConversionError(f"{name} was learned twice: in {self._file[name]} and in {file}")
                 self._file[name] = file
-                self.types[name] = tensor.type
+                if tensor.plain:
+                    self.vectors.append(name)
+                else:
+                    self.types[name] = tensor.type
 
     def _load(self, file: Path) -> dict[str, QuantizedTensor]:
         if self._loaded[0] != file:
@@ -99,7 +108,11 @@ class LearnedTensors:
 
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Return [rows, columns] of every learned matrix."""
-        return {name: self.weights_shape(name) for name in self._file}
+        return {name: self.weights_shape(name) for name in self.types}
+
+    def vector(self, name: str) -> Any:
+        """Return the values of a vector, float32."""
+        return self[name].arrays["values"]
 
     def weights_shape(self, name: str) -> tuple[int, int]:
         """Return [rows, columns] of one."""
@@ -218,8 +231,10 @@ def write(job: dict[str, Any], emit: Emit) -> None:
             raise ConversionError(
                 f"{job['name']}: none of the learned matrices can be written, the first because {reason}"
             )
-    make = _from_folder if job["gguf"] is None else _from_gguf
-    writer = make(job, learned, plan, emit)
+    if job["gguf"] is None:
+        writer = _from_folder(job, learned, plan, emit)
+    else:
+        writer = _from_gguf(job, learned, plan, probe, emit)
     _add_metadata(writer, job, learned)
     _write_file(writer, Path(job["out"]), emit)
     emit({"event": "stage", "text": "verifying"})
@@ -240,6 +255,9 @@ def _expected(probe: Converter, plan: Plan, learned: LearnedTensors) -> Iterator
         weights = grid_of(tensor.type).dequantize(tensor)
         for target, moved in probe.modified(name, weights):
             yield Expected(target, tensor.type, moved.numpy())
+    for name in learned.vectors:
+        for target, moved in probe.modified(name, learned.vector(name)):
+            yield Expected(target, "f32", moved.float().numpy())
 
 
 def _packed(learned: LearnedTensors, name: str, placement: Placement) -> DeferredTensor:
@@ -264,8 +282,11 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
     embedding = gguf.GGMLQuantizationType(tensor_type(job["embedding_type"]).id)
     modify, force = model.modify_tensors, model.tensor_force_quant
     own = {converter.name(name): name for name in plan.by_matrix} if plan else {}
+    changed = {converter.name(name): name for name in learned.vectors}
 
     def modify_tensors(data: Any, name: str, block: int | None) -> Any:
+        if name in changed:
+            return modify(learned.vector(changed[name]), name, block)
         if plan is None or name not in own:
             return modify(data, name, block)
         kind = gguf.GGMLQuantizationType(tensor_type(learned.types[own[name]]).id)
@@ -291,19 +312,26 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
     return model.gguf_writer
 
 
-def _from_gguf(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, emit: Emit) -> Any:
+def _from_gguf(
+    job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, probe: Converter | None, emit: Emit
+) -> Any:
     """Take metadata and tensors over from the file that the folder was expanded from."""
     import gguf
 
     source = open_gguf(Path(job["gguf"]))
     writer = _raw_writer(source)
-    if plan is not None:
+    vectors: dict[str, NDArray[Any]] = {}
+    if plan is not None and probe is not None:
         _check_row_order(job, source, plan)
+        for name in learned.vectors:
+            vectors |= {target: v.float().numpy() for target, v in probe.modified(name, learned.vector(name))}
     fallbacks = []
     for tensor in source.tensors:
         if plan is not None and tensor.name in plan.by_target:
             name, placement = plan.by_target[tensor.name]
             deferred, kind = _packed(learned, name, placement), learned.types[name]
+        elif tensor.name in vectors:
+            deferred, kind = _vector(vectors.pop(tensor.name)), "f32"
         else:
             kind = _type_in_copy(tensor, job)
             deferred = _copied(source, tensor, kind)
@@ -312,11 +340,17 @@ def _from_gguf(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, 
         shape = None if deferred.dtype == np.uint8 else tuple(reversed(tensor.shape))
         type_id = gguf.GGMLQuantizationType(tensor_type(kind).id if kind in TENSOR_TYPES else tensor.type_id)
         writer.add_tensor(tensor.name, deferred, raw_shape=shape, raw_dtype=type_id)
+    if vectors:
+        raise ConversionError(f"{', '.join(vectors)}: changed while learning, but not in {source.path.name}")
     _note_fallbacks(fallbacks, emit)
     main = learned.main_type() if learned.types else job["type"]
     writer.add_file_type(tensor_type(main).file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return writer
+
+
+def _vector(values: NDArray[Any]) -> DeferredTensor:
+    return DeferredTensor(values.shape, np.dtype("<f4"), lambda: [values])
 
 
 def _raw_writer(source: GgufFile) -> Any:

@@ -186,8 +186,8 @@ def stock_type(name: str) -> str:
         UsageError: no such type, or one that can only be learned.
     """
     kind = tensor_type(name)
-    if kind.custom:
-        stock = ", ".join(t.name for t in TENSOR_TYPES.values() if not t.custom)
+    if not kind.plain:
+        stock = ", ".join(t.name for t in TENSOR_TYPES.values() if t.plain)
         raise UsageError(f"'{name}' can only be learned; for tensors that are not learned choose one of {stock}")
     return kind.name
 

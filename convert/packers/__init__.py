@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from tesseraq_gguf.converter.packers.stock import Q2_0, Q4_0, Q4_1, Q5_0, Q8_0
+from tesseraq_gguf.converter.packers.superblock import Q2_K, Q3_K, Q4_K
 from tesseraq_gguf.converter.packers.tsq import TsqPacker
 from tesseraq_gguf.errors import UsageError
 
@@ -34,7 +36,17 @@ class Packer(Protocol):
         ...
 
 
-PACKERS: dict[str, Packer] = {"tsq2": TsqPacker(2)}
+PACKERS: dict[str, Packer] = {
+    "tsq2": TsqPacker(2),
+    "q2_0": Q2_0,
+    "q4_0": Q4_0,
+    "q4_1": Q4_1,
+    "q5_0": Q5_0,
+    "q8_0": Q8_0,
+    "q2_k": Q2_K,
+    "q3_k": Q3_K,
+    "q4_k": Q4_K,
+}
 """The packer of every tensor type that can be learned."""
 
 

@@ -71,6 +71,7 @@ def test_arrays_that_do_not_fit_together():
 
 def test_the_registries_agree():
     assert set(PACKERS) == set(GRIDS)
+    assert set(PACKERS) <= set(TENSOR_TYPES)
     assert {t.name for t in TENSOR_TYPES.values() if t.custom} <= set(PACKERS)
     with pytest.raises(UsageError, match=r"no packer for type 'q9'. Types that can be packed: .*tsq2"):
         packer_of("q9")

@@ -396,6 +396,8 @@ def test_broken_block_files(make_model, learn, tmp_path):
         write_gguf(source, tmp_path / "out.gguf", [broken])
     with pytest.raises(UsageError, match="'tsq2' can only be learned"):
         write_gguf(source, tmp_path / "out.gguf", blocks, embedding_type="tsq2")
+    with pytest.raises(UsageError, match=r"'q2_k' can only be learned; .* choose one of f32, f16, bf16, q8_0"):
+        write_gguf(source, tmp_path / "out.gguf", blocks, embedding_type="q2_k")
     assert list(tmp_path.iterdir()) == [broken]
 
 
