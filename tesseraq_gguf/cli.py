@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
-from tesseraq_gguf.recipe import METHODS, PRESETS
+from tesseraq_gguf.recipe import FINISHES, INITIALISATIONS, METHODS, PRESETS
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -116,10 +116,22 @@ def convert(
         str,
         typer.Option(
             "--type",
-            help="Tensor type of the decoder blocks' matrices. With f16, bf16, f32 or q8_0 nothing is learned.",
+            help="Tensor type of the decoder blocks' matrices: tsq2, tsq3, tsq4 for our runtime; "
+            "q2_0, q4_0, q4_1, q5_0, q8_0, q2_k, q3_k, q4_k for any llama.cpp. "
+            "With f16, bf16 or f32 nothing is learned.",
         ),
     ] = "tsq2",
     method: Annotated[str, typer.Option("--method", help=f"How to learn: {', '.join(METHODS)}.")] = METHODS[0],
+    init: Annotated[
+        str, typer.Option("--init", help=f"What tesseraq begins at: {', '.join(INITIALISATIONS)}.")
+    ] = INITIALISATIONS[0],
+    finish: Annotated[
+        str,
+        typer.Option(
+            "--finish",
+            help="A last pass: distill lets scales and norms of the whole model learn from its full-precision answers.",
+        ),
+    ] = FINISHES[0],
     preset: Annotated[
         str, typer.Option("--preset", help=f"How much to spend: {', '.join(PRESETS)} (the paper's setting).")
     ] = "balanced",
@@ -136,9 +148,12 @@ def convert(
     embedding_type: Annotated[
         str | None,
         typer.Option(
-            help="Tensor type of embedding and output matrix.",
+            help="Tensor type of the embedding, any that --type takes.",
             show_default="q8_0; --type itself where nothing is learned",
         ),
+    ] = None,
+    output_type: Annotated[
+        str | None, typer.Option(help="Tensor type of the output matrix.", show_default="that of the embedding")
     ] = None,
     work_dir: Annotated[
         Path | None, typer.Option(help="Where finished blocks are kept until the file is whole. By default beside OUT.")
@@ -165,20 +180,21 @@ def convert(
     from tesseraq_gguf.recipe import Recipe
 
     _refuse_conflicts(context, type, method)
-    embedding = tensor_type(embedding_type or ("q8_0" if tensor_type(type).custom else type))
-    if embedding.custom:
-        raise UsageError(f"--embedding-type {embedding.name} cannot be meant: embedding and output are not learned")
+    embedding = tensor_type(embedding_type or ("q8_0" if _learns(type) else type))
     recipe = Recipe(
         model=model,
         out=out,
         type=type,
         method=method,
+        init=init,
+        finish=finish,
         preset=preset,
         calibration=calibration,
         samples=samples,
         seqlen=seqlen,
         device=device,
         embedding_type=embedding.name,
+        output_type=tensor_type(output_type).name if output_type else None,
         work_dir=work_dir,
         fresh=fresh,
         seed=seed,
@@ -345,16 +361,24 @@ def runtime_info(
         print(f"{name:<26}{'-' if shown in (None, '') else shown}")
 
 
-def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
-    """Refuse options that the chosen type or method would ignore."""
+def _learns(type: str) -> bool:
+    """Whether something is learned in a type: only floats hold a model as it is."""
     from tesseraq_gguf.converter.tensor_types import tensor_type
 
+    return tensor_type(type).name not in ("f32", "f16", "bf16")
+
+
+def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
+    """Refuse options that the chosen type or method would ignore."""
     given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
-    learning = ["preset", "calibration", "samples", "seqlen"]
-    if not tensor_type(type).custom:
-        ignored, reason = ["method", *learning, "work_dir", "fresh", "seed", "device"], f"--type {type} learns nothing"
+    learning = ["init", "finish", "preset", "calibration", "samples", "seqlen"]
+    if not _learns(type):
+        ignored = ["method", *learning, "output_type", "work_dir", "fresh", "seed", "device"]
+        reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"
+    elif method != "tesseraq":
+        ignored, reason = ["init"], f"--method {method} begins at nothing else"
     else:
         return
     for name in ignored:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "TensorSummary", "TypeSummary", "inspect", "open_gguf", "render"]
 
+_RECENT = {"q2_0"}
+"""Stock types that llama.cpp has had for a short time only."""
+
 _GENERAL_KEYS = ("general.name", "general.size_label", "general.license")
 _MODEL_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length")
 
@@ -122,7 +125,7 @@ def inspect(path: Path | str) -> Inspection:
         weights=weights,
         architecture=architecture,
         file_type=_file_type(file),
-        runs_on=f"tesseraq-gguf runtime only (types: {', '.join(custom)})" if custom else "any llama.cpp",
+        runs_on=_runs_on(custom, {t.type for t in types}),
         needs_runtime=bool(custom),
         metadata=metadata,
         tesseraq={
@@ -191,19 +194,24 @@ def _totals(tensors: Iterable[TensorInfo]) -> tuple[TypeSummary, ...]:
     return tuple(sorted(summaries, key=lambda t: -t.bytes))
 
 
+def _runs_on(custom: list[str], present: set[str]) -> str:
+    if custom:
+        return f"tesseraq-gguf runtime only (types: {', '.join(custom)})"
+    recent = sorted(present & _RECENT)
+    return f"any llama.cpp recent enough to know {', '.join(recent)}" if recent else "any llama.cpp"
+
+
 def _file_type(file: GgufFile) -> str | None:
     from gguf import LlamaFileType
 
     value = file.get("general.file_type")
     if value is None:
         return None
-    for t in TENSOR_TYPES.values():
-        if t.custom and t.file_type == value:
-            return f"mostly {t.name}"
     try:
         return str(LlamaFileType(value).name).lower().replace("mostly_", "mostly ").replace("all_", "all ")
     except ValueError:
-        return f"unknown ({value})"
+        # newer than the published gguf package, or ours
+        return next((f"mostly {t.name}" for t in TENSOR_TYPES.values() if t.file_type == value), f"unknown ({value})")
 
 
 def _plain(value: Any) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,21 +15,26 @@ from typing import Protocol
 import torch
 
 from tesseraq_gguf.calibration import Calibration, load_calibration
-from tesseraq_gguf.converter.tensor_types import TensorType, tensor_type
+from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import Metadata, check_output, check_source, stock_type, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
-from tesseraq_gguf.errors import ModelError, TesseraqError
+from tesseraq_gguf.distillation import Distillation
+from tesseraq_gguf.embeddings import dequantized, round_embeddings
+from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
 from tesseraq_gguf.inspection import inspect
+from tesseraq_gguf.methods.awq import AWQ, ClipSearch
 from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.omniquant import OmniQuant
 from tesseraq_gguf.methods.rtn import round_blocks
+from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.recipe import Recipe
-from tesseraq_gguf.reconstruction import BlockResult, Finished, Method, Reconstruction
+from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
-from tesseraq_gguf.sensitivity import channel_sensitivity
-from tesseraq_gguf.work_directory import WorkDirectory
+from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
+from tesseraq_gguf.work_directory import EMBEDDINGS, FINAL, WorkDirectory, finished_block
 
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
@@ -93,7 +100,6 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     progress = progress or SilentProgress()
     started = time.monotonic()
     target = tensor_type(recipe.type)
-    stock_type(recipe.embedding_type)
     check_output(recipe.out)
     source = resolve_model(recipe.model, progress.stage)
     check_output(recipe.out, source)
@@ -106,7 +112,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             source,
             recipe.out,
             target.name,
-            embedding_type=recipe.embedding_type,
+            embedding_type=stock_type(recipe.embedding_type),
             say=progress.note,
             progress=progress.advance,
             tree=tree,
@@ -114,25 +120,27 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         return _report(recipe, len(decoder), 0, {}, started)
     calibration = _calibration(recipe, source, progress)
     progress.stage("Asking llama.cpp's converter about the model")
-    types, fallbacks = _plan(source, decoder, target, tree)
+    types, outside, fallbacks = _plan(recipe, source, decoder, tree)
     for name, reason in fallbacks.items():
-        progress.note(f"{name} is not learned and gets a stock type: {reason}")
+        progress.note(f"{name} {reason}")
     autocast = learning_dtype(device)
-    identity = _identity(recipe, source.fingerprint(), calibration, autocast, types)
+    identity = _identity(recipe, source.fingerprint(), calibration, autocast, types | outside)
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
     with WorkDirectory(folder, identity, recipe.fresh) as work:
         resumed = 0
-        for result in _results(recipe, decoder, types, calibration, autocast, work.finished, progress):
+        for result in _results(recipe, decoder, types, outside, calibration, autocast, work, progress):
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
             progress.block(result, len(decoder))
+        if recipe.finish == "distill" and calibration:
+            _finish(recipe, decoder, calibration, autocast, work, progress)
         progress.stage(f"Writing and verifying {recipe.out.name}")
         write_gguf(
             source,
             recipe.out,
-            work.files(),
-            embedding_type=recipe.embedding_type,
+            work.files(len(decoder), recipe.finish != "none"),
+            embedding_type=recipe.embedding_type if tensor_type(recipe.embedding_type).plain else "q8_0",
             metadata=_metadata(recipe, target.file_type, calibration),
             say=progress.note,
             progress=progress.advance,
@@ -144,24 +152,63 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
 
 
 def _plan(
-    source: ModelSource, decoder: Decoder, target: TensorType, tree: SourceTree
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the tensor type of each matrix to learn, and why the others are not learned."""
+    recipe: Recipe, source: ModelSource, decoder: Decoder, tree: SourceTree
+) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Choose the tensor type of each matrix to learn.
+
+    Returns:
+        The types of matrices in blocks, the types of matrices outside them that are not plain, both by checkpoint
+        name, and what is said of matrices that do not get the type that was asked for.
+    """
+    types, fallbacks = {}, {}
     shapes = decoder.matrix_shapes()
-    unfit = {
-        name: f"{target.block_weights} does not divide its rows of {columns}"
-        for name, (_, columns) in shapes.items()
-        if not target.fits(columns)
-    }
-    unfit |= check_source(source, {name: shape for name, shape in shapes.items() if name not in unfit}, tree=tree)
-    types = {name: target.name for name in shapes if name not in unfit}
+    for name, (_, columns) in shapes.items():
+        found, said = _fitting(recipe.type, columns)
+        if said:
+            fallbacks[name] = said
+        if found:
+            types[name] = found
+    outside = {}
+    for name, asked in _asked_outside(recipe, decoder).items():
+        if not tensor_type(asked).plain:
+            found, said = _fitting(asked, decoder.hidden_size)
+            if said:
+                fallbacks[name] = said
+            if found:
+                outside[name] = found
+                shapes[name] = (decoder.config.vocab_size, decoder.hidden_size)
+    refused = check_source(source, {name: shapes[name] for name in types | outside}, tree=tree)
+    for name, reason in refused.items():
+        fallbacks[name] = f"is not learned and gets a stock type: {reason}"
+        types.pop(name, None)
+        outside.pop(name, None)
     if not types:
-        raise ModelError(f"{source.name}: no matrix of its blocks can be learned in {target.name}")
-    return types, unfit
+        raise ModelError(f"{source.name}: no matrix of its blocks can be learned in {recipe.type.lower()}")
+    return types, outside, fallbacks
+
+
+def _fitting(asked: str, columns: int) -> tuple[str | None, str]:
+    """Return the type that rows of `columns` weights get, None if they cannot be learned, and what is said of it."""
+    kind = tensor_type(asked)
+    if kind.fits(columns):
+        return kind.name, ""
+    reason = f"{kind.block_weights} does not divide its rows of {columns}"
+    if kind.fallback and tensor_type(kind.fallback).fits(columns):
+        return kind.fallback, f"is {kind.fallback}, not {kind.name}: {reason} (llama-quantize does the same)"
+    return None, f"is not learned and gets a stock type: {reason}"
+
+
+def _asked_outside(recipe: Recipe, decoder: Decoder) -> dict[str, str]:
+    embedding, output = decoder.embedding_name(), decoder.output_name()
+    if embedding == output:
+        if recipe.output_type not in (None, recipe.embedding_type):
+            raise UsageError("this model's output matrix is its embedding: give --embedding-type alone")
+        return {embedding: recipe.embedding_type}
+    return {embedding: recipe.embedding_type, output: recipe.output_type or recipe.embedding_type}
 
 
 def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Calibration | None:
-    if recipe.method == "rtn":
+    if not recipe.calibrates:
         return None
     settings = recipe.settings
     progress.stage("Reading the calibration text")
@@ -178,17 +225,18 @@ def _results(
     recipe: Recipe,
     decoder: Decoder,
     types: Mapping[str, str],
+    outside: Mapping[str, str],
     calibration: Calibration | None,
     autocast: torch.dtype,
-    finished: Finished,
+    work: WorkDirectory,
     progress: Progress,
 ) -> Iterator[BlockResult]:
-    learning = f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
     if calibration is None:
+        _embeddings(decoder, outside, None, work, progress)
         progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
-        yield from round_blocks(decoder, types, finished)
+        yield from round_blocks(decoder, types, work.finished)
         return
-    stored = [finished(index) for index in range(len(decoder))]
+    stored = [work.finished(index) for index in range(len(decoder))]
     if all(s is not None for s in stored):
         for index, s in enumerate(stored):
             assert s is not None
@@ -203,29 +251,106 @@ def _results(
         autocast=autocast,
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
     )
-    try:
+    with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
         few = calibration.tokens[: max(1, _SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
-        sensitivity = channel_sensitivity(decoder, few, recipe.seed, progress.advance)
-        progress.stage(learning)
-        yield from walk.run(calibration.tokens, sensitivity, finished)
+        sensitivity = measure_sensitivity(decoder, few, recipe.seed, progress.advance)
+        _embeddings(decoder, outside, sensitivity, work, progress)
+        progress.stage(
+            f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
+        )
+        yield from walk.run(
+            calibration.tokens, sensitivity.blocks, work.finished, lambda: _dequantized_embeddings(work)
+        )
+
+
+@contextmanager
+def _memory_explained(decoder: Decoder) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise TesseraqError(
             f"not enough memory on {decoder.device}: use fewer --samples, a smaller --seqlen, or --device cpu"
         ) from error
 
 
+def _embeddings(
+    decoder: Decoder,
+    types: Mapping[str, str],
+    sensitivity: Sensitivity | None,
+    work: WorkDirectory,
+    progress: Progress,
+) -> None:
+    """Round the matrices outside the blocks, unless an earlier run has."""
+    if types and work.tensors(EMBEDDINGS) is None:
+        progress.stage(f"Rounding {' and '.join(types)}")
+        work.keep_tensors(EMBEDDINGS, round_embeddings(decoder, types, sensitivity, progress.advance))
+
+
+def _dequantized_embeddings(work: WorkDirectory) -> dict[str, torch.Tensor]:
+    stored = work.tensors(EMBEDDINGS)
+    return dequantized(stored[0]) if stored else {}
+
+
+def _finish(
+    recipe: Recipe,
+    decoder: Decoder,
+    calibration: Calibration,
+    autocast: torch.dtype,
+    work: WorkDirectory,
+    progress: Progress,
+) -> None:
+    """Run the last pass, unless an earlier run has, and tell what it bought."""
+    if (earlier := work.tensors(FINAL)) is None:
+        progress.stage("Learning scales and norms of the whole model from its answers")
+        with _memory_explained(decoder), tempfile.TemporaryDirectory(prefix="tesseraq-") as folder:
+            distilled = Distillation(steps=recipe.settings.finish_steps).run(
+                decoder,
+                work.block,
+                calibration.tokens,
+                recipe.seed,
+                autocast,
+                Path(folder),
+                progress.advance,
+                _dequantized_embeddings(work),
+            )
+            for index in range(len(decoder)):
+                work.keep_tensors(finished_block(index), distilled.blocks(index))
+            notes = {"before": json.dumps(distilled.before), "after": json.dumps(distilled.after)}
+            work.keep_tensors(FINAL, distilled.final, notes)
+    else:
+        notes = earlier[1]
+    before, after = json.loads(notes["before"]), json.loads(notes["after"])
+    verdict = "" if after < before else ": no better, so this pass is undone"
+    progress.note(f"divergence from the model's answers on sequences held out: {before:.4f} -> {after:.4f}{verdict}")
+
+
 def _method(recipe: Recipe) -> Method:
+    """Put a method together from what a recipe names."""
     if recipe.method == "gptq":
-        return GPTQ()
+        return AsItStarts(GPTQ())
+    if recipe.method == "awq":
+        return AWQ(AsItStarts(ClipSearch()))
+    if recipe.method == "omniquant":
+        return AsItStarts(OmniQuant())
     settings = recipe.settings
-    return TesseraQ(
+    initialisations: dict[str, Initialisation] = {
+        "auto": GPTQ(),
+        "gptq": GPTQ(),
+        "awq+gptq": GPTQ(),
+        "awq": ClipSearch(),
+        "omniquant": OmniQuant(),
+        "none": Nearest(),
+    }
+    method = TesseraQ(
         steps=settings.steps,
         batch=settings.batch,
         rounding_rate=settings.rounding_rate,
         scale_rate=settings.parameter_rate,
         zero_rate=settings.parameter_rate,
+        initialisation=initialisations[recipe.init],
     )
+    return AWQ(method) if recipe.init.startswith("awq") else method
 
 
 def _identity(
@@ -238,6 +363,8 @@ def _identity(
         "model": model,
         "calibration": calibration.fingerprint() if calibration else None,
         "method": recipe.method,
+        "init": recipe.init,
+        "finish": recipe.finish,
         "type": sorted(set(types.values())),
         "matrices": len(types),
         "preset": asdict(recipe.settings),
@@ -250,12 +377,18 @@ def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None) -
     settings = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
     entries: dict[str, str | int] = {
         "general.file_type": file_type,
-        "tesseraq.method": recipe.method,
+        "tesseraq.method": _name(recipe),
         "tesseraq.recipe": json.dumps(settings if calibration else {"seed": recipe.seed}),
     }
     if calibration:
         entries["tesseraq.calibration"] = f"{calibration.name} {calibration.fingerprint()}"
     return entries
+
+
+def _name(recipe: Recipe) -> str:
+    """What the file says of how it was made."""
+    init = f" from {recipe.init}" if recipe.method == "tesseraq" and recipe.init != "auto" else ""
+    return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 
 def _report(recipe: Recipe, blocks: int, resumed: int, fallbacks: dict[str, str], started: float) -> ConversionReport:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tesseraq_gguf.errors import UsageError
 
-METHODS = ("tesseraq", "gptq", "rtn")
+METHODS = ("tesseraq", "gptq", "awq", "omniquant", "rtn")
 """Methods by name, best first."""
+
+INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
+"""What TesseraQ can begin at; `auto` is the one that serves best, `gptq`."""
+
+FINISHES = ("none", "distill")
+"""Last passes over the whole model."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class Preset:
         batch: sequences of a step.
         rounding_rate: learning rate of the rounding variables ν.
         parameter_rate: learning rate of scales and zero-points.
+        finish_steps: Adam steps of the last pass, if there is one.
     """
 
     samples: int
@@ -30,12 +37,19 @@ class Preset:
     batch: int
     rounding_rate: float
     parameter_rate: float
+    finish_steps: int
 
 
 PRESETS = {
-    "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2),
-    "balanced": Preset(samples=256, length=256, steps=25, batch=4, rounding_rate=3e-2, parameter_rate=5e-3),
-    "best": Preset(samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3),
+    "fast": Preset(
+        samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2, finish_steps=100
+    ),
+    "balanced": Preset(
+        samples=256, length=256, steps=25, batch=4, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=200
+    ),
+    "best": Preset(
+        samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3, finish_steps=1000
+    ),
 }
 """`best` is the paper's setting (arXiv 2410.19103, §4.1); the others spend less and take larger steps."""
 
@@ -47,14 +61,17 @@ class Recipe:
     Attributes:
         model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
         out: the GGUF file to write.
-        type: tensor type of the matrices in the decoder blocks; a stock float type means that nothing is learned.
-        method: how codes are learned: `tesseraq`, `gptq` or `rtn`.
+        type: tensor type of the matrices in the decoder blocks; a float type means that nothing is learned.
+        method: how codes are learned, one of `METHODS`.
+        init: what TesseraQ begins at, one of `INITIALISATIONS`.
+        finish: the last pass over the whole model, one of `FINISHES`.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
         seqlen: tokens of a sequence; None takes the preset's.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
-        embedding_type: tensor type of embedding and output matrix.
+        embedding_type: tensor type of the embedding.
+        output_type: tensor type of the output matrix; None means that of the embedding.
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
         fresh: throw finished blocks of an earlier run away.
         seed: makes the run repeatable.
@@ -64,12 +81,15 @@ class Recipe:
     out: Path
     type: str = "tsq2"
     method: str = "tesseraq"
+    init: str = "auto"
+    finish: str = "none"
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
     seqlen: int | None = None
     device: str = "auto"
     embedding_type: str = "q8_0"
+    output_type: str | None = None
     work_dir: Path | None = None
     fresh: bool = False
     seed: int = 0
@@ -81,10 +101,10 @@ class Recipe:
             UsageError: an unknown preset or method, or a number that cannot be meant.
         """
         object.__setattr__(self, "out", Path(self.out))
-        if self.preset not in PRESETS:
-            raise UsageError(f"unknown preset '{self.preset}'. Presets: {', '.join(PRESETS)}")
-        if self.method not in METHODS:
-            raise UsageError(f"unknown method '{self.method}'. Methods: {', '.join(METHODS)}")
+        _check("preset", self.preset, tuple(PRESETS))
+        _check("method", self.method, METHODS)
+        _check("initialisation", self.init, INITIALISATIONS)
+        _check("finish", self.finish, FINISHES)
         if self.samples is not None and self.samples < 1:
             raise UsageError(f"--samples must be at least 1, not {self.samples}")
         if self.seqlen is not None and self.seqlen < 8:
@@ -94,14 +114,7 @@ class Recipe:
     def settings(self) -> Preset:
         """The preset, with `samples` and `seqlen` of this recipe in place of its own where given."""
         preset = PRESETS[self.preset]
-        return Preset(
-            samples=self.samples or preset.samples,
-            length=self.seqlen or preset.length,
-            steps=preset.steps,
-            batch=preset.batch,
-            rounding_rate=preset.rounding_rate,
-            parameter_rate=preset.parameter_rate,
-        )
+        return replace(preset, samples=self.samples or preset.samples, length=self.seqlen or preset.length)
 
     @property
     def learns(self) -> bool:
@@ -109,3 +122,13 @@ class Recipe:
         from tesseraq_gguf.grids import GRIDS
 
         return self.type.lower() in GRIDS
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.learns and self.method != "rtn"
+
+
+def _check(what: str, name: str, known: tuple[str, ...]) -> None:
+    if name not in known:
+        raise UsageError(f"unknown {what} '{name}'. There are: {', '.join(known)}")

@@ -7,13 +7,14 @@ block the answer moves by
     KL(p || p_e) ≈ ½ eᵀ F e,      F = E[g gᵀ],  g = ∂ log p(y) / ∂ hidden,  y drawn from the model itself
 
 (the Fisher information of the output distribution). Its diagonal, averaged over tokens, weighs the squared error of
-reconstruction.
+reconstruction. The same pass sees what the embedding and the output matrix need.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,10 +26,26 @@ _FLOOR = 1e-4
 """Smallest weight against the mean: no channel is given up."""
 
 
-def channel_sensitivity(
+@dataclass(frozen=True)
+class Sensitivity:
+    """What the pass finds.
+
+    Attributes:
+        blocks: for each block the weights of the squared error of its output, float32 [2, hidden], mean 1 in the second
+            row: weights of the first position, where models park attention, and weights that all others share.
+        embedding: the same of what comes before the first block, float32 [hidden], all positions alike.
+        output_moment: mean x·xᵀ of the inputs of the output matrix, float32 [hidden, hidden].
+    """
+
+    blocks: list[Tensor]
+    embedding: Tensor
+    output_moment: Tensor
+
+
+def measure_sensitivity(
     decoder: Decoder, tokens: Tensor, seed: int, report: Callable[[int, int], None] = lambda *_: None
-) -> list[Tensor]:
-    """Diagonal Fisher information of the hidden states after each block.
+) -> Sensitivity:
+    """Diagonal Fisher information of the hidden states before and after each block.
 
     One pass up and one pass down, block by block, so no more than one block has weights at a time.
 
@@ -37,10 +54,6 @@ def channel_sensitivity(
         tokens: a few calibration sequences, int64 [samples, length].
         seed: of the drawn answers.
         report: called with (blocks done, blocks in all).
-
-    Returns:
-        For each block float32 [2, hidden], mean 1 in the second row: weights of the first position, where models park
-        attention, and weights that all other positions share.
     """
     hidden, recorded = decoder.stem(tokens)
     total = 2 * len(decoder)
@@ -55,6 +68,7 @@ def channel_sensitivity(
                     [block.run(h.to(decoder.device), recorded.arguments[index]).cpu() for h in hidden.split(1)]
                 )
             report(index + 1, total)
+        moment = decoder.output_moment(hidden)
         gradient = decoder.answer_gradient(hidden, torch.Generator().manual_seed(seed))
         weights = []
         for index in reversed(range(len(decoder))):
@@ -67,7 +81,7 @@ def channel_sensitivity(
                 below.append(torch.autograd.grad(out, h, g.to(decoder.device))[0].cpu())
             gradient = torch.cat(below)
             report(total - index, total)
-    return weights[::-1]
+    return Sensitivity(weights[::-1], _weights(gradient)[1].cpu(), moment.cpu())
 
 
 def _weights(gradient: Tensor) -> Tensor:

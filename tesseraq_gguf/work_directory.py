@@ -18,6 +18,12 @@ from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.quantized import QuantizedTensor, load_tensors, save_tensors
 from tesseraq_gguf.reconstruction import BlockResult
 
+EMBEDDINGS = "embeddings"
+"""Name of the quantised embedding and output matrix."""
+
+FINAL = "final"
+"""Name of the vectors outside the blocks that the last pass learned; the pass is over when they are there."""
+
 Identity = Mapping[str, object]
 """What a run is, JSON-ready."""
 
@@ -85,29 +91,58 @@ class WorkDirectory:
         with temporary_sibling(state) as partial:
             partial.write_text(json.dumps(self._identity, indent=2), encoding="utf-8")
 
-    def _file(self, index: int) -> Path:
-        return self.folder / f"block-{index:04d}.safetensors"
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def keep(self, result: BlockResult) -> None:
         """Write a finished block; it appears whole or not at all."""
         notes = {"loss_before": json.dumps(result.loss_before), "loss_after": json.dumps(result.loss_after)}
-        save_tensors(self._file(result.index), result.tensors, notes)
+        save_tensors(self._file(_block(result.index)), result.tensors, notes)
 
     def finished(self, index: int) -> tuple[dict[str, QuantizedTensor], float | None, float | None] | None:
         """Return what an earlier run learned for a block (tensors, loss before, loss after), or None."""
-        file = self._file(index)
+        file = self._file(_block(index))
         if not file.is_file():
             return None
         tensors, notes = load_tensors(file)
         return tensors, json.loads(notes["loss_before"]), json.loads(notes["loss_after"])
 
-    def files(self) -> list[Path]:
-        """Return the files of all finished blocks, in order."""
-        return sorted(self.folder.glob("block-*.safetensors"))
+    def block(self, index: int) -> dict[str, QuantizedTensor]:
+        """Return what was learned for a finished block."""
+        return load_tensors(self._file(_block(index)))[0]
+
+    def keep_tensors(self, name: str, tensors: dict[str, QuantizedTensor], notes: dict[str, str] | None = None) -> None:
+        """Write tensors that belong to no block, or to a later pass, under a name."""
+        save_tensors(self._file(name), tensors, notes)
+
+    def tensors(self, name: str) -> tuple[dict[str, QuantizedTensor], dict[str, str]] | None:
+        """Return tensors and notes kept under a name, or None."""
+        file = self._file(name)
+        return load_tensors(file) if file.is_file() else None
+
+    def files(self, blocks: int, finish: bool) -> list[Path]:
+        """Return the files that hold the result.
+
+        Args:
+            blocks: how many blocks there are.
+            finish: whether a last pass ran over them.
+        """
+        names = [finished_block(i) if finish else _block(i) for i in range(blocks)]
+        more = [EMBEDDINGS, *([FINAL] if finish else [])]
+        return [self._file(n) for n in names] + [f for n in more if (f := self._file(n)).is_file()]
 
     def remove(self) -> None:
         """Delete the directory."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def finished_block(index: int) -> str:
+    """Return the name of a block as the last pass left it."""
+    return f"finish-{index:04d}"
+
+
+def _block(index: int) -> str:
+    return f"block-{index:04d}"
 
 
 def _parse(state: Path) -> dict[str, object]:

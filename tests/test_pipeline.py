@@ -186,16 +186,81 @@ def test_the_engine_keeps_two_chains(make_model, long_text):  # noqa: F811
     assert not np.allclose(q1, y0, atol=1e-3)
 
 
+@pytest.mark.parametrize("init", ["none", "awq", "omniquant", "awq+gptq"])
+def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    convert(_recipe(make_model("gemma3"), tmp_path / "out.gguf", long_text, init=init), told)
+    assert all(r.loss_after < r.loss_before for r in told.results)
+    assert inspect(tmp_path / "out.gguf").tesseraq["method"] == f"tesseraq from {init}"
+
+
+@pytest.mark.parametrize("type", ["tsq3", "tsq4", "q2_0", "q4_0", "q4_1", "q8_0"])
+def test_every_type_can_be_learned(type, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    report = convert(_recipe(make_model("llama-576"), tmp_path / "out.gguf", long_text, type=type), told)
+    assert all(r.loss_after < r.loss_before for r in told.results)
+    seen = inspect(tmp_path / "out.gguf")
+    assert {t.type for t in seen.tensors if t.name.startswith("blk.") and len(t.shape) == 2} == {type}
+    assert ("any llama.cpp" in report.runs_on) == (not type.startswith("tsq"))
+
+
+@pytest.mark.parametrize(("type", "instead"), [("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0")])
+def test_rows_that_a_super_block_does_not_divide_fall_back_as_llama_quantize_does(
+    type,
+    instead,
+    make_model,  # noqa: F811
+    long_text,
+    tmp_path,
+):
+    told = Listener()
+    convert(_recipe(make_model("qwen2"), tmp_path / "out.gguf", long_text, type=type, method="gptq"), told)
+    found = {t.name: t.type for t in inspect(tmp_path / "out.gguf").tensors}
+    assert found["blk.0.attn_q.weight"] == instead  # rows of 896
+    assert found["blk.0.ffn_down.weight"] == instead  # rows of 192
+    assert any(f"is {instead}, not {type}: 256 does not divide its rows of 896" in n for n in told.notes)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama"])  # tied, not tied
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_embedding_and_output_take_our_types(kind, method, make_model, long_text, tmp_path):  # noqa: F811
+    source, types = make_model(kind), {"embedding_type": "tsq4"}
+    if kind == "llama":
+        types["output_type"] = "tsq3"
+    convert(_recipe(source, tmp_path / "out.gguf", long_text, method=method, **types))
+    found = {t.name: t.type for t in inspect(tmp_path / "out.gguf").tensors}
+    assert found["token_embd.weight"] == "tsq4"
+    assert found.get("output.weight") == (None if kind == "gemma3" else "tsq3")
+
+
+def test_a_tied_output_matrix_has_no_type_of_its_own(make_model, long_text, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="give --embedding-type alone"):
+        convert(_recipe(make_model("gemma3"), tmp_path / "x.gguf", long_text, output_type="tsq2"))
+
+
+def test_the_last_pass_is_in_the_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
+    source, told = make_model("gemma3"), Listener()
+    options = {"method": "gptq", "finish": "distill", "samples": 24, "work_dir": tmp_path / "work"}
+    convert(_recipe(source, tmp_path / "a.gguf", long_text, **options), told)
+    first = [n for n in told.notes if "held out" in n]
+    assert len(first) == 1
+    assert (tmp_path / "work" / "final.safetensors").is_file()
+    again = Listener()
+    convert(_recipe(source, tmp_path / "b.gguf", long_text, **options), again)
+    assert [n for n in again.notes if "held out" in n] == first
+    assert all(r.resumed for r in again.results)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
 def test_sensitivity_is_the_fisher_diagonal(make_model):  # noqa: F811
     """Against gradients through the whole model at once."""
     from transformers import AutoModelForCausalLM
 
     from tesseraq_gguf.models import Decoder
-    from tesseraq_gguf.sensitivity import channel_sensitivity
+    from tesseraq_gguf.sensitivity import measure_sensitivity
 
     source = make_model("llama")
     tokens = torch.randint(4, 300, (40, 12), generator=torch.Generator().manual_seed(0))
-    ours = channel_sensitivity(Decoder(source, torch.device("cpu")), tokens, seed=3)
+    ours = measure_sensitivity(Decoder(source, torch.device("cpu")), tokens, seed=3)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     drawn, energy = torch.Generator().manual_seed(3), []
     for t in tokens:
@@ -208,17 +273,23 @@ def test_sensitivity_is_the_fisher_diagonal(make_model):  # noqa: F811
         energy.append(torch.autograd.grad(score, hidden)[0][0].square())
     expected = torch.stack(energy).mean(0)[1:].mean(0)
     expected /= expected.mean()
-    assert len(ours) == 2
-    assert ours[0].shape == (2, 128)
+    assert len(ours.blocks) == 2
+    assert ours.blocks[0].shape == (2, 128)
     # the file's embedding is bfloat16, so a few draws at the edge of two tokens differ
-    assert float((ours[0][1] - expected).abs().mean()) < 0.05
-    assert float(ours[0][1].mean()) == pytest.approx(1, abs=1e-3)
+    assert float((ours.blocks[0][1] - expected).abs().mean()) < 0.05
+    assert float(ours.blocks[0][1].mean()) == pytest.approx(1, abs=1e-3)
+    assert ours.embedding.shape == (128,)
+    with torch.no_grad():
+        x = torch.cat([model.model(t[None]).last_hidden_state[0] for t in tokens])
+    torch.testing.assert_close(ours.output_moment, x.T @ x / len(x), rtol=0.02, atol=0.02)
 
 
 def test_names_and_numbers_that_cannot_be_meant(tmp_path):
     for options, message in [
-        ({"preset": "slow"}, "unknown preset 'slow'. Presets: fast, balanced, best"),
-        ({"method": "magic"}, "unknown method 'magic'. Methods: tesseraq"),
+        ({"preset": "slow"}, "unknown preset 'slow'. There are: fast, balanced, best"),
+        ({"method": "magic"}, "unknown method 'magic'. There are: tesseraq"),
+        ({"init": "luck"}, "unknown initialisation 'luck'. There are: auto"),
+        ({"finish": "polish"}, "unknown finish 'polish'. There are: none, distill"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"seqlen": 2}, "--seqlen must be at least 8"),
     ]:

@@ -8,9 +8,9 @@ safetensors files; `mean_loss` and `answer_gradient` run final norm and output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models.source import ModelSource
+from tesseraq_gguf.quantized import QuantizedTensor
+
+_ANSWERS = 256
+"""Positions whose answers, a number for every word of the vocabulary, are in memory at a time."""
 
 CAUSAL_LM_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
@@ -31,25 +36,61 @@ class LoadedBlock:
         index: position in the model.
         prefix: what stands before the block's parameter names in the checkpoint, such as `model.layers.3.`.
         module: the transformers block, float32, parameters frozen.
+        replaced: parameters that `replace` changed, by name within the block.
     """
 
     index: int
     prefix: str
     module: nn.Module
+    replaced: dict[str, Tensor] = field(default_factory=dict)
 
     def matrices(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the block by module name: the matrices that methods learn."""
         return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
 
-    def run(self, hidden: Tensor, arguments: dict[str, Any], weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def replace(self, name: str, value: Tensor) -> None:
+        """Give a parameter, by its name within the block, a new value of the same shape, for good."""
+        self.module.get_parameter(name).data = value
+        self.replaced[name] = value
+
+    def adopt(self, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+        """Take over what was learned for this block, by checkpoint name.
+
+        Returns:
+            The learned matrices dequantised, float32 [out, in] by module name, to run the block with. Vectors are
+            replaced in the block itself.
+        """
+        device = next(self.module.parameters()).device
+        weights = {}
+        for full_name, tensor in tensors.items():
+            name = full_name.removeprefix(self.prefix)
+            if tensor.plain:
+                self.replace(name, tensor.arrays["values"].to(device))
+            else:
+                weights[name.removesuffix(".weight")] = grid_of(tensor.type).dequantize(tensor).to(device)
+        return weights
+
+    def norms(self) -> dict[str, Tensor]:
+        """Return the parameters of the block's norms, vectors, by name within the block."""
+        linear = {f"{name}.{kind}" for name in self.matrices() for kind in ("weight", "bias")}
+        return {n: p.detach() for n, p in self.module.named_parameters() if n not in linear and p.dim() == 1}
+
+    def run(
+        self,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Run the block.
 
         Args:
             hidden: [batch, length, hidden].
             arguments: what the model hands to this block besides hidden states.
             weights: matrices [out, in] by module name to use in place of the block's own.
+            vectors: other parameters to use in place of the block's own, by name within the block.
         """
-        replaced = {f"{name}.weight": w for name, w in (weights or {}).items()}
+        replaced = {f"{name}.weight": w for name, w in (weights or {}).items()} | dict(vectors or {})
         out = functional_call(self.module, replaced, (hidden,), arguments)
         return out if isinstance(out, Tensor) else out[0]
 
@@ -126,19 +167,25 @@ class Decoder:
             if isinstance(m, nn.Linear)
         }
 
-    def load_block(self, index: int) -> LoadedBlock:
-        """Give block `index` its weights: a new float32 module on the device, in evaluation mode, all frozen."""
+    def load_block(self, index: int, hollow: Collection[str] = ()) -> LoadedBlock:
+        """Give block `index` its weights: a new float32 module on the device, in evaluation mode, all frozen.
+
+        Args:
+            index: which block.
+            hollow: matrices, by checkpoint name, that are not read: the block must be run with others in their place.
+        """
         prefix = self.block_prefix(index)
         module = copy.deepcopy(self._blocks[index])
-        self._fill(module, prefix)
+        self._fill(module, prefix, hollow)
         return LoadedBlock(index, prefix, module.to(self.device).eval().requires_grad_(False))
 
     @torch.no_grad()
-    def stem(self, tokens: Tensor) -> tuple[Tensor, BlockInputs]:
+    def stem(self, tokens: Tensor, embeddings: Mapping[str, Tensor] | None = None) -> tuple[Tensor, BlockInputs]:
         """Run what comes before the first block.
 
         Args:
             tokens: int64 [samples, length].
+            embeddings: matrices to use in place of the model's own, by checkpoint name.
 
         Returns:
             Hidden states float32 [samples, length, hidden] on the CPU, and what each block is handed.
@@ -146,7 +193,7 @@ class Decoder:
         recorders = [_Recorder(b) for b in self._blocks]
         base = self._model.base_model
         with (
-            self._embedding(),
+            self._embedding(embeddings or {}),
             _replaced(self._model, self._blocks_name, nn.ModuleList(recorders)),
             _identity_norm(base),
         ):
@@ -187,23 +234,98 @@ class Decoder:
             gradients.append(torch.autograd.grad(score, h)[0].cpu())
         return torch.stack(gradients)
 
-    def _head(self) -> tuple[nn.Module, Tensor]:
+    @torch.no_grad()
+    def output_moment(self, hidden: Tensor) -> Tensor:
+        """Mean x·xᵀ, float32 [hidden, hidden], of what the output matrix is fed.
+
+        Args:
+            hidden: final hidden states, before the final norm, float32 [samples, length, hidden].
+        """
+        norm = self.final_norm()[1]
+        moment = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=self.device)
+        for h in hidden:
+            x = norm(h.to(self.device)).float()
+            moment.addmm_(x.T, x)
+        return moment / (hidden.shape[0] * hidden.shape[1])
+
+    def final_norm(self) -> tuple[str, nn.Module]:
+        """Return the final norm, with its weights, and the checkpoint prefix of its parameters with its final dot."""
         name, norm = _final_norm(self._model.base_model)
-        norm = copy.deepcopy(norm)
-        self._fill(norm, f"{self._base_prefix()}{name}.")
-        return norm.to(self.device).requires_grad_(False), self._output_weight()
+        norm, prefix = copy.deepcopy(norm), f"{self._base_prefix()}{name}."
+        self._fill(norm, prefix)
+        return prefix, norm.to(self.device).requires_grad_(False)
+
+    def divergence(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        norm_weights: Mapping[str, Tensor],
+        head: tuple[nn.Module, Tensor, Tensor],
+    ) -> tuple[float, Tensor, dict[str, Tensor]]:
+        """Kullback-Leibler divergence of answers, KL(teacher || student), with its gradient.
+
+        Args:
+            student: final hidden states [positions, hidden].
+            teacher: those of the teacher, of the same shape.
+            norm_weights: the student's parameters of the final norm, by name within it.
+            head: the final norm, the teacher's output matrix and the student's, both [vocabulary, hidden].
+
+        Returns:
+            The mean over positions in nats, its gradient with respect to `student`, and with respect to the norm.
+        """
+        norm, teachers, students = head
+        total, gradients = 0.0, []
+        weights = {name: w.detach().requires_grad_() for name, w in norm_weights.items()}
+        to_norm = {name: torch.zeros_like(w) for name, w in weights.items()}
+        for s, t in zip(student.split(_ANSWERS), teacher.split(_ANSWERS), strict=True):
+            s = s.detach().requires_grad_()
+            normed = functional_call(norm, weights, (s,))
+            with torch.no_grad():
+                wanted = self._capped(norm(t), teachers).log_softmax(-1)
+                logits = self._capped(normed, students)
+                got = logits.log_softmax(-1)
+                probability = wanted.exp()
+                total += float((probability * (wanted - got)).sum())
+                slope = got.exp_().sub_(probability)
+                if cap := self._soft_cap():
+                    slope *= 1 - (logits / cap) ** 2
+                back = (slope.to(students.dtype) @ students).float() / len(student)
+            found = torch.autograd.grad(normed, [s, *weights.values()], back.to(normed.dtype))
+            gradients.append(found[0])
+            for name, g in zip(weights, found[1:], strict=True):
+                to_norm[name] += g
+        return total / len(student), torch.cat(gradients), to_norm
+
+    def _soft_cap(self) -> float | None:
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def _capped(self, normed: Tensor, head: Tensor) -> Tensor:
+        logits = (normed.to(head.dtype) @ head.T).float()
+        cap = self._soft_cap()
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def _head(self) -> tuple[nn.Module, Tensor]:
+        return self.final_norm()[1], self.output_weight()
 
     def _logits(self, norm: nn.Module, head: Tensor, hidden: Tensor) -> Tensor:
-        logits = (norm(hidden) @ head.T).float()
-        soft_cap = getattr(self.config, "final_logit_softcapping", None)
-        return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
+        return self._capped(norm(hidden), head)
 
-    def _output_weight(self) -> Tensor:
-        name = "lm_head.weight"
-        if name not in self._files:
-            embedding = self._model.get_input_embeddings()
-            name = next(f"{n}.weight" for n, m in self._model.named_modules() if m is embedding)
-        return self._read(name).float().to(self.device)
+    def embedding_name(self) -> str:
+        """Return the checkpoint name of the token embedding."""
+        embedding = self._model.get_input_embeddings()
+        return next(f"{n}.weight" for n, m in self._model.named_modules() if m is embedding)
+
+    def output_name(self) -> str:
+        """Return the checkpoint name of the output matrix: the embedding's where they are tied."""
+        return "lm_head.weight" if "lm_head.weight" in self._files else self.embedding_name()
+
+    def matrix(self, name: str) -> Tensor:
+        """Read one matrix by its checkpoint name, float32 on the CPU."""
+        return self._read(name).float()
+
+    def output_weight(self) -> Tensor:
+        """Return the output matrix, float32 [vocabulary, hidden] on the device."""
+        return self.matrix(self.output_name()).to(self.device)
 
     def _base_prefix(self) -> str:
         return f"{self._model.base_model_prefix}."
@@ -218,9 +340,12 @@ class Decoder:
         with safe_open(self._files[stored], "pt") as tensors:
             return tensors.get_tensor(stored)  # type: ignore[no-any-return]
 
-    def _fill(self, module: nn.Module, prefix: str) -> None:
+    def _fill(self, module: nn.Module, prefix: str, hollow: Collection[str] = ()) -> None:
         state = {}
         for name, tensor in module.state_dict(keep_vars=True).items():
+            if prefix + name in hollow:
+                state[name] = torch.zeros(1).expand(tensor.shape)  # one number: takes no memory
+                continue
             stored = self._read(prefix + name)
             if stored.shape != tensor.shape:
                 raise ModelError(
@@ -231,7 +356,7 @@ class Decoder:
         module.load_state_dict(state, assign=True)
 
     @contextmanager
-    def _embedding(self) -> Iterator[None]:
+    def _embedding(self, replaced: Mapping[str, Tensor]) -> Iterator[None]:
         """Give the modules that the stem needs their weights, in the dtype of the file, for a while."""
         norm = _final_norm(self._model.base_model)[0]
         outside = [
@@ -244,7 +369,9 @@ class Decoder:
         empty = [(module, n, p) for _, module in outside for n, p in module.named_parameters(recurse=False)]
         for name, module in outside:
             for n, _ in list(module.named_parameters(recurse=False)):
-                weight = self._read(f"{self._base_prefix()}{name}.{n}").to(self.device)
+                full_name = f"{self._base_prefix()}{name}.{n}"
+                weight = replaced[full_name] if full_name in replaced else self._read(full_name)
+                weight = weight.to(self.device)
                 setattr(module, n, nn.Parameter(weight, requires_grad=False))
         self._move_buffers()
         try:

@@ -1,0 +1,344 @@
+"""The last pass: scales, zero-points and norms learn against the answers of the full-precision model, end to end.
+
+Block reconstruction looks at one block at a time. Here the codes are frozen and everything else moves at once: the
+parameters that each grid can relax, and the weights of the norms. The loss is the Kullback-Leibler divergence
+KL(p || p̂) of the answers on the calibration text, p those of the full-precision model. The forward pass uses values
+that the type can store; gradients pass straight through that rounding. (Not part of TesseraQ; end-to-end training of
+scales is what EfficientQAT, arXiv 2407.11062, ends with.)
+
+Memory does not grow with depth. A step goes up block by block, leaving the inputs of each on disk, and comes down
+block by block, running each again for its gradient; the variables and Adam's state of a block are in memory only then.
+
+Some sequences are held out. If the divergence on them has not fallen in the end, the pass is undone.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.grids import Arrays, grid_of
+from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
+
+LearnedBlock = dict[str, QuantizedTensor]
+"""What was learned for a block, by checkpoint name."""
+
+_FINAL = "final"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What the pass gives.
+
+    Attributes:
+        blocks: the blocks again, with the parameters that they have now.
+        final: the final norm's vectors by checkpoint name.
+        before: divergence on the held-out sequences before the pass, in nats per token.
+        after: the same after it; if it is not smaller, `blocks` are those that came in.
+    """
+
+    blocks: Callable[[int], LearnedBlock]
+    final: LearnedBlock
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The schedule.
+
+    Attributes:
+        steps: Adam steps.
+        batch: sequences of a step.
+        positions: share of the positions of a sequence whose answers are compared in a step.
+        scale_rate: peak learning rate of scales, in log space.
+        zero_rate: peak learning rate of zero-points, in codes.
+        norm_rate: peak learning rate of norms, relative to the root mean square of their weights.
+        warm_up: share of the steps over which the rates rise; then they fall as a cosine to 0.
+        held_out: share of the sequences that are not learned on.
+    """
+
+    steps: int = 200
+    batch: int = 8
+    positions: float = 0.5
+    scale_rate: float = 2e-3
+    zero_rate: float = 4e-3
+    norm_rate: float = 2e-3
+    warm_up: float = 0.1
+    held_out: float = 1 / 16
+
+    def run(
+        self,
+        decoder: Decoder,
+        blocks: Callable[[int], LearnedBlock],
+        tokens: Tensor,
+        seed: int,
+        autocast: torch.dtype,
+        folder: Path,
+        report: Callable[[int, int], None] = lambda *_: None,
+        embeddings: Mapping[str, Tensor] | None = None,
+    ) -> Distilled:
+        """Learn.
+
+        Args:
+            decoder: the full-precision model.
+            blocks: gives what was learned for a block.
+            tokens: calibration tokens, int64 [samples, length].
+            seed: of the order of sequences and positions.
+            autocast: dtype of matrix products; float32 means no autocast.
+            folder: takes the variables of the blocks; must exist.
+            report: called with (steps done, steps in all).
+            embeddings: learned embedding and output matrix, dequantised, by checkpoint name, where there are any.
+        """
+        student = _Student(decoder, blocks, autocast, folder, embeddings or {})
+        teacher, recorded = student.teach(tokens)
+        start, _ = decoder.stem(tokens, embeddings)
+        apart = max(1, round(len(tokens) * self.held_out)) if len(tokens) > 1 else 0
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(tokens), generator=generator)
+        held, learned = order[:apart], order[apart:]
+        before = student.divergence(start[held], teacher[held], recorded)
+        position_count = max(1, round(tokens.shape[1] * self.positions))
+        queue = learned[:0]
+        for step in range(self.steps):
+            if len(queue) < min(self.batch, len(learned)):
+                queue = learned[torch.randperm(len(learned), generator=generator)]
+            chosen, queue = queue[: self.batch], queue[self.batch :]
+            positions = torch.rand(len(chosen), tokens.shape[1], generator=generator).argsort(1)[:, :position_count]
+            rate = self._share(step)
+            rates = {
+                "scale": rate * self.scale_rate,
+                "zero": rate * self.zero_rate,
+                "norm": rate * self.norm_rate,
+            }
+            student.step(start[chosen], teacher[chosen], positions, recorded, rates)
+            report(step + 1, self.steps)
+        after = student.divergence(start[held], teacher[held], recorded)
+        if not after < before:
+            return Distilled(blocks, {}, before, after)
+        return Distilled(student.finished, student.final(), before, after)
+
+    def _share(self, step: int) -> float:
+        """Share of the peak rate in a step."""
+        rising = max(1, round(self.steps * self.warm_up))
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising)))
+
+
+class _Student:
+    """The quantised model, of which one block is in memory at a time."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        blocks: Callable[[int], LearnedBlock],
+        autocast: torch.dtype,
+        folder: Path,
+        embeddings: Mapping[str, Tensor],
+    ) -> None:
+        self._decoder, self._blocks, self._autocast, self._folder = decoder, blocks, autocast, folder
+        self._prefix, self._norm = decoder.final_norm()
+        own = decoder.output_weight().to(autocast)
+        given = embeddings.get(decoder.output_name())
+        self._head = (self._norm, own, own if given is None else given.to(decoder.device, autocast))
+
+    @torch.no_grad()
+    def teach(self, tokens: Tensor) -> tuple[Tensor, BlockInputs]:
+        """Final hidden states of the full-precision model."""
+        hidden, recorded = self._decoder.stem(tokens)
+        for index in range(len(self._decoder)):
+            block = self._decoder.load_block(index)
+            for sample in range(len(hidden)):
+                hidden[sample : sample + 1] = self._run(block, hidden[sample : sample + 1], recorded, {}, {}).cpu()
+        return hidden, recorded
+
+    @torch.no_grad()
+    def divergence(self, start: Tensor, teacher: Tensor, recorded: BlockInputs) -> float:
+        """Mean divergence on whole sequences."""
+        if not len(start):
+            return math.inf
+        hidden = start.clone()
+        for index in range(len(self._decoder)):
+            block, variables = self._load(index)
+            weights, vectors = variables.realise()
+            for sample in range(len(hidden)):
+                hidden[sample] = self._run(block, hidden[sample : sample + 1], recorded, weights, vectors)[0].cpu()
+        weights = self._load_final().realise()[1]
+        total = 0.0
+        with torch.enable_grad():
+            for h, t in zip(hidden, teacher, strict=True):
+                device = self._decoder.device
+                total += self._decoder.divergence(h.to(device), t.to(device), weights, self._head)[0]
+        return total / len(hidden)
+
+    def step(
+        self, start: Tensor, teacher: Tensor, positions: Tensor, recorded: BlockInputs, rates: Mapping[str, float]
+    ) -> None:
+        """One step on sequences [batch, length, hidden] at positions [batch, positions]."""
+        device = self._decoder.device
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            levels = [Path(folder) / f"{index}.pt" for index in range(len(self._decoder))]
+            hidden = start.to(device)
+            for index, level in enumerate(levels):
+                torch.save(hidden.cpu(), level)
+                block, variables = self._load(index)
+                with torch.no_grad():
+                    hidden = self._run(block, hidden, recorded, *variables.realise())
+            rows = torch.arange(len(start))[:, None]
+            final = self._load_final()
+            _, slope, to_norm = self._decoder.divergence(
+                hidden[rows, positions].flatten(0, 1),
+                teacher[rows, positions].flatten(0, 1).to(device),
+                final.realise()[1],
+                self._head,
+            )
+            final.descend_vectors(to_norm, rates)
+            final.save(self._file(_FINAL))
+            gradient = torch.zeros_like(hidden)
+            gradient[rows, positions] = slope.view(*positions.shape, -1)
+            for index in reversed(range(len(self._decoder))):
+                block, variables = self._load(index)
+                below = torch.load(levels[index]).to(device).requires_grad_()
+                out = self._run(block, below, recorded, *variables.realise())
+                out.backward(gradient)
+                assert below.grad is not None
+                gradient = below.grad
+                variables.descend(rates)
+                variables.save(self._file(str(index)))
+
+    def finished(self, index: int) -> LearnedBlock:
+        """What a block is now, by checkpoint name."""
+        block, variables = self._load(index)
+        return variables.tighten(block.prefix)
+
+    def final(self) -> LearnedBlock:
+        """The final norm now, by checkpoint name."""
+        return self._load_final().tighten(self._prefix)
+
+    def _run(
+        self,
+        block: LoadedBlock,
+        hidden: Tensor,
+        recorded: BlockInputs,
+        weights: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor],
+    ) -> Tensor:
+        device = self._decoder.device
+        with torch.autocast(device.type, self._autocast, enabled=self._autocast != torch.float32):
+            return block.run(hidden.to(device), recorded.arguments[block.index], weights, vectors).float()
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.variables.pt"
+
+    def _load(self, index: int) -> tuple[LoadedBlock, _Variables]:
+        tensors = self._blocks(index)
+        block = self._decoder.load_block(index, hollow=tensors.keys())
+        matrices = {n.removeprefix(block.prefix): t for n, t in tensors.items() if not t.plain}
+        for name, tensor in tensors.items():
+            if tensor.plain:
+                block.replace(name.removeprefix(block.prefix), tensor.arrays["values"].to(self._decoder.device))
+        variables = _Variables(matrices, block.norms(), self._decoder.device)
+        variables.restore(self._file(str(index)))
+        return block, variables
+
+    def _load_final(self) -> _Variables:
+        variables = _Variables({}, {n: p.detach() for n, p in self._norm.named_parameters()}, self._decoder.device)
+        variables.restore(self._file(_FINAL))
+        return variables
+
+
+class _Variables:
+    """What moves in one block: relaxed parameters of its matrices, and its norms; all begin at 0 and add to what is.
+
+    Args:
+        matrices: by parameter name within the block.
+        vectors: norms, by parameter name within the block.
+        device: where to compute.
+    """
+
+    def __init__(
+        self, matrices: Mapping[str, QuantizedTensor], vectors: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self._matrices = {n: _moved(t, device) for n, t in matrices.items()}
+        self._vectors = dict(vectors)
+        self._size = {n: float(v.square().mean().sqrt().clamp_min(0.02)) for n, v in vectors.items()}
+        relaxed = {
+            (n, key): variable
+            for n, t in self._matrices.items()
+            for key, variable in grid_of(t.type).relax(_parameters(t)).items()
+        }
+        relaxed |= {(n, "norm"): torch.zeros_like(v) for n, v in vectors.items()}
+        self._variables = {key: v.requires_grad_() for key, v in relaxed.items()}
+        self._state: dict[str, Any] | None = None
+
+    def realise(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Matrices float32 [out, in] by module name and vectors by parameter name, differentiable."""
+        weights = {}
+        for name, tensor in self._matrices.items():
+            grid, arrays = grid_of(tensor.type), _parameters(tensor)
+            scale, zero = grid.realise(self._of(name), arrays)
+            q = grid.grouped(tensor.arrays["q"]).float()
+            weights[name.removesuffix(".weight")] = (scale[..., None] * (q - zero[..., None])).flatten(-2)
+        return weights, {n: v + self._size[n] * self._variables[n, "norm"] for n, v in self._vectors.items()}
+
+    def descend_vectors(self, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+        """Take a step along gradients of the vectors."""
+        for name, gradient in gradients.items():
+            self._variables[name, "norm"].grad = gradient * self._size[name]
+        self.descend(rates)
+
+    def descend(self, rates: Mapping[str, float]) -> None:
+        """Take a step of Adam along the gradients that are there."""
+        kinds = {"zero": "zero", "dmin": "scale", "norm": "norm"}
+        groups = [{"params": [v], "lr": rates[kinds.get(key, "scale")]} for (_, key), v in self._variables.items()]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10)
+        if self._state is not None:
+            state = adam.state_dict()
+            state["state"] = self._state
+            adam.load_state_dict(state)
+        adam.step()
+        self._state = adam.state_dict()["state"]
+
+    def save(self, file: Path) -> None:
+        """Keep variables and Adam's state."""
+        variables = {"|".join(key): v.detach().cpu() for key, v in self._variables.items()}
+        torch.save({"variables": variables, "state": self._state}, file)
+
+    def restore(self, file: Path) -> None:
+        """Take back what was kept, if anything was."""
+        if not file.is_file():
+            return
+        kept = torch.load(file)
+        self._state = kept["state"]
+        for key, variable in self._variables.items():
+            variable.data.copy_(kept["variables"]["|".join(key)])
+
+    @torch.no_grad()
+    def tighten(self, prefix: str) -> LearnedBlock:
+        """Matrices and vectors as they leave, by checkpoint name."""
+        learned = {}
+        for name, tensor in self._matrices.items():
+            grid = grid_of(tensor.type)
+            arrays = grid.tighten(self._of(name), _parameters(tensor))
+            learned[prefix + name] = grid.assemble(tensor.arrays["q"], arrays)
+        return learned | {prefix + n: plain_vector(v) for n, v in self.realise()[1].items()}
+
+    def _of(self, name: str) -> Arrays:
+        return {key: v for (n, key), v in self._variables.items() if n == name}
+
+
+def _parameters(tensor: QuantizedTensor) -> Arrays:
+    return {key: array for key, array in tensor.arrays.items() if key != "q"}
+
+
+def _moved(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    return QuantizedTensor(tensor.type, {key: array.to(device) for key, array in tensor.arrays.items()})

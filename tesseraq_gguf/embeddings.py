@@ -1,0 +1,79 @@
+"""Embedding and output matrix on a grid: they stand outside the blocks, so nothing is reconstructed through them.
+
+The output matrix multiplies the final hidden states: its rounding errors are fed forward by GPTQ against their second
+moments. A row of the embedding is added to the residual stream: its channels are weighed by how much the answer feels
+them. A matrix that is both gets the sum of both, each in units of its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.grids import Grid, grid_of
+from tesseraq_gguf.methods.gptq import compensate
+from tesseraq_gguf.models.decoder import Decoder
+from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.sensitivity import Sensitivity
+
+_CHUNK = 1 << 24
+"""Weights rounded at a time."""
+
+_DAMPING = 0.01
+
+
+@torch.no_grad()
+def round_embeddings(
+    decoder: Decoder,
+    types: Mapping[str, str],
+    sensitivity: Sensitivity | None,
+    report: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, QuantizedTensor]:
+    """Round embedding and output matrix.
+
+    Args:
+        decoder: the model.
+        types: tensor type by checkpoint name; matrices not named stay as they are.
+        sensitivity: what the model feels; None rounds to nearest.
+        report: called with (weights done, weights in all) of one matrix.
+
+    Returns:
+        The rounded matrices by checkpoint name.
+    """
+    return {
+        name: _rounded(decoder.matrix(name), grid_of(type), _moment(decoder, name, sensitivity), decoder.device, report)
+        for name, type in types.items()
+    }
+
+
+def _moment(decoder: Decoder, name: str, sensitivity: Sensitivity | None) -> Tensor | None:
+    if sensitivity is None:
+        return None
+    moment = torch.zeros_like(sensitivity.output_moment)
+    if name == decoder.output_name():
+        moment += sensitivity.output_moment / sensitivity.output_moment.diagonal().mean()
+    if name == decoder.embedding_name():
+        moment += torch.diag(sensitivity.embedding / sensitivity.embedding.mean())
+    return moment.to(decoder.device)
+
+
+def _rounded(
+    weight: Tensor, grid: Grid, moment: Tensor | None, device: torch.device, report: Callable[[int, int], None]
+) -> QuantizedTensor:
+    parts: list[QuantizedTensor] = []
+    done = 0
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+        rows = rows.to(device)
+        part = grid.quantize(rows) if moment is None else compensate(rows, moment, grid, _DAMPING).tensor
+        parts.append(QuantizedTensor(part.type, {key: array.cpu() for key, array in part.arrays.items()}))
+        done += rows.numel()
+        report(done, weight.numel())
+    keys = parts[0].arrays
+    return QuantizedTensor(grid.type, {key: torch.cat([p.arrays[key] for p in parts]) for key in keys})
+
+
+def dequantized(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """Float32 matrices by checkpoint name."""
+    return {name: grid_of(tensor.type).dequantize(tensor) for name, tensor in tensors.items()}

@@ -1,0 +1,288 @@
+"""Foldings: exact moves of per-channel factors between the parameters of one decoder block.
+
+A producer makes channels, linears consume them. Dividing what the producer makes by s, channel by channel, and
+multiplying the consumers' columns by s leaves the block's function as it is:
+
+    (W·diag(s)) · (x / s) = W·x
+
+Producers are norms (their weight, and bias if any) and rows of linears: the factor of a gated MLP that passes no
+activation (up → down) and the values of attention (v → o), of which every query head of a group reads the same.
+
+No architecture is known by name. Candidates come from running the block: a norm whose output is what linears read, and
+rows of a linear of which a later linear's input is seen to be a multiple, channel by channel. Each candidate is then
+tried on the block, and one that changes what it computes is dropped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tesseraq_gguf.models.decoder import LoadedBlock
+
+_TOLERANCE = 1e-3
+"""Relative change of an output that float32 (or TF32) arithmetic may make; a wrong fold makes several per cent."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Channels that a factor can move through.
+
+    Attributes:
+        producer: module name of the norm or linear that makes the channels.
+        first: the producer's row that makes channel 0.
+        channels: how many channels; the producer's rows `first` to `first + channels` make them.
+        offset: what the producer adds to its stored weight before it multiplies by it: 1 for norms such as Gemma's.
+        consumers: module names of the linears that read the channels, in the order they run.
+        spread: which channel each input of a consumer reads, int64 [inputs].
+    """
+
+    producer: str
+    first: int
+    channels: int
+    offset: float
+    consumers: tuple[str, ...]
+    spread: Tensor = field(compare=False, repr=False)
+
+    def parameters(self, block: LoadedBlock, s: Tensor) -> dict[str, Tensor]:
+        """Return the parameters that folding changes, by name within the block, with their new values.
+
+        Args:
+            block: the block, which is not changed.
+            s: positive factors, float32 [channels]: channels are divided by them, columns multiplied.
+        """
+        module = block.module.get_submodule(self.producer)
+        changed = {}
+        for key, offset in (("weight", self.offset), ("bias", 0.0)):
+            stored = getattr(module, key, None)
+            if stored is None:
+                continue
+            value = stored.detach().clone()
+            rows = value[self.first : self.first + self.channels]
+            rows.add_(offset).div_(s.view(-1, *(1,) * (rows.dim() - 1))).sub_(offset)
+            changed[f"{self.producer}.{key}"] = value
+        for name in self.consumers:
+            weight = block.module.get_parameter(f"{name}.weight").detach()
+            changed[f"{name}.weight"] = weight * s[self.spread]
+        return changed
+
+    def apply(self, block: LoadedBlock, s: Tensor) -> None:
+        """Fold factors, float32 [channels], into the block for good."""
+        for name, value in self.parameters(block, s).items():
+            block.replace(name, value)
+
+
+@torch.no_grad()
+def folds(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, learnable: Set[str]) -> list[Fold]:
+    """Find the exact foldings of a block, in the order in which their consumers run.
+
+    Matrices outside `learnable` are never changed: their values come from the original model.
+
+    Args:
+        block: the block.
+        arguments: what the model hands to it besides hidden states.
+        hidden: hidden states to try it on, float32 [samples, length, hidden] on the block's device.
+        learnable: module names of the matrices that may change.
+    """
+    trace = _Trace(block, arguments, hidden)
+    found = _of_norms(trace, learnable)
+    taken = {name for fold in found for name in fold.consumers}
+    found += _of_linears(trace, learnable, taken)
+    order = list(trace.inputs)
+    return sorted(found, key=lambda fold: order.index(fold.consumers[0]))
+
+
+class _Trace:
+    """One run of a block as it is, and what it takes to compare other runs with it.
+
+    Attributes:
+        inputs: what each linear read, by module name, in the order they ran.
+        norms: modules with one weight for each channel of their output: (arguments, keyword arguments, output).
+    """
+
+    def __init__(self, block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor) -> None:
+        self.block = block
+        self._arguments = arguments
+        self._hidden = hidden
+        self._linears = block.matrices()
+        self.norms: dict[str, tuple[tuple[Any, ...], dict[str, Any], Tensor]] = {}
+        with self._watching_norms():
+            self.inputs, self._outputs = self._run({})
+
+    def linear(self, name: str) -> nn.Linear:
+        """Return a linear by module name."""
+        return self._linears[name]
+
+    def exact(self, fold: Fold) -> bool:
+        """Whether folding arbitrary factors leaves what every linear and the whole block compute as it is."""
+        random = torch.Generator().manual_seed(0)
+        s = torch.exp2(torch.rand(fold.channels, generator=random) * 2 - 1).to(self._hidden.device)
+        _, outputs = self._run(fold.parameters(self.block, s))
+        return all(_close(outputs[name], before) for name, before in self._outputs.items() if name != fold.producer)
+
+    def scaled(self, producer: str, factors: Tensor) -> dict[str, Tensor]:
+        """Return what each linear reads when the output of a linear is multiplied by factors [its outputs]."""
+        handle = self._linears[producer].register_forward_hook(lambda _module, _args, out: out * factors)
+        try:
+            return self._run({})[0]
+        finally:
+            handle.remove()
+
+    def _run(self, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what each linear read and computed, and under '' what the block added to the hidden states."""
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def watch(name: str, module: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+            def keep(_module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+                inputs[name], outputs[name] = args[0], out
+
+            return module.register_forward_hook(keep)
+
+        handles = [watch(name, module) for name, module in self._linears.items()]
+        try:
+            out = functional_call(self.block.module, parameters, (self._hidden,), self._arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+        outputs[""] = (out if isinstance(out, Tensor) else out[0]) - self._hidden
+        return inputs, outputs
+
+    @contextmanager
+    def _watching_norms(self) -> Iterator[None]:
+        def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+            def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+                if isinstance(out, Tensor):
+                    self.norms[name] = (args, kwargs, out)
+
+            return module.register_forward_hook(keep, with_kwargs=True)
+
+        handles = [
+            watch(name, module)
+            for name, module in self.block.module.named_modules()
+            if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 1
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _of_norms(trace: _Trace, learnable: Set[str]) -> list[Fold]:
+    """Norms whose output is what linears read, all of them learnable."""
+    found = []
+    for name, (args, kwargs, out) in trace.norms.items():
+        norm = trace.block.module.get_submodule(name)
+        channels = norm.get_parameter("weight").numel()
+        consumers = tuple(linear for linear, x in trace.inputs.items() if _same_memory(x, out))
+        if not consumers or not learnable >= set(consumers) or out.shape[-1] != channels:
+            continue
+        offset = _offset(norm, args, kwargs)
+        if offset is None:
+            continue
+        fold = Fold(name, 0, channels, offset, consumers, torch.arange(channels, device=out.device))
+        if trace.exact(fold):
+            found.append(fold)
+    return found
+
+
+def _offset(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """What a norm adds to its stored weight, told by which weight makes its output vanish; None if neither does."""
+    for offset in (0.0, 1.0):
+        vanishing = {
+            name: torch.full_like(p, -offset if name == "weight" else 0.0) for name, p in norm.named_parameters()
+        }
+        if not functional_call(norm, vanishing, args, kwargs).any():
+            return offset
+    return None
+
+
+def _of_linears(trace: _Trace, learnable: Set[str], taken: Set[str]) -> list[Fold]:
+    """Linears that read multiples of rows of an earlier linear, both learnable."""
+    found: list[Fold] = []
+    order = [name for name in trace.inputs if name in learnable]
+    consumers = [name for name in order if name not in taken]
+    for position, producer in enumerate(order):
+        later = [name for name in order[position + 1 :] if name in consumers]
+        fold = _of_rows(trace, producer, later)
+        if fold is not None:
+            found.append(fold)
+            consumers.remove(fold.consumers[0])
+    return found
+
+
+def _of_rows(trace: _Trace, producer: str, consumers: list[str]) -> Fold | None:
+    rows = trace.linear(producer).out_features
+    widths = {name: trace.linear(name).in_features for name in consumers}
+    for first, count in _slices(rows, set(widths.values())):
+        readers = {name: width for name, width in widths.items() if width % count == 0}
+        if not readers:
+            continue
+        probe = torch.exp2(torch.linspace(-1, 1, count, device=trace.inputs[producer].device))
+        factors = torch.ones(rows, device=probe.device)
+        factors[first : first + count] = probe
+        scaled = trace.scaled(producer, factors)
+        for name in readers:
+            spread = _sources(trace.inputs[name], scaled[name], probe)
+            if spread is None:
+                continue
+            fold = Fold(producer, first, count, 0.0, (name,), spread)
+            if trace.exact(fold):
+                return fold
+    return None
+
+
+def _slices(rows: int, widths: Set[int]) -> list[tuple[int, int]]:
+    """Rows (first, count) of a linear that may make channels for linears of these widths.
+
+    All of them; one half, where gate and up are one matrix; the last, where queries, keys and values are.
+    """
+    slices = [(0, rows)]
+    if rows % 2 == 0:
+        slices += [(rows // 2, rows // 2), (0, rows // 2)]
+    slices += [(rows - (rows - n) // 2, (rows - n) // 2) for n in sorted(widths) if rows > n and (rows - n) % 2 == 0]
+    return list(dict.fromkeys(slices))
+
+
+def _sources(before: Tensor, after: Tensor, probe: Tensor) -> Tensor | None:
+    """Which channel each input reads, when multiplying channel c by probe[c] turned inputs `before` into `after`.
+
+    Args:
+        before, after: [..., inputs].
+        probe: distinct factors, evenly spaced logarithms, [channels].
+
+    Returns:
+        Channels, int64 [inputs]; None if some input is not a multiple of one channel.
+    """
+    x, y = before.flatten(0, -2).double(), after.flatten(0, -2).double()
+    energy = x.square().sum(0)
+    ratio = (x * y).sum(0) / energy
+    alive = energy > 0
+    constant = (y - ratio * x).square().sum(0) <= _TOLERANCE**2 * y.square().sum(0)
+    position = (ratio.log2() + 1) / 2 * (len(probe) - 1)
+    channel = position.round()
+    certain = (position - channel).abs() < 0.25
+    inside = (channel >= 0) & (channel < len(probe))
+    if len(probe) == x.shape[1]:
+        # a neuron that is off for every token says nothing; its neighbours say that the order is kept
+        own = torch.arange(len(probe), device=x.device)
+        channel = torch.where(alive, channel, own)
+    elif not alive.all():
+        return None
+    return channel.long() if bool((~alive | constant & certain & inside).all()) else None
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).norm()) <= _TOLERANCE * float(b.norm()) and math.isfinite(float(a.norm()))

@@ -1,0 +1,156 @@
+"""AWQ: the scales it finds, that they help, and that what they change leaves the engine; its clip search."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.methods.awq import AWQ, ClipSearch, scales
+from tesseraq_gguf.methods.start import AsItStarts, Nearest
+from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.folding import Fold
+from tesseraq_gguf.reconstruction import BlockProblem, Reconstruction
+
+CPU = torch.device("cpu")
+WIDTH = 256
+TYPES = ["tsq2", "q4_0", "q2_k"]
+
+
+class _Block(nn.Module):
+    """Values that mix over the tokens before, and a gated MLP; some channels of both norms speak loudly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.RMSNorm(WIDTH)
+        self.v = nn.Linear(WIDTH, WIDTH // 2, bias=False)
+        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.second = nn.RMSNorm(WIDTH)
+        self.gate = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.down = nn.Linear(WIDTH, WIDTH, bias=False)
+        with torch.no_grad():
+            for norm in (self.first, self.second):
+                norm.weight[::19] *= 12
+
+    def forward(self, x):
+        v = self.v(self.first(x)).cumsum(1)
+        x = x + self.o(torch.cat([v, v.roll(1, 1)], -1))  # two query heads share one of values
+        h = self.second(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+
+
+@pytest.fixture
+def problem_on():
+    """Return a function that gives a small block as a problem in a tensor type."""
+
+    def make(tensor_type):
+        torch.manual_seed(7)
+        block = LoadedBlock(0, "layers.0.", _Block().requires_grad_(False))
+        hidden = torch.randn(6, 32, WIDTH)
+        return BlockProblem(
+            block=block,
+            grids=dict.fromkeys(block.matrices(), grid_of(tensor_type)),
+            inputs=hidden,
+            targets=block.run(hidden, {}),
+            sensitivity=torch.ones(2, WIDTH),
+            arguments={},
+            device=CPU,
+            autocast=torch.float32,
+            generator=torch.Generator().manual_seed(2),
+            report=lambda *_: None,
+        )
+
+    return make
+
+
+def _loss(problem, tensors) -> float:
+    with torch.no_grad():
+        weights = {name: problem.grids[name].dequantize(t) for name, t in tensors.items()}
+        return float(problem.loss(weights, torch.arange(len(problem.inputs))))
+
+
+def test_scales_are_the_papers_formula():
+    fold = Fold("norm", 0, 4, 0.0, ("a", "b"), torch.arange(4))
+    mean = torch.tensor([0.5, 2.0, 1.0, 8.0])
+    s = mean.sqrt()
+    torch.testing.assert_close(scales(fold, {"a": mean, "b": mean}, 0.5), s / (s.max() * s.min()).sqrt())
+    assert torch.equal(scales(fold, {"a": mean}, 0.0), torch.ones(4))
+
+
+def test_scales_of_shared_channels_are_those_of_their_mean():
+    fold = Fold("v", 0, 2, 0.0, ("o",), torch.tensor([0, 1, 0, 1]))
+    s = scales(fold, {"o": torch.tensor([1.0, 4.0, 3.0, 12.0])}, 0.5)
+    torch.testing.assert_close(s[1] / s[0], torch.tensor(2.0))
+
+
+def test_channels_that_never_speak_keep_scales_finite():
+    fold = Fold("norm", 0, 3, 0.0, ("a",), torch.arange(3))
+    s = scales(fold, {"a": torch.tensor([0.0, 1.0, 2.0])}, 0.95)
+    assert torch.isfinite(s).all()
+    assert (s > 0).all()
+
+
+@pytest.mark.parametrize("start", [Nearest(), ClipSearch()])
+def test_it_lowers_the_loss_where_channels_are_loud(start, problem_on):
+    plain, scaled = problem_on("q4_0"), problem_on("q4_0")
+    rounded = AsItStarts(start).learn(plain)
+    learned = AWQ(AsItStarts(start), points=5, rows=64).learn(scaled)
+    assert {"first.weight", "second.weight"} <= scaled.block.replaced.keys()
+    assert _loss(scaled, learned) < 0.99 * _loss(plain, rounded)
+
+
+def test_the_block_computes_what_it_did(problem_on):
+    problem = problem_on("q4_0")
+    chosen = AWQ(AsItStarts(Nearest()), points=5, rows=64).scale(problem)
+    assert chosen.keys() == {"first", "v", "second", "up"}
+    assert max(chosen.values()) > 0
+    torch.testing.assert_close(problem.forward(problem.inputs), problem.targets, rtol=1e-4, atol=1e-4)
+
+
+def test_it_changes_nothing_where_nothing_helps(problem_on):
+    problem = problem_on("tsq2")
+    assert set(AWQ(AsItStarts(Nearest()), points=1).scale(problem).values()) == {0.0}
+    assert problem.block.replaced == {}
+
+
+@pytest.mark.parametrize("tensor_type", TYPES)
+def test_clip_search_beats_round_to_nearest(tensor_type, problem_on):
+    problem = problem_on(tensor_type)
+    rounded, clipped = Nearest().start(problem), ClipSearch().start(problem)
+    loss = {k: _loss(problem, {n: s.tensor for n, s in v.items()}) for k, v in (("r", rounded), ("c", clipped))}
+    assert loss["c"] < 0.8 * loss["r"]
+    for name, start in clipped.items():
+        assert torch.equal(start.weight, problem.matrices()[name])
+        arrays = start.tensor.arrays
+        assert torch.equal(problem.grids[name].encode(start.weight, arrays), arrays["q"])
+
+
+def test_what_it_changed_leaves_the_engine_and_comes_back(make_model):
+    decoder = Decoder(make_model("llama-bias"), CPU)
+    tokens = torch.randint(4, 300, (3, 32), generator=torch.Generator().manual_seed(1))
+    types = dict.fromkeys(decoder.matrix_shapes(), "q4_0")
+
+    def walk(method):
+        return Reconstruction(decoder, method, types, seed=0, autocast=torch.float32)
+
+    sensitivity = [torch.ones(2, decoder.hidden_size)] * len(decoder)
+    method = AWQ(AsItStarts(Nearest()), points=4, rows=32)
+    results = list(walk(method).run(tokens, sensitivity, lambda _: None))
+    first = results[0].tensors
+    vectors = {name for name, tensor in first.items() if tensor.plain}
+    norms = {f"model.layers.0.{name}_layernorm.weight" for name in ("input", "post_attention")}
+    assert vectors <= norms | {f"model.layers.0.{name}_proj.bias" for name in ("self_attn.v", "mlp.up")}
+    assert vectors
+    assert set(types) & set(first) == {name for name in types if name.startswith("model.layers.0.")}
+    # a run that takes up the first block again must feed the second one the same
+    kept = {0: (first, results[0].loss_before, results[0].loss_after)}
+    again = list(walk(method).run(tokens, sensitivity, lambda index: copy.deepcopy(kept.get(index))))
+    assert again[0].resumed
+    assert again[1].loss_after == results[1].loss_after
+    for name, tensor in results[1].tensors.items():
+        assert all(torch.equal(array, again[1].tensors[name].arrays[key]) for key, array in tensor.arrays.items())
