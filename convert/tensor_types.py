@@ -51,6 +51,8 @@ _TYPES = (
     TensorType("bf16", 30, 32, 1, 2, False),
     TensorType("q8_0", 8, 7, 32, 34, False),
     TensorType("tsq2", 500, 500, 64, 18, True),
+    TensorType("tsq3", 501, 501, 64, 26, True),
+    TensorType("tsq4", 502, 502, 64, 34, True),
 )
 
 TENSOR_TYPES: dict[str, TensorType] = {t.name: t for t in _TYPES}

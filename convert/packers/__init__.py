@@ -34,7 +34,7 @@ class Packer(Protocol):
         ...
 
 
-PACKERS: dict[str, Packer] = {"tsq2": TsqPacker(2)}
+PACKERS: dict[str, Packer] = {"tsq2": TsqPacker(2), "tsq3": TsqPacker(3), "tsq4": TsqPacker(4)}
 """The packer of every tensor type that can be learned."""
 
 

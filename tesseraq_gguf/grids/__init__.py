@@ -4,9 +4,9 @@ A grid quantises, dequantises and searches parameters in torch; it knows no loss
 """
 
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.grids.affine import TSQ2, AffineGrid
+from tesseraq_gguf.grids.affine import TSQ2, TSQ3, TSQ4, AffineGrid
 
-GRIDS: dict[str, AffineGrid] = {"tsq2": TSQ2}
+GRIDS: dict[str, AffineGrid] = {"tsq2": TSQ2, "tsq3": TSQ3, "tsq4": TSQ4}
 """The grids that methods can learn on, by tensor type."""
 
 
@@ -22,4 +22,4 @@ def grid_of(tensor_type: str) -> AffineGrid:
         raise UsageError(f"no method learns on type '{tensor_type}'. Types to learn on: {', '.join(GRIDS)}") from None
 
 
-__all__ = ["GRIDS", "TSQ2", "AffineGrid", "grid_of"]
+__all__ = ["GRIDS", "TSQ2", "TSQ3", "TSQ4", "AffineGrid", "grid_of"]

@@ -172,3 +172,5 @@ class AffineGrid:
 
 
 TSQ2 = AffineGrid("tsq2", 2)
+TSQ3 = AffineGrid("tsq3", 3)
+TSQ4 = AffineGrid("tsq4", 4)
