@@ -64,6 +64,8 @@ _TYPES = (
     TensorType("q3_k", 11, 11, 256, 110, False, fallback="q4_0"),
     TensorType("q2_k", 10, 21, 256, 84, False, fallback="q4_0"),
     TensorType("tsq2", 500, 500, 64, 18, True),
+    TensorType("tsq3", 501, 501, 64, 26, True),
+    TensorType("tsq4", 502, 502, 64, 34, True),
 )
 
 TENSOR_TYPES: dict[str, TensorType] = {t.name: t for t in _TYPES}

@@ -5,4 +5,6 @@
 
 #if defined(GGML_CPU_GENERIC) || !(defined(__x86_64__) || defined(__i386__) || defined(_M_IX86) || defined(_M_X64))
 #define ggml_vec_dot_tsq2_q8_1_generic ggml_vec_dot_tsq2_q8_1
+#define ggml_vec_dot_tsq3_q8_1_generic ggml_vec_dot_tsq3_q8_1
+#define ggml_vec_dot_tsq4_q8_1_generic ggml_vec_dot_tsq4_q8_1
 #endif

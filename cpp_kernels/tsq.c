@@ -95,7 +95,8 @@ static float tsq_nth(const float * values, int n, int i) {
 }
 
 // Search d and z on their grids for the smallest weighted squared error; codes go to q.
-// Every scale starts with the range of the weights in the middle of the codes, the best of them from both sides as well.
+// Every scale starts with the range of the weights in the middle of the codes, the best of them from both sides as well: more
+// codes have more local minima, so they get more starts on the way.
 static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int nbits,
                        uint8_t * GGML_RESTRICT d_code, uint8_t * GGML_RESTRICT z_code, float * GGML_RESTRICT q) {
     const int   qmax  = (1 << nbits) - 1;
@@ -147,11 +148,16 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
             const struct tsq_block b = { xs, w, sw, nbits };
 
             const float z_mid = 0.5f*(qmax - (lo + hi)*id);
-            const float sides[3] = { z_mid, z_mid - TSQ_SEARCH_SIDE, z_mid + TSQ_SEARCH_SIDE };
+            const int   sides = pass == 0 ? 0 : 1 << (nbits - 2);
 
-            for (int side = pass; side <= 2*pass; side++) {
+            for (int side = -sides; side <= sides; side++) {
+                if (pass == 1 && side == 0) {
+                    continue;
+                }
+                const float z_start = pass == 0 ? z_mid : z_mid + TSQ_SEARCH_SIDE*side/sides;
+
                 uint8_t z = 64;
-                const float err = d*d*tsq_descend(&b, tsq_encode_z(sides[side], nbits), &z, qt);
+                const float err = d*d*tsq_descend(&b, tsq_encode_z(z_start, nbits), &z, qt);
                 if (pass == 0) {
                     error[c] = err;
                 }
@@ -166,16 +172,30 @@ static void tsq_search(const float * GGML_RESTRICT x, const float * GGML_RESTRIC
     }
 }
 
-static void quantize_block_tsq2(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, block_tsq2 * GGML_RESTRICT y) {
-    float q[QK_TSQ];
-    tsq_search(x, w, 2, &y->d, &y->z, q);
+// bits of codes, from bit `shift` up, to planes of `width` bits
+static void tsq_pack_planes(const float * GGML_RESTRICT q, int width, int shift, uint8_t * GGML_RESTRICT planes) {
+    const int n    = 8*width; // bytes: weights of one plane
+    const int mask = (1 << width) - 1;
 
-    for (int j = 0; j < QK_TSQ/4; j++) {
-        y->qs[j] = (uint8_t) q[j] | (uint8_t) q[j + 16] << 2 | (uint8_t) q[j + 32] << 4 | (uint8_t) q[j + 48] << 6;
+    memset(planes, 0, n);
+    for (int i = 0; i < QK_TSQ/n; i++) {
+        for (int j = 0; j < n; j++) {
+            planes[j] |= (((uint8_t) q[i*n + j] >> shift) & mask) << i*width;
+        }
     }
 }
 
-void quantize_row_tsq2_ref(const float * GGML_RESTRICT x, block_tsq2 * GGML_RESTRICT y, int64_t k) {
+static void tsq_quantize_block(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int nbits, uint8_t * GGML_RESTRICT y) {
+    float q[QK_TSQ];
+    tsq_search(x, w, nbits, &y[0], &y[1], q);
+
+    tsq_pack_planes(q, nbits == 4 ? 4 : 2, 0, y + TSQ_CODES);
+    if (nbits == 3) {
+        tsq_pack_planes(q, 1, 2, y + TSQ_CODES + QK_TSQ/4);
+    }
+}
+
+static void tsq_quantize_row(const float * GGML_RESTRICT x, int nbits, uint8_t * GGML_RESTRICT y, int64_t k) {
     assert(k % QK_TSQ == 0);
     const int64_t nb = k / QK_TSQ;
 
@@ -185,37 +205,38 @@ void quantize_row_tsq2_ref(const float * GGML_RESTRICT x, block_tsq2 * GGML_REST
     }
 
     for (int64_t i = 0; i < nb; i++) {
-        quantize_block_tsq2(x + i*QK_TSQ, w, y + i);
+        tsq_quantize_block(x + i*QK_TSQ, w, nbits, y + i*TSQ_BLOCK_SIZE(nbits));
     }
 }
 
-void dequantize_row_tsq2(const block_tsq2 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+static inline void tsq_dequantize_row(const uint8_t * GGML_RESTRICT x, int nbits, float * GGML_RESTRICT y, int64_t k) {
     assert(k % QK_TSQ == 0);
     const int64_t nb = k / QK_TSQ;
 
     for (int64_t i = 0; i < nb; i++) {
-        const float d = tsq_decode_d(x[i].d);
-        const float z = tsq_decode_z(x[i].z, 2);
+        const uint8_t * b = x + i*TSQ_BLOCK_SIZE(nbits);
+        const float     d = tsq_decode_d(b[0]);
+        const float     z = tsq_decode_z(b[1], nbits);
 
-        for (int l = 0; l < 4; l++) {
-            for (int j = 0; j < 16; j++) {
-                const int q = (x[i].qs[j] >> 2*l) & 3;
-                y[i*QK_TSQ + l*16 + j] = d*(q - z);
-            }
+        uint8_t q[QK_TSQ];
+        tsq_unpack(b + TSQ_CODES, nbits, q);
+
+        for (int j = 0; j < QK_TSQ; j++) {
+            y[i*QK_TSQ + j] = d*(q[j] - z);
         }
     }
 }
 
-size_t quantize_tsq2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+static size_t tsq_quantize(const float * GGML_RESTRICT src, int nbits, uint8_t * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
     assert(n_per_row % QK_TSQ == 0);
     const int64_t nb = n_per_row / QK_TSQ;
 
     if (!imatrix) {
-        quantize_row_tsq2_ref(src, (block_tsq2 *) dst, nrows*n_per_row);
-        return nrows*nb*sizeof(block_tsq2);
+        tsq_quantize_row(src, nbits, dst, nrows*n_per_row);
+        return nrows*nb*TSQ_BLOCK_SIZE(nbits);
     }
 
-    block_tsq2 * y = (block_tsq2 *) dst;
+    uint8_t * y = dst;
 
     for (int64_t row = 0; row < nrows; row++) {
         const float * x = src + row*n_per_row;
@@ -233,9 +254,46 @@ size_t quantize_tsq2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, 
             for (int j = 0; j < QK_TSQ; j++) {
                 w[j] = imatrix[i*QK_TSQ + j] * sqrtf(sigma2 + xb[j]*xb[j]);
             }
-            quantize_block_tsq2(xb, w, y++);
+            tsq_quantize_block(xb, w, nbits, y);
+            y += TSQ_BLOCK_SIZE(nbits);
         }
     }
 
-    return nrows*nb*sizeof(block_tsq2);
+    return nrows*nb*TSQ_BLOCK_SIZE(nbits);
+}
+
+void quantize_row_tsq2_ref(const float * GGML_RESTRICT x, block_tsq2 * GGML_RESTRICT y, int64_t k) {
+    tsq_quantize_row(x, 2, (uint8_t *) y, k);
+}
+
+void quantize_row_tsq3_ref(const float * GGML_RESTRICT x, block_tsq3 * GGML_RESTRICT y, int64_t k) {
+    tsq_quantize_row(x, 3, (uint8_t *) y, k);
+}
+
+void quantize_row_tsq4_ref(const float * GGML_RESTRICT x, block_tsq4 * GGML_RESTRICT y, int64_t k) {
+    tsq_quantize_row(x, 4, (uint8_t *) y, k);
+}
+
+void dequantize_row_tsq2(const block_tsq2 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+    tsq_dequantize_row((const uint8_t *) x, 2, y, k);
+}
+
+void dequantize_row_tsq3(const block_tsq3 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+    tsq_dequantize_row((const uint8_t *) x, 3, y, k);
+}
+
+void dequantize_row_tsq4(const block_tsq4 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+    tsq_dequantize_row((const uint8_t *) x, 4, y, k);
+}
+
+size_t quantize_tsq2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+    return tsq_quantize(src, 2, (uint8_t *) dst, nrows, n_per_row, imatrix);
+}
+
+size_t quantize_tsq3(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+    return tsq_quantize(src, 3, (uint8_t *) dst, nrows, n_per_row, imatrix);
+}
+
+size_t quantize_tsq4(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+    return tsq_quantize(src, 4, (uint8_t *) dst, nrows, n_per_row, imatrix);
 }

@@ -13,18 +13,45 @@
 extern "C" {
 #endif
 
-// ids of the tensor types (ggml_type) and file types (llama_ftype, ggml_ftype); 501 and 502 are kept for TSQ3 and TSQ4
+// ids of the tensor types (ggml_type) and file types (llama_ftype, ggml_ftype)
 #define TSQ2_TYPE_ID 500
+#define TSQ3_TYPE_ID 501
+#define TSQ4_TYPE_ID 502
 
 #define QK_TSQ 64 // weights per block, for all TSQ types
 
+// A block is d, z and codes. d is the scale, E5M3: 2^(e - 24) * (1 + m/8), e = d >> 3, m = d & 7. z is the zero-point, fixed
+// point: (z - 64) * 2^n/128 for codes of n bits. Codes stand in planes: with planes of b bits, weight i has its bits in byte
+// i % (8*b), from bit b*(i / (8*b)) up.
+
 // 2.25 bits per weight
 typedef struct {
-    uint8_t d;              // scale, E5M3: 2^(e - 24) * (1 + m/8), e = d >> 3, m = d & 7
-    uint8_t z;              // zero-point, fixed point: z/32 - 2
-    uint8_t qs[QK_TSQ / 4]; // codes 0..3 in 4 planes of 16: weight i stands in qs[i % 16], bits 2*(i / 16) and up
+    uint8_t d;              // scale
+    uint8_t z;              // zero-point: z/32 - 2
+    uint8_t qs[QK_TSQ / 4]; // codes 0..3 in 4 planes of 16
 } block_tsq2;
 static_assert(sizeof(block_tsq2) == 2 + QK_TSQ / 4, "wrong tsq2 block size/padding");
+
+// 3.25 bits per weight
+typedef struct {
+    uint8_t d;              // scale
+    uint8_t z;              // zero-point: z/16 - 4
+    uint8_t qs[QK_TSQ / 4]; // codes 0..7, low 2 bits in 4 planes of 16
+    uint8_t qh[QK_TSQ / 8]; //             high bit in 8 planes of 8
+} block_tsq3;
+static_assert(sizeof(block_tsq3) == 2 + QK_TSQ / 4 + QK_TSQ / 8, "wrong tsq3 block size/padding");
+
+// 4.25 bits per weight
+typedef struct {
+    uint8_t d;              // scale
+    uint8_t z;              // zero-point: z/8 - 8
+    uint8_t qs[QK_TSQ / 2]; // codes 0..15 in 2 planes of 32
+} block_tsq4;
+static_assert(sizeof(block_tsq4) == 2 + QK_TSQ / 2, "wrong tsq4 block size/padding");
+
+// What the types share works on bytes: 0 is d, 1 is z, the codes begin at TSQ_CODES.
+#define TSQ_CODES             2
+#define TSQ_BLOCK_SIZE(nbits) (TSQ_CODES + (nbits)*QK_TSQ/8)
 
 // E5M3 code to float: the code is the head of the float's exponent and mantissa, so a shift and an add decode it
 static inline float tsq_decode_d(uint8_t code) {
@@ -39,14 +66,41 @@ static inline float tsq_decode_z(uint8_t code, int nbits) {
     return ((int) code - 64) * ((1 << nbits) / 128.0f);
 }
 
+// add bits to codes, from bit `shift` up, out of planes of `width` bits
+static inline void tsq_unpack_planes(const uint8_t * GGML_RESTRICT planes, int width, int shift, uint8_t * GGML_RESTRICT q) {
+    const int n    = 8*width; // bytes: weights of one plane
+    const int mask = (1 << width) - 1;
+
+    for (int i = 0; i < QK_TSQ/n; i++) {
+        for (int j = 0; j < n; j++) {
+            q[i*n + j] |= ((planes[j] >> i*width) & mask) << shift;
+        }
+    }
+}
+
+// the codes of a block
+static inline void tsq_unpack(const uint8_t * GGML_RESTRICT codes, int nbits, uint8_t * GGML_RESTRICT q) {
+    memset(q, 0, QK_TSQ);
+    tsq_unpack_planes(codes, nbits == 4 ? 4 : 2, 0, q);
+    if (nbits == 3) {
+        tsq_unpack_planes(codes + QK_TSQ/4, 1, 2, q);
+    }
+}
+
 // Quantization
 GGML_API void quantize_row_tsq2_ref(const float * GGML_RESTRICT x, block_tsq2 * GGML_RESTRICT y, int64_t k);
+GGML_API void quantize_row_tsq3_ref(const float * GGML_RESTRICT x, block_tsq3 * GGML_RESTRICT y, int64_t k);
+GGML_API void quantize_row_tsq4_ref(const float * GGML_RESTRICT x, block_tsq4 * GGML_RESTRICT y, int64_t k);
 
 // Dequantization
 GGML_API void dequantize_row_tsq2(const block_tsq2 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+GGML_API void dequantize_row_tsq3(const block_tsq3 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+GGML_API void dequantize_row_tsq4(const block_tsq4 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
 
 // Quantization utilizing an importance matrix
 GGML_API size_t quantize_tsq2(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+GGML_API size_t quantize_tsq3(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+GGML_API size_t quantize_tsq4(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
 #ifdef __cplusplus
 }

@@ -38,6 +38,8 @@ class Packer(Protocol):
 
 PACKERS: dict[str, Packer] = {
     "tsq2": TsqPacker(2),
+    "tsq3": TsqPacker(3),
+    "tsq4": TsqPacker(4),
     "q2_0": Q2_0,
     "q4_0": Q4_0,
     "q4_1": Q4_1,

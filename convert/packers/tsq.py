@@ -1,7 +1,8 @@
 """TSQ types: blocks of 64 weights, value d·(q - z), an unsigned 8-bit float d and an 8-bit fixed-point z.
 
-Block layout (TSQ2, 18 bytes): byte 0 the E5M3 code of d, byte 1 the code of z, bytes 2 to 17 the codes: weight i of the
-block stands in byte 2 + i % 16 at bits 2·(i // 16) and up, that is four planes of 16 weights. See docs/formats.md.
+Byte 0 of a block is the E5M3 code of d, byte 1 the code of z, then come the codes q in planes: with planes of b bits,
+weight i has its bits in byte i % 8b, from bit b·(i // 8b) up. TSQ2 has planes of 2 bits and TSQ4 of 4; TSQ3 has planes
+of 2 bits for the low bits of its codes and planes of 1 bit for the high ones. See docs/formats.md.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 BLOCK = 64
 """Weights per block, for all TSQ types."""
 
-PLANE = 16
-"""Weights of one bit plane: the bytes that hold the codes of a block."""
+WIDTHS = {2: (2,), 3: (2, 1), 4: (4,)}
+"""Bits of the planes that codes of so many bits stand in, low bits first."""
 
 
 def decode_scale(code: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -31,30 +32,54 @@ def decode_zero(code: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
     return code.astype(np.float32) * step - np.float32(2 ** (bits - 1))
 
 
-def pack_tsq2(q: NDArray[np.uint8], d: NDArray[np.uint8], z: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Make the bytes of TSQ2 rows.
+def pack(q: NDArray[np.uint8], d: NDArray[np.uint8], z: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Make the bytes of rows.
 
     Args:
-        q: codes 0…3, uint8 [rows, columns], columns a multiple of 64.
+        q: codes below 2^bits, uint8 [rows, columns], columns a multiple of 64.
         d: E5M3 codes of the scales, uint8 [rows, columns / 64].
         z: codes of the zero-points, uint8 [rows, columns / 64].
+        bits: bits of a code.
 
     Returns:
-        uint8 [rows, columns / 64 * 18].
+        uint8 [rows, columns / 64 * (2 + 8 * bits)].
     """
     rows, columns = q.shape
-    planes = q.reshape(rows, columns // BLOCK, 4, PLANE)
-    codes = planes[:, :, 0] | planes[:, :, 1] << 2 | planes[:, :, 2] << 4 | planes[:, :, 3] << 6
-    return np.concatenate([d[..., None], z[..., None], codes], axis=2).reshape(rows, -1)
+    rest = q.reshape(rows, columns // BLOCK, BLOCK)
+    planes = []
+    for width in WIDTHS[bits]:
+        planes.append(_to_planes(rest & np.uint8((1 << width) - 1), width))
+        rest = rest >> np.uint8(width)
+    return np.concatenate([d[..., None], z[..., None], *planes], axis=2).reshape(rows, -1)
 
 
-def unpack_tsq2(data: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
-    """Invert `pack_tsq2`: bytes uint8 [rows, blocks * 18] to `(q, d, z)`."""
+def unpack(data: NDArray[np.uint8], bits: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8]]:
+    """Invert `pack`: bytes uint8 [rows, blocks * (2 + 8 * bits)] to `(q, d, z)`."""
     rows = data.shape[0]
-    blocks = data.reshape(rows, -1, 2 + PLANE)
-    codes = blocks[:, :, 2:]
-    q = np.stack([codes >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
+    blocks = data.reshape(rows, -1, 2 + 8 * bits)
+    q = np.zeros((*blocks.shape[:2], BLOCK), np.uint8)
+    start, shift = 2, 0
+    for width in WIDTHS[bits]:
+        q |= _from_planes(blocks[:, :, start : start + 8 * width], width) << np.uint8(shift)
+        start, shift = start + 8 * width, shift + width
     return q.reshape(rows, -1), blocks[:, :, 0].copy(), blocks[:, :, 1].copy()
+
+
+def _to_planes(values: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Put values below 2^width, [rows, blocks, 64], into planes: bytes [rows, blocks, 8 * width]."""
+    planes = values.reshape(*values.shape[:2], 8 // width, 8 * width)
+    return np.bitwise_or.reduce(planes << _shifts(width), axis=2)
+
+
+def _from_planes(planes: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Invert `_to_planes`."""
+    values = planes[:, :, None] >> _shifts(width) & np.uint8((1 << width) - 1)
+    return values.reshape(*planes.shape[:2], BLOCK)
+
+
+def _shifts(width: int) -> NDArray[np.uint8]:
+    """Lowest bit of each plane in its byte, as a column: uint8 [8 / width, 1]."""
+    return np.arange(0, 8, width, dtype=np.uint8)[:, None]
 
 
 def dequantize(q: NDArray[np.uint8], d: NDArray[np.uint8], z: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
@@ -62,9 +87,6 @@ def dequantize(q: NDArray[np.uint8], d: NDArray[np.uint8], z: NDArray[np.uint8],
     rows, columns = q.shape
     groups = q.reshape(rows, columns // BLOCK, BLOCK).astype(np.float32)
     return (decode_scale(d)[..., None] * (groups - decode_zero(z, bits)[..., None])).reshape(rows, columns)
-
-
-_PACK = {2: (pack_tsq2, unpack_tsq2)}
 
 
 @dataclass(frozen=True)
@@ -88,11 +110,11 @@ class TsqPacker:
             raise ValueError(f"TSQ arrays do not fit together: q {q.shape}, d {d.shape}, z {z.shape}")
         if q.size and int(q.max()) >> self.bits:
             raise ValueError(f"a TSQ{self.bits} code is above {(1 << self.bits) - 1}")
-        return _PACK[self.bits][0](q, d, z)
+        return pack(q, d, z, self.bits)
 
     def unpack(self, data: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Invert `pack`."""
-        q, d, z = _PACK[self.bits][1](data)
+        q, d, z = unpack(data, self.bits)
         return {"q": q, "d": d, "z": z}
 
     def dequantize(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:

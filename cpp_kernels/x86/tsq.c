@@ -37,33 +37,53 @@ static inline float tsq_hsum(__m256 x, __m128 y) {
     y = _mm_add_ss(y, _mm_movehdup_ps(y));
     return _mm_cvtss_f32(y);
 }
-#endif
 
-void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-    const int nb = n / QK_TSQ;
+// codes of a block, one to a byte: the first 32 weights and the next 32
+static inline void tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int nbits, __m256i * q0, __m256i * q1) {
+    if (nbits == 4) {
+        const __m256i m15 = _mm256_set1_epi8(15);
 
-    assert(n % QK_TSQ == 0);
-    assert(nrc == 1);
-    UNUSED(nrc);
-    UNUSED(bx);
-    UNUSED(by);
-    UNUSED(bs);
+        const __m256i q = _mm256_loadu_si256((const __m256i *) codes);
+        *q0 = _mm256_and_si256(q, m15);
+        *q1 = _mm256_and_si256(_mm256_srli_epi16(q, 4), m15);
+        return;
+    }
 
-    const block_tsq2 * GGML_RESTRICT x = vx;
-    const block_q8_1 * GGML_RESTRICT y = vy;
-
-#if defined(__AVX2__) && defined(__F16C__)
     const __m256i m3     = _mm256_set1_epi8(3);
-    const __m256i shift0 = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2); // planes 0 and 1: the first Q8_1 block
-    const __m256i shift1 = _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6); // planes 2 and 3: the second
+    const __m256i shift0 = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2); // planes 0 and 1
+    const __m256i shift1 = _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6); // planes 2 and 3
+
+    const __m256i q = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) codes));
+    *q0 = _mm256_and_si256(_mm256_srlv_epi32(q, shift0), m3);
+    *q1 = _mm256_and_si256(_mm256_srlv_epi32(q, shift1), m3);
+
+    if (nbits == 3) {
+        const __m256i m4      = _mm256_set1_epi8(4);
+        const __m256i shifth0 = _mm256_setr_epi64x(0, 1, 2, 3); // planes 0 to 3 of 8, moved up by 2, down to bit 2
+        const __m256i shifth1 = _mm256_setr_epi64x(2, 3, 4, 5); // planes 4 to 7 of 8, down to bit 2
+
+        int64_t high;
+        memcpy(&high, codes + QK_TSQ/4, sizeof(high));
+        const __m256i h  = _mm256_set1_epi64x(high);
+        const __m256i h0 = _mm256_srlv_epi64(_mm256_slli_epi64(h, 2), shifth0);
+        const __m256i h1 = _mm256_srlv_epi64(h, shifth1);
+        *q0 = _mm256_or_si256(*q0, _mm256_and_si256(h0, m4));
+        *q1 = _mm256_or_si256(*q1, _mm256_and_si256(h1, m4));
+    }
+}
+
+static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const block_q8_1 * GGML_RESTRICT y) {
+    assert(n % QK_TSQ == 0);
+    const int nb = n / QK_TSQ;
 
     __m256 acc0 = _mm256_setzero_ps();
     __m256 acc1 = _mm256_setzero_ps();
     __m128 accz = _mm_setzero_ps(); // lanes 1 and 3: -d*z*s, lanes 0 and 2: not used
 
     for (int i = 0; i < nb; i++) {
-        const float d = tsq_decode_d(x[i].d);
-        const float z = tsq_decode_z(x[i].z, 2);
+        const uint8_t * b = x + i*TSQ_BLOCK_SIZE(nbits);
+        const float     d = tsq_decode_d(b[0]);
+        const float     z = tsq_decode_z(b[1], nbits);
 
         // d and s of both Q8_1 blocks at once: {d0, s0, d1, s1} * {d, -d*z, d, -d*z}
         int32_t ds0, ds1;
@@ -72,9 +92,8 @@ void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
         const __m128 dz = _mm_setr_ps(d, -d*z, d, -d*z);
         const __m128 ds = _mm_mul_ps(dz, _mm_cvtph_ps(_mm_setr_epi32(ds0, ds1, 0, 0)));
 
-        const __m256i q  = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) x[i].qs));
-        const __m256i q0 = _mm256_and_si256(_mm256_srlv_epi32(q, shift0), m3);
-        const __m256i q1 = _mm256_and_si256(_mm256_srlv_epi32(q, shift1), m3);
+        __m256i q0, q1;
+        tsq_load_codes(b + TSQ_CODES, nbits, &q0, &q1);
 
         const __m256i a0 = _mm256_loadu_si256((const __m256i *) y[2*i + 0].qs);
         const __m256i a1 = _mm256_loadu_si256((const __m256i *) y[2*i + 1].qs);
@@ -87,11 +106,48 @@ void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
         accz = _mm_add_ps(accz, ds);
     }
 
-    *s = tsq_hsum(_mm256_add_ps(acc0, acc1), _mm_blend_ps(accz, _mm_setzero_ps(), 0x5));
+    return tsq_hsum(_mm256_add_ps(acc0, acc1), _mm_blend_ps(accz, _mm_setzero_ps(), 0x5));
+}
+#endif
+
+void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+#if defined(__AVX2__) && defined(__F16C__)
+    assert(nrc == 1);
+    UNUSED(nrc);
+    UNUSED(bx);
+    UNUSED(by);
+    UNUSED(bs);
+
+    *s = tsq_vec_dot(n, vx, 2, vy);
 #else
-    UNUSED(x);
-    UNUSED(y);
-    UNUSED(nb);
     ggml_vec_dot_tsq2_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+#endif
+}
+
+void ggml_vec_dot_tsq3_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+#if defined(__AVX2__) && defined(__F16C__)
+    assert(nrc == 1);
+    UNUSED(nrc);
+    UNUSED(bx);
+    UNUSED(by);
+    UNUSED(bs);
+
+    *s = tsq_vec_dot(n, vx, 3, vy);
+#else
+    ggml_vec_dot_tsq3_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+#endif
+}
+
+void ggml_vec_dot_tsq4_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+#if defined(__AVX2__) && defined(__F16C__)
+    assert(nrc == 1);
+    UNUSED(nrc);
+    UNUSED(bx);
+    UNUSED(by);
+    UNUSED(bs);
+
+    *s = tsq_vec_dot(n, vx, 4, vy);
+#else
+    ggml_vec_dot_tsq4_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
 }

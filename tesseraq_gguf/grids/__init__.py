@@ -4,14 +4,13 @@ A grid quantises, dequantises and searches parameters in torch; it knows no loss
 """
 
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.grids import stock, superblock
+from tesseraq_gguf.grids import stock, superblock, tsq
 from tesseraq_gguf.grids.grid import Arrays, Grid
-from tesseraq_gguf.grids.tsq import tsq
 
 _ALL: tuple[Grid, ...] = (
-    tsq(2),
-    tsq(3),
-    tsq(4),
+    tsq.with_bits(2),
+    tsq.with_bits(3),
+    tsq.with_bits(4),
     stock.symmetric("q2_0", bits=2, group=64),
     stock.symmetric("q4_0", bits=4, group=32),
     stock.offset("q4_1", bits=4, group=32),

@@ -19,6 +19,9 @@ from tesseraq_gguf.quantized import QuantizedTensor
 GROUP = 64
 """Weights that share one d and one z."""
 
+_FITS = 2
+"""Fits whose neighbours on the grid are tried."""
+
 _EXPONENT_OFFSET = 103 << 3
 """E5M3 code of d plus this, shifted left by 20, is the float32 bit pattern of d."""
 
@@ -81,26 +84,39 @@ class TsqGrid(Grid):
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
         w, h = weight, importance
         total_h, total_hw = h.sum(1), (h * w).sum(1)
+        mean_w = total_hw / total_h
+        # the best fits by what a type with free parameters would make of them ...
+        fits = []
+        for scale, zero in search.asymmetric(w, h, self.highest, search.shrinks(self.bits)):
+            offset = zero.clamp(self.zero_lowest, self.zero_lowest + 255 * self.zero_step)
+            fits.append((self._error(w, h, scale, offset), scale, zero))
+        errors = torch.stack([error for error, _, _ in fits])
+        chosen = errors.topk(_FITS, 0, largest=False).indices
+        scales, zeros = torch.stack([s for _, s, _ in fits]), torch.stack([z for _, _, z in fits])
+        # ... then their neighbours on the type's own grid
         best_error = torch.full_like(total_h, torch.inf)
         best_d = torch.zeros_like(total_h, dtype=torch.uint8)
         best_z = self.zero_code(torch.zeros_like(total_h))
-        for d, z in search.asymmetric(w, h, self.highest, search.shrinks(self.bits)):
-            nearest = scale_code(d).int()
+        for rank in chosen:
+            nearest = scale_code(scales.gather(0, rank[None])[0]).int()
+            z = zeros.gather(0, rank[None])[0]
             for code in (nearest, nearest + 1, nearest - 1):
                 code = code.clamp(0, 255).to(torch.uint8)
                 scale = decode_scale(code)
                 q = (w / scale[:, None] + z[:, None]).round_().clamp_(0, self.highest)
-                zero = self.zero_code((h * q).sum(1) / total_h - total_hw / total_h / scale)
-                offset = self.decode_zero(zero)[:, None]
-                q = (w / scale[:, None] + offset).round_().clamp_(0, self.highest)
-                error = (h * (scale[:, None] * (q - offset) - w) ** 2).sum(1)
+                stored = self.zero_code((h * q).sum(1) / total_h - mean_w / scale)
+                error = self._error(w, h, scale, self.decode_zero(stored))
                 better = error < best_error
                 best_error = torch.where(better, error, best_error)
                 best_d = torch.where(better, code, best_d)
-                best_z = torch.where(better, zero, best_z)
+                best_z = torch.where(better, stored, best_z)
         return {"d": best_d[:, None], "z": best_z[:, None]}
 
+    def _error(self, w: Tensor, h: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        q = (w / scale[:, None]).add_(zero[:, None]).round_().clamp_(0, self.highest)
+        return q.sub_(zero[:, None]).mul_(scale[:, None]).sub_(w).square_().mul_(h).sum(1)
 
-def tsq(bits: int) -> TsqGrid:
+
+def with_bits(bits: int) -> TsqGrid:
     """Return the grid of the TSQ type with `bits`-bit codes."""
     return TsqGrid(type=f"tsq{bits}", bits=bits, group=GROUP, span=GROUP, learns_zero=True)

@@ -10,7 +10,7 @@ The paper takes lo and hi from the group's minimum and maximum, shrinks them by 
 through the rounding with a straight-through estimator. Here they are the ends of the range that the type's own search
 found, which learning widens as well as narrows, and the gradient is that of the codes as they are, chosen anew in each
 step: from a range that is searched already, the straight-through estimator shrinks on and makes the loss grow. Storing
-d and z in the type is passed straight through. A type that fixes z has one factor per group, on d, which keeps its sign.
+d and z in the type is passed straight through. A type that fixes z has one factor per group, on d; d keeps its sign.
 """
 
 from __future__ import annotations

@@ -27,34 +27,79 @@ def tsq_arrays(draw, bits):
     }
 
 
-@settings(max_examples=200, deadline=None)
-@given(arrays=tsq_arrays(2))
-def test_tsq2_identity(arrays):
-    packer = packer_of("tsq2")
-    kind = tensor_type("tsq2")
-    data = packer.pack(arrays)
-    assert data.dtype == np.uint8
-    assert data.shape == (len(arrays["q"]), arrays["q"].shape[1] // kind.block_weights * kind.block_bytes)
-    back = packer.unpack(data)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_tsq_identity(bits, data):
+    arrays = data.draw(tsq_arrays(bits))
+    packer = packer_of(f"tsq{bits}")
+    kind = tensor_type(f"tsq{bits}")
+    packed = packer.pack(arrays)
+    assert packed.dtype == np.uint8
+    assert packed.shape == (len(arrays["q"]), arrays["q"].shape[1] // kind.block_weights * kind.block_bytes)
+    back = packer.unpack(packed)
     assert set(back) == set(arrays)
     for name, array in arrays.items():
         assert back[name].dtype == array.dtype
         np.testing.assert_array_equal(back[name], array)
-    np.testing.assert_array_equal(packer.pack(back), data)
+    np.testing.assert_array_equal(packer.pack(back), packed)
 
 
-@settings(max_examples=200, deadline=None)
-@given(arrays=tsq_arrays(2))
-def test_tsq2_numpy_dequantises_as_torch_does(arrays):
-    tensor = QuantizedTensor("tsq2", {name: torch.from_numpy(a) for name, a in arrays.items()})
-    ours = packer_of("tsq2").dequantize(arrays)
-    np.testing.assert_array_equal(ours.view(np.uint32), grid_of("tsq2").dequantize(tensor).numpy().view(np.uint32))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_tsq_numpy_dequantises_as_torch_does(bits, data):
+    arrays = data.draw(tsq_arrays(bits))
+    tensor = QuantizedTensor(f"tsq{bits}", {name: torch.from_numpy(a) for name, a in arrays.items()})
+    ours = packer_of(f"tsq{bits}").dequantize(arrays)
+    torchs = grid_of(f"tsq{bits}").dequantize(tensor).numpy()
+    np.testing.assert_array_equal(ours.view(np.uint32), torchs.view(np.uint32))
 
 
-def test_every_byte_is_read_back():
-    data = np.random.default_rng(0).integers(0, 256, (300, 18 * 3), dtype=np.uint8)
-    packer = packer_of("tsq2")
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_every_byte_is_read_back(bits):
+    packer = packer_of(f"tsq{bits}")
+    row_bytes = tensor_type(f"tsq{bits}").block_bytes * 3
+    data = np.random.default_rng(0).integers(0, 256, (300, row_bytes), dtype=np.uint8)
     np.testing.assert_array_equal(packer.pack(packer.unpack(data)), data)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_each_weight_stands_where_the_formats_page_says(bits):
+    """One bit of one code at a time: byte and bit in the block, in the words of docs/formats.md."""
+    for i in range(64):
+        for bit in range(bits):
+            q = np.zeros((1, 64), np.uint8)
+            q[0, i] = 1 << bit
+            params = np.array([[7]], np.uint8)
+            block = packer_of(f"tsq{bits}").pack({"q": q, "d": params, "z": params + 1})[0]
+            if bits == 4:
+                place = (2 + i % 32, 4 * (i // 32) + bit)
+            elif bit < 2:
+                place = (2 + i % 16, 2 * (i // 16) + bit)
+            else:
+                place = (18 + i % 8, i // 8)
+            expected = np.zeros(len(block), np.uint8)
+            expected[0], expected[1], expected[place[0]] = 7, 8, 1 << place[1]
+            np.testing.assert_array_equal(block, expected)
+
+
+EXAMPLES = {
+    "tsq2": ("c8 78 1b", 18, {0: 2.5, 16: 0.5, 32: -1.5, 48: -3.5}, -3.5),
+    "tsq3": ("c8 78 1b" + " 00" * 15 + " 81", 26, {0: 7, 16: -3, 32: -5, 48: -7, 56: 1}, -7.0),
+    "tsq4": ("c8 78 1b", 34, {0: 8, 32: -12}, -14.0),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_examples_of_the_formats_page(name):
+    head, size, some, others = EXAMPLES[name]
+    data = np.frombuffer(bytes.fromhex(head).ljust(size, b"\0"), np.uint8)[None]
+    expected = np.full(64, others, np.float32)
+    for i, value in some.items():
+        expected[i] = value
+    packer = packer_of(name)
+    np.testing.assert_array_equal(packer.dequantize(packer.unpack(data))[0], expected)
 
 
 def test_arrays_that_do_not_fit_together():

@@ -1,4 +1,4 @@
-"""The built runtime and its libraries, for tests that hold C and numpy together."""
+"""The built runtime, its libraries and the TSQ types, for tests that hold C and numpy together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.errors import RuntimeMissingError
 from tesseraq_gguf.runtime import Runtime, SourceTree, ensure_source, find_runtime
+
+TSQ_BITS = (2, 3, 4)
+"""Bits of a code of the TSQ types."""
+
+
+@pytest.fixture(scope="session", params=TSQ_BITS, ids=lambda bits: f"tsq{bits}")
+def bits(request: pytest.FixtureRequest) -> int:
+    """Each TSQ type in turn, by the bits of its codes."""
+    return int(request.param)
+
+
+def type_id(bits: int) -> int:
+    """`ggml_type` of a TSQ type."""
+    return tensor_type(f"tsq{bits}").id
+
+
+def block_bytes(bits: int) -> int:
+    """Bytes of a block of 64 weights of a TSQ type."""
+    return tensor_type(f"tsq{bits}").block_bytes
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +55,8 @@ def ggml(runtime: Runtime) -> ctypes.CDLL:
     library.ggml_type_name.restype = ctypes.c_char_p
     library.ggml_validate_row_data.restype = ctypes.c_bool
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.quantize_tsq2.restype = ctypes.c_size_t
+    for bits in TSQ_BITS:
+        getattr(library, f"quantize_tsq{bits}").restype = ctypes.c_size_t
     return library
 
 
@@ -53,25 +74,25 @@ def pointer(array: np.ndarray[Any, Any]) -> ctypes.c_void_p:
 
 
 @pytest.fixture(scope="session")
-def dequantize(ggml: ctypes.CDLL) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """`dequantize_row_tsq2`: uint8 [rows, bytes] to float32 [rows, weights]."""
+def dequantize(ggml: ctypes.CDLL, bits: int) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    """`dequantize_row_tsq*`: uint8 [rows, bytes] to float32 [rows, weights]."""
 
     def call(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        out = np.empty((data.shape[0], data.shape[1] // 18 * 64), np.float32)
-        ggml.dequantize_row_tsq2(pointer(data), pointer(out), ctypes.c_int64(out.size))
+        out = np.empty((data.shape[0], data.shape[1] // block_bytes(bits) * 64), np.float32)
+        getattr(ggml, f"dequantize_row_tsq{bits}")(pointer(data), pointer(out), ctypes.c_int64(out.size))
         return out
 
     return call
 
 
 @pytest.fixture(scope="session")
-def quantize(ggml: ctypes.CDLL) -> Callable[..., np.ndarray[Any, Any]]:
-    """`quantize_tsq2`: float32 [rows, weights] and an optional importance [weights] to uint8 [rows, bytes]."""
+def quantize(ggml: ctypes.CDLL, bits: int) -> Callable[..., np.ndarray[Any, Any]]:
+    """`quantize_tsq*`: float32 [rows, weights] and an optional importance [weights] to uint8 [rows, bytes]."""
 
     def call(x: np.ndarray[Any, Any], importance: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-        out = np.empty((x.shape[0], x.shape[1] // 64 * 18), np.uint8)
+        out = np.empty((x.shape[0], x.shape[1] // 64 * block_bytes(bits)), np.uint8)
         imatrix = pointer(importance) if importance is not None else None
-        size = ggml.quantize_tsq2(
+        size = getattr(ggml, f"quantize_tsq{bits}")(
             pointer(x), pointer(out), ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]), imatrix
         )
         assert size == out.size

@@ -1,4 +1,4 @@
-// ggml operators with TSQ2 weights on the CPU backend, compared with the same operators on the dequantised weights.
+// ggml operators with TSQ weights on the CPU backend, compared with the same operators on the dequantised weights.
 // Prints one line per operator; exits with 1 if one of them is wrong.
 
 #include "ggml.h"
@@ -10,8 +10,6 @@
 #include <functional>
 #include <random>
 #include <vector>
-
-static const ggml_type TYPE = GGML_TYPE_TSQ2;
 
 static std::mt19937 rng(0);
 
@@ -28,17 +26,17 @@ static void fill(ggml_tensor * t) {
     }
 }
 
-// weights in TSQ2 and what they dequantise to
+// weights in a type and what they dequantise to
 struct weights {
     ggml_tensor * q;
     ggml_tensor * f;
 };
 
-static weights make_weights(ggml_context * ctx, int64_t ne0, int64_t ne1, int64_t ne2 = 1) {
-    weights w = { ggml_new_tensor_3d(ctx, TYPE, ne0, ne1, ne2), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2) };
+static weights make_weights(ggml_context * ctx, ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1) {
+    weights w = { ggml_new_tensor_3d(ctx, type, ne0, ne1, ne2), ggml_new_tensor_3d(ctx, GGML_TYPE_F32, ne0, ne1, ne2) };
     fill(w.f);
-    ggml_quantize_chunk(TYPE, (const float *) w.f->data, w.q->data, 0, ne1*ne2, ne0, nullptr);
-    ggml_get_type_traits(TYPE)->to_float(w.q->data, (float *) w.f->data, ggml_nelements(w.f));
+    ggml_quantize_chunk(type, (const float *) w.f->data, w.q->data, 0, ne1*ne2, ne0, nullptr);
+    ggml_get_type_traits(type)->to_float(w.q->data, (float *) w.f->data, ggml_nelements(w.f));
     return w;
 }
 
@@ -79,7 +77,7 @@ static bool check(const char * name, double max_nmse, const std::function<ggml_t
     return ok;
 }
 
-int main() {
+static bool check_type(ggml_type type) {
     const double activations = 1e-4; // 8-bit activations
     bool ok = true;
 
@@ -88,7 +86,7 @@ int main() {
             char name[64];
             snprintf(name, sizeof(name), "mul_mat k=%d n=%d", (int) k, (int) n);
             ok &= check(name, activations, [=](ggml_context * ctx, bool quantised) {
-                weights w = make_weights(ctx, k, 48);
+                weights w = make_weights(ctx, type, k, 48);
                 ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, k, n);
                 fill(x);
                 return ggml_mul_mat(ctx, quantised ? w.q : w.f, x);
@@ -96,8 +94,8 @@ int main() {
         }
     }
 
-    ok &= check("mul_mat_id", activations, [](ggml_context * ctx, bool quantised) {
-        weights w = make_weights(ctx, 192, 32, 4);
+    ok &= check("mul_mat_id", activations, [=](ggml_context * ctx, bool quantised) {
+        weights w = make_weights(ctx, type, 192, 32, 4);
         ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 192, 2, 5);
         ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 5);
         fill(x);
@@ -107,8 +105,8 @@ int main() {
         return ggml_mul_mat_id(ctx, quantised ? w.q : w.f, x, ids);
     });
 
-    ok &= check("get_rows", 0.0, [](ggml_context * ctx, bool quantised) {
-        weights w = make_weights(ctx, 192, 32);
+    ok &= check("get_rows", 0.0, [=](ggml_context * ctx, bool quantised) {
+        weights w = make_weights(ctx, type, 192, 32);
         ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 9);
         for (int i = 0; i < 9; i++) {
             ((int32_t *) rows->data)[i] = (7*i + 3) % 32;
@@ -116,20 +114,20 @@ int main() {
         return ggml_get_rows(ctx, quantised ? w.q : w.f, rows);
     });
 
-    ok &= check("cpy to f32", 0.0, [](ggml_context * ctx, bool quantised) {
-        weights w = make_weights(ctx, 192, 32);
+    ok &= check("cpy to f32", 0.0, [=](ggml_context * ctx, bool quantised) {
+        weights w = make_weights(ctx, type, 192, 32);
         return ggml_cpy(ctx, quantised ? w.q : w.f, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 192, 32, 1));
     });
 
     // quantising in the graph gives the bytes of the reference, here seen through get_rows
-    ok &= check("cpy from f32", 0.0, [](ggml_context * ctx, bool quantised) {
+    ok &= check("cpy from f32", 0.0, [=](ggml_context * ctx, bool quantised) {
         ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 192, 8);
         fill(x);
-        ggml_tensor * q = ggml_new_tensor_2d(ctx, TYPE, 192, 8);
+        ggml_tensor * q = ggml_new_tensor_2d(ctx, type, 192, 8);
         if (quantised) {
             q = ggml_cpy(ctx, x, q);
         } else {
-            ggml_quantize_chunk(TYPE, (const float *) x->data, q->data, 0, 8, 192, nullptr);
+            ggml_quantize_chunk(type, (const float *) x->data, q->data, 0, 8, 192, nullptr);
         }
         ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 8);
         for (int i = 0; i < 8; i++) {
@@ -138,13 +136,22 @@ int main() {
         return ggml_get_rows(ctx, q, rows);
     });
 
-    ok &= check("out_prod", 1e-12, [](ggml_context * ctx, bool quantised) {
-        weights w = make_weights(ctx, 128, 16);
+    ok &= check("out_prod", 1e-12, [=](ggml_context * ctx, bool quantised) {
+        weights w = make_weights(ctx, type, 128, 16);
         ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 12, 16);
         fill(x);
         return ggml_out_prod(ctx, quantised ? w.q : w.f, x);
     });
 
+    return ok;
+}
+
+int main() {
+    bool ok = true;
+    for (ggml_type type : {GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4}) {
+        printf("%s\n", ggml_type_name(type));
+        ok &= check_type(type);
+    }
     printf("%s\n", ok ? "all ok" : "FAILED");
     return ok ? 0 : 1;
 }

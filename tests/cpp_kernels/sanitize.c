@@ -39,7 +39,32 @@ static float value(int kind) {
     }
 }
 
-int main(void) {
+// the functions of a type
+struct type {
+    size_t block_size;
+    void   (*from_float)(const float * x, void * y, int64_t k);
+    void   (*to_float)  (const void * x, float * y, int64_t k);
+    size_t (*quantize)  (const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+    void   (*vec_dot)   (int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
+    void   (*generic)   (int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
+};
+
+#define TO_FLOAT(name) static void to_float_##name(const void * x, float * y, int64_t k) { dequantize_row_##name(x, y, k); }
+#define TYPE(name) { sizeof(block_##name), quantize_row_##name, to_float_##name, quantize_##name, \
+                     ggml_vec_dot_##name##_q8_1, GENERIC(ggml_vec_dot_##name##_q8_1) }
+#if defined(GGML_CPU_GENERIC)
+#define GENERIC(name) name
+#else
+#define GENERIC(name) name##_generic
+#endif
+
+TO_FLOAT(tsq2)
+TO_FLOAT(tsq3)
+TO_FLOAT(tsq4)
+
+static const struct type types[] = { TYPE(tsq2), TYPE(tsq3), TYPE(tsq4) };
+
+static int check(const struct type * type) {
     for (int kind = 0; kind < 7; kind++) {
         for (int nb = 1; nb <= 9; nb++) {
             const int n = nb*QK_TSQ;
@@ -47,7 +72,7 @@ int main(void) {
             float      * x = malloc(n*sizeof(float));
             float      * w = malloc(n*sizeof(float));
             float      * y = malloc(n*sizeof(float));
-            block_tsq2 * q = malloc(nb*sizeof(block_tsq2));
+            void       * q = malloc(nb*type->block_size);
             block_q8_1 * a = malloc(2*nb*sizeof(block_q8_1));
 
             for (int i = 0; i < n; i++) {
@@ -58,10 +83,10 @@ int main(void) {
                 ((uint8_t *) a)[i] = next();
             }
 
-            quantize_row_tsq2(x, q, n);
-            dequantize_row_tsq2(q, y, n);
-            quantize_tsq2(x, q, 1, n, w);
-            dequantize_row_tsq2(q, y, n);
+            type->from_float(x, q, n);
+            type->to_float(q, y, n);
+            type->quantize(x, q, 1, n, w);
+            type->to_float(q, y, n);
             for (int i = 0; i < n; i++) {
                 if (!isfinite(y[i])) {
                     fprintf(stderr, "kind %d: weight %d is %f\n", kind, i, y[i]);
@@ -70,16 +95,24 @@ int main(void) {
             }
 
             float s;
-            ggml_vec_dot_tsq2_q8_1(n, &s, 0, q, 0, a, 0, 1);
-#if !defined(GGML_CPU_GENERIC)
-            ggml_vec_dot_tsq2_q8_1_generic(n, &s, 0, q, 0, a, 0, 1);
-#endif
+            type->vec_dot(n, &s, 0, q, 0, a, 0, 1);
+            type->generic(n, &s, 0, q, 0, a, 0, 1);
 
             free(x);
             free(w);
             free(y);
             free(q);
             free(a);
+        }
+    }
+    return 0;
+}
+
+int main(void) {
+    for (size_t i = 0; i < sizeof(types)/sizeof(types[0]); i++) {
+        if (check(&types[i])) {
+            fprintf(stderr, "type %d of the list failed\n", (int) i);
+            return 1;
         }
     }
     return 0;

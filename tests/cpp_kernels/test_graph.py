@@ -1,4 +1,4 @@
-"""Operators of the CPU backend on TSQ2 weights give what they give on the dequantised weights."""
+"""Operators of the CPU backend on TSQ weights give what they give on the dequantised weights."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.runtime import SourceTree, cache
 from tesseraq_gguf.runtime.progress import SilentReporter
 from tesseraq_gguf.runtime.source import KERNELS, _extract, apply_patches, copy_kernels, fetch_sdist
@@ -66,7 +67,8 @@ def test_patch_tool_makes_the_same_tree(tree: Path, source: SourceTree, monkeypa
 
 
 def test_patches_are_hooks(pristine: Path) -> None:
-    """Each says what it is for, touches upstream files only, and adds little; our code stands in our own folder."""
+    """Each says what it is for, touches upstream files only, adds little per type; our code stands in our folder."""
+    custom = [t for t in TENSOR_TYPES.values() if t.custom]
     for patch in cache.patch_files():
         lines = patch.read_text().splitlines()
         assert lines[0] and not lines[0].startswith("diff") and lines[1] == ""
@@ -76,4 +78,4 @@ def test_patches_are_hooks(pristine: Path) -> None:
             assert (pristine / name).is_file(), name
             assert not Path(name).is_relative_to(KERNELS)
         added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
-        assert added <= 30, f"{patch.name} adds {added} lines"
+        assert added <= 15 * len(custom), f"{patch.name} adds {added} lines"

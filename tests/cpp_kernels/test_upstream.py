@@ -12,7 +12,11 @@ import pytest
 
 from tesseraq_gguf.runtime import Runtime
 
+from .conftest import TSQ_BITS, type_id
+
 pytestmark = pytest.mark.runtime
+
+NAMES = [f"tsq{bits}" for bits in TSQ_BITS]
 
 
 def run(runtime: Runtime, name: str, *arguments: str) -> str:
@@ -25,9 +29,10 @@ def run(runtime: Runtime, name: str, *arguments: str) -> str:
 
 def test_quantize_fns(runtime: Runtime) -> None:
     output = run(runtime, "test-quantize-fns", "-v")
-    assert "Testing tsq2" in output
-    for what in ("absolute quantization error", "reference implementation error", "dot product error"):
-        assert re.search(rf"tsq2 {what}: +ok", output), what
+    for name in NAMES:
+        assert f"Testing {name}" in output
+        for what in ("absolute quantization error", "reference implementation error", "dot product error"):
+            assert re.search(rf"{name} {what}: +ok", output), (name, what)
 
 
 @pytest.mark.parametrize(
@@ -36,14 +41,16 @@ def test_quantize_fns(runtime: Runtime) -> None:
 )
 def test_backend_ops(runtime: Runtime, operator: str, at_least: int) -> None:
     """With one backend it compares the CPU with itself: no operator aborts or is missing. Values: test_graph.py."""
-    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq2")
-    assert len(re.findall(rf"^ *{operator}\(.*tsq2.*: OK", output, re.MULTILINE)) >= at_least
+    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq[234]")
+    for name in NAMES:
+        assert len(re.findall(rf"^ *{operator}\(.*{name}.*: OK", output, re.MULTILINE)) >= at_least, name
     assert "FAIL" not in output
 
 
-def test_quantize_perf_knows_the_type(runtime: Runtime) -> None:
-    output = run(runtime, "test-quantize-perf", "--op", "vec_dot_q", "--type", "tsq2", "--size", "1024", "-i", "10")
-    assert "tsq2" in output
+@pytest.mark.parametrize("name", NAMES)
+def test_quantize_perf_knows_the_type(runtime: Runtime, name: str) -> None:
+    output = run(runtime, "test-quantize-perf", "--op", "vec_dot_q", "--type", name, "--size", "1024", "-i", "10")
+    assert name in output
 
 
 def gguf_with_type(path: Path, type_id: int, weights: int = 256) -> Path:
@@ -59,18 +66,19 @@ def gguf_with_type(path: Path, type_id: int, weights: int = 256) -> Path:
     return path
 
 
-@pytest.mark.parametrize("type_id", [43, 300, 499, 501, 2**31 - 1])
+@pytest.mark.parametrize("type_id", [43, 300, 499, 503, 2**31 - 1])
 def test_unknown_type_ids_are_a_clean_error(runtime: Runtime, tmp_path: Path, type_id: int) -> None:
     bad = gguf_with_type(tmp_path / "bad.gguf", type_id)
     command = [str(runtime.tool("llama-quantize")), str(bad), str(tmp_path / "out.gguf"), "TSQ2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert f"tensor 'blk.0.ffn_up.weight' has invalid ggml type {type_id}. should be in [0, 501)" in result.stderr
+    assert f"tensor 'blk.0.ffn_up.weight' has invalid ggml type {type_id}. should be in [0, 503)" in result.stderr
 
 
-def test_a_row_that_is_no_multiple_of_the_block_is_a_clean_error(runtime: Runtime, tmp_path: Path) -> None:
-    bad = gguf_with_type(tmp_path / "bad.gguf", 500, weights=250)
+def test_a_row_that_is_no_multiple_of_the_block_is_a_clean_error(runtime: Runtime, tmp_path: Path, bits: int) -> None:
+    bad = gguf_with_type(tmp_path / "bad.gguf", type_id(bits), weights=250)
     command = [str(runtime.tool("llama-quantize")), str(bad), str(tmp_path / "out.gguf"), "TSQ2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert "type 500 (tsq2) has 250 elements per row, not a multiple of block size (64)" in result.stderr
+    expected = f"type {type_id(bits)} (tsq{bits}) has 250 elements per row, not a multiple of block size (64)"
+    assert expected in result.stderr

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseraq_gguf.converter.packers import tsq
-from tesseraq_gguf.grids import TSQ2, Grid
+from tesseraq_gguf.grids import GRIDS, Grid
 from tesseraq_gguf.grids.tsq import decode_scale, scale_code
-from tesseraq_gguf.grids.tsq import tsq as grid_with
+from tesseraq_gguf.grids.tsq import with_bits as grid_with
 
 CODES = torch.arange(256, dtype=torch.uint8)
+
+each_grid = pytest.mark.parametrize("grid", [GRIDS[f"tsq{bits}"] for bits in (2, 3, 4)], ids=lambda grid: grid.type)
 
 
 def _error(grid: Grid, weight, tensor, importance=1.0) -> float:
@@ -47,31 +49,33 @@ def test_the_nearest_scale_is_chosen(d):
     assert abs(float(chosen) - d) == pytest.approx(float((values - d).abs().min()), rel=1e-6)
 
 
+@each_grid
 @settings(deadline=None)
-@given(st.integers(min_value=0, max_value=2**32 - 1))
-def test_encode_chooses_the_nearest_value(seed):
+@given(seed=st.integers(min_value=0, max_value=2**32 - 1))
+def test_encode_chooses_the_nearest_value(grid, seed):
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(2, 128, generator=random)
     arrays = {
         "d": scale_code(torch.rand(2, 2, generator=random) + 0.1),
         "z": torch.randint(0, 256, (2, 2), generator=random, dtype=torch.uint8),
     }
-    d, z = TSQ2.scale(arrays), TSQ2.zero(arrays)
-    q = TSQ2.encode(weight, arrays)
-    values = d[..., None, None] * (torch.arange(4) - z[..., None, None])
-    best = (TSQ2.grouped(weight)[..., None] - values).abs().amin(-1)
-    got = (TSQ2.grouped(weight) - d[..., None] * (TSQ2.grouped(q) - z[..., None])).abs()
+    d, z = grid.scale(arrays), grid.zero(arrays)
+    q = grid.encode(weight, arrays)
+    values = d[..., None, None] * (torch.arange(grid.highest + 1) - z[..., None, None])
+    best = (grid.grouped(weight)[..., None] - values).abs().amin(-1)
+    got = (grid.grouped(weight) - d[..., None] * (grid.grouped(q) - z[..., None])).abs()
     torch.testing.assert_close(got, best, atol=1e-5, rtol=1e-4)
 
 
-def test_the_search_comes_close_to_brute_force():
+@each_grid
+def test_the_search_comes_close_to_brute_force(grid):
     random = torch.Generator().manual_seed(1)
     weight = torch.randn(12, 64, generator=random)
-    found = (TSQ2.dequantize(TSQ2.quantize(weight)) - weight).square().sum(1)
+    found = (grid.dequantize(grid.quantize(weight)) - weight).square().sum(1)
     best = torch.full((12,), torch.inf)
-    zeros = TSQ2.decode_zero(CODES)
+    zeros = grid.decode_zero(CODES)
     for d in decode_scale(torch.arange(24 * 8 - 16, 24 * 8 + 16, dtype=torch.uint8)):
-        q = (weight[:, None] / d + zeros[None, :, None]).round().clamp(0, 3)
+        q = (weight[:, None] / d + zeros[None, :, None]).round().clamp(0, grid.highest)
         errors = (d * (q - zeros[None, :, None]) - weight[:, None]).square().sum(-1)
         best = torch.minimum(best, errors.amin(1))
     assert (found >= best * (1 - 1e-5)).all()
@@ -79,30 +83,34 @@ def test_the_search_comes_close_to_brute_force():
     assert float(found.sum() / weight.square().sum()) < 0.11
 
 
-def test_importance_moves_the_error_away_from_what_matters():
+@each_grid
+def test_importance_moves_the_error_away_from_what_matters(grid):
     random = torch.Generator().manual_seed(2)
     weight = torch.randn(64, 128, generator=random)
     importance = torch.rand(128, generator=random) ** 4 + 0.001
-    plain, weighted = TSQ2.quantize(weight), TSQ2.quantize(weight, importance)
-    assert _error(TSQ2, weight, weighted, importance) < 0.9 * _error(TSQ2, weight, plain, importance)
+    plain, weighted = grid.quantize(weight), grid.quantize(weight, importance)
+    assert _error(grid, weight, weighted, importance) < 0.9 * _error(grid, weight, plain, importance)
 
 
+@each_grid
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.37, 1e-20, 1e-7, 100.0])
-def test_constant_groups(value):
+def test_constant_groups(grid, value):
     weight = torch.full((1, 64), value)
-    got = TSQ2.dequantize(TSQ2.quantize(weight))
+    got = grid.dequantize(grid.quantize(weight))
     assert torch.isfinite(got).all()
     assert float((got - weight).abs().max()) <= max(0.04 * abs(value), 2.0**-24)
 
 
-def test_zeros_stay_exactly_zero():
-    tensor = TSQ2.quantize(torch.zeros(2, 128))
-    assert torch.equal(TSQ2.dequantize(tensor), torch.zeros(2, 128))
+@each_grid
+def test_zeros_stay_exactly_zero(grid):
+    tensor = grid.quantize(torch.zeros(2, 128))
+    assert torch.equal(grid.dequantize(tensor), torch.zeros(2, 128))
 
 
-def test_rows_do_not_feel_each_other():
+@each_grid
+def test_rows_do_not_feel_each_other(grid):
     random = torch.Generator().manual_seed(3)
     weight = torch.randn(300, 192, generator=random)
-    whole = TSQ2.quantize(weight)
-    for name, array in TSQ2.quantize(weight[100:101]).arrays.items():
+    whole = grid.quantize(weight)
+    for name, array in grid.quantize(weight[100:101]).arrays.items():
         assert torch.equal(array, whole.arrays[name][100:101])
