@@ -23,7 +23,7 @@ class Expected:
     Attributes:
         name: its name in the file.
         type: its tensor type.
-        weights: the learner's weights in the order of the file, float32 [rows, columns]; of a vector, type f32, [values].
+        weights: the learner's weights in the order of the file, float32 [rows, columns], or [values] of a vector.
     """
 
     name: str
