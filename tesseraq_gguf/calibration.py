@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -35,10 +35,12 @@ class Calibration:
     Attributes:
         name: where the text came from.
         tokens: int64 [samples, length].
+        held_out: sequences that nothing is learned on, of the same length, if any are kept apart.
     """
 
     name: str
     tokens: Tensor
+    held_out: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def fingerprint(self) -> str:
         """Return a hash of the tokens."""

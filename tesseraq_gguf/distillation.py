@@ -9,7 +9,8 @@ scales is what EfficientQAT, arXiv 2407.11062, ends with.)
 Memory does not grow with depth. A step goes up block by block, leaving the inputs of each on disk, and comes down
 block by block, running each again for its gradient; the variables and Adam's state of a block are in memory only then.
 
-Some sequences are held out. If the divergence on them has not fallen in the end, the pass is undone.
+Some sequences are held out, also from block reconstruction. If the divergence on them has not fallen in the end, the
+pass is undone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from tesseraq_gguf.grids import Arrays, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
@@ -63,7 +65,6 @@ class Distillation:
         zero_rate: peak learning rate of zero-points, in codes.
         norm_rate: peak learning rate of norms, relative to the root mean square of their weights.
         warm_up: share of the steps over which the rates rise; then they fall as a cosine to 0.
-        held_out: share of the sequences that are not learned on.
     """
 
     steps: int = 200
@@ -73,13 +74,13 @@ class Distillation:
     zero_rate: float = 4e-3
     norm_rate: float = 2e-3
     warm_up: float = 0.1
-    held_out: float = 1 / 16
 
     def run(
         self,
         decoder: Decoder,
         blocks: Callable[[int], LearnedBlock],
         tokens: Tensor,
+        held_out: Tensor,
         seed: int,
         autocast: torch.dtype,
         folder: Path,
@@ -91,7 +92,8 @@ class Distillation:
         Args:
             decoder: the full-precision model.
             blocks: gives what was learned for a block.
-            tokens: calibration tokens, int64 [samples, length].
+            tokens: calibration tokens to learn on, int64 [samples, length].
+            held_out: tokens that nothing was learned on, int64 [samples, length], of the same length.
             seed: of the order of sequences and positions.
             autocast: dtype of matrix products; float32 means no autocast.
             folder: takes the variables of the blocks; must exist.
@@ -99,18 +101,18 @@ class Distillation:
             embeddings: learned embedding and output matrix, dequantised, by checkpoint name, where there are any.
         """
         student = _Student(decoder, blocks, autocast, folder, embeddings or {})
-        teacher, recorded = student.teach(tokens)
-        start, _ = decoder.stem(tokens, embeddings)
-        apart = max(1, round(len(tokens) * self.held_out)) if len(tokens) > 1 else 0
+        everything = torch.cat([tokens, held_out])
+        teacher, recorded = student.teach(everything)
+        start, _ = decoder.stem(everything, embeddings)
+        held = slice(len(tokens), None)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(tokens), generator=generator)
-        held, learned = order[:apart], order[apart:]
         before = student.divergence(start[held], teacher[held], recorded)
+        report(0, self.steps)
         position_count = max(1, round(tokens.shape[1] * self.positions))
-        queue = learned[:0]
+        queue = torch.empty(0, dtype=torch.int64)
         for step in range(self.steps):
-            if len(queue) < min(self.batch, len(learned)):
-                queue = learned[torch.randperm(len(learned), generator=generator)]
+            if len(queue) < min(self.batch, len(tokens)):
+                queue = torch.randperm(len(tokens), generator=generator)
             chosen, queue = queue[: self.batch], queue[self.batch :]
             positions = torch.rand(len(chosen), tokens.shape[1], generator=generator).argsort(1)[:, :position_count]
             rate = self._share(step)
@@ -286,8 +288,8 @@ class _Variables:
         for name, tensor in self._matrices.items():
             grid, arrays = grid_of(tensor.type), _parameters(tensor)
             scale, zero = grid.realise(self._of(name), arrays)
-            q = grid.grouped(tensor.arrays["q"]).float()
-            weights[name.removesuffix(".weight")] = (scale[..., None] * (q - zero[..., None])).flatten(-2)
+            q = grid.grouped(tensor.arrays["q"])
+            weights[name.removesuffix(".weight")] = _Affine.apply(q, scale, zero).flatten(-2)
         return weights, {n: v + self._size[n] * self._variables[n, "norm"] for n, v in self._vectors.items()}
 
     def descend_vectors(self, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
@@ -334,6 +336,22 @@ class _Variables:
 
     def _of(self, name: str) -> Arrays:
         return {key: v for (n, key), v in self._variables.items() if n == name}
+
+
+class _Affine(torch.autograd.Function):
+    """scale·(q - zero) of grouped codes [rows, groups, group], with a backward that needs the codes alone."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        ctx.save_for_backward(q, scale, zero)
+        return q.float().sub_(zero[..., None]).mul_(scale[..., None])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        q, scale, zero = ctx.saved_tensors
+        total = gradient.sum(-1)
+        return None, torch.linalg.vecdot(gradient, q.float()) - zero * total, -scale * total
 
 
 def _parameters(tensor: QuantizedTensor) -> Arrays:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
@@ -38,6 +39,10 @@ from tesseraq_gguf.work_directory import EMBEDDINGS, FINAL, WorkDirectory, finis
 
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
+
+
+_HELD_OUT = 1 / 16
+"""Sequences that are held out for the last pass to prove itself on, for each that is learned on."""
 
 
 class Progress(Reporter, Protocol):
@@ -212,7 +217,12 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
         return None
     settings = recipe.settings
     progress.stage("Reading the calibration text")
-    calibration = load_calibration(source, recipe.calibration, settings.samples, settings.length, recipe.seed)
+    more = math.ceil(settings.samples * _HELD_OUT) if recipe.finish != "none" else 0
+    calibration = load_calibration(source, recipe.calibration, settings.samples + more, settings.length, recipe.seed)
+    if more:
+        apart = max(1, round(len(calibration.tokens) * more / (settings.samples + more)))
+        kept, held_out = calibration.tokens[:-apart], calibration.tokens[-apart:]
+        calibration = replace(calibration, tokens=kept, held_out=held_out)
     if len(calibration.tokens) < settings.samples:
         progress.note(
             f"the calibration text gives {len(calibration.tokens)} sequences of {settings.length} tokens, "
@@ -308,6 +318,7 @@ def _finish(
                 decoder,
                 work.block,
                 calibration.tokens,
+                calibration.held_out,
                 recipe.seed,
                 autocast,
                 Path(folder),

@@ -81,11 +81,14 @@ class BlockProblem:
             samples: which samples to run, int64.
         """
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32):
+        with self._precision():
             out = self.forward(hidden, weights)
         error = (out.float() - target).pow(2)
         first, rest = error[:, 0] @ self.sensitivity[0], error[:, 1:] @ self.sensitivity[1]
         return (first.sum() + rest.sum()) / (first.numel() + rest.numel())
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
     def draw(self, count: int) -> Tensor:
         """Draw `count` different sample indices."""
@@ -120,7 +123,8 @@ class BlockProblem:
             for batch in inputs.split(1):
                 alive: list[Tensor] = []
                 seen.clear()
-                self.forward(batch.to(self.device))
+                with self._precision():
+                    self.forward(batch.to(self.device))
         finally:
             for handle in handles:
                 handle.remove()
