@@ -41,6 +41,9 @@ _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
 
 
+_CLIPPING = 5
+"""Steps in which OmniQuant learns its clipping, for each step of a stage of TesseraQ."""
+
 _HELD_OUT = 1 / 16
 """Sequences that are held out for the last pass to prove itself on, for each that is learned on."""
 
@@ -343,14 +346,14 @@ def _method(recipe: Recipe) -> Method:
     if recipe.method == "awq":
         return AWQ(AsItStarts(ClipSearch()))
     if recipe.method == "omniquant":
-        return AsItStarts(OmniQuant())
+        return AsItStarts(OmniQuant(steps=_CLIPPING * recipe.settings.steps))
     settings = recipe.settings
     initialisations: dict[str, Initialisation] = {
         "auto": GPTQ(),
         "gptq": GPTQ(),
         "awq+gptq": GPTQ(),
         "awq": ClipSearch(),
-        "omniquant": OmniQuant(),
+        "omniquant": OmniQuant(steps=_CLIPPING * settings.steps),
         "none": Nearest(),
     }
     method = TesseraQ(
