@@ -114,7 +114,8 @@ class BlockProblem:
                 alive.append(args[0])  # an id is only unique while the tensor lives
                 if first == name:
                     x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                    sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+                    with torch.autocast(self.device.type, enabled=False):
+                        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
             return add
 

@@ -133,6 +133,14 @@ def test_second_moments_are_those_of_the_inputs(problem):
     assert moments["self_attn.q_proj"] is not moments["mlp.up_proj"]
 
 
+def test_second_moments_in_half_precision_are_nearly_the_same(problem):
+    exact = problem.second_moments(samples=5)
+    problem.autocast = torch.bfloat16
+    for name, moment in problem.second_moments(samples=5).items():
+        assert moment.dtype == torch.float32
+        assert float((moment - exact[name]).norm() / exact[name].norm()) < 0.02
+
+
 def test_gptq_lowers_the_output_error():
     random = torch.Generator().manual_seed(4)
     weight = torch.randn(32, 192, generator=random)
