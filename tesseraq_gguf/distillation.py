@@ -67,11 +67,11 @@ class Distillation:
         warm_up: share of the steps over which the rates rise; then they fall as a cosine to 0.
     """
 
-    steps: int = 200
+    steps: int = 100
     batch: int = 8
-    positions: float = 0.5
+    positions: float = 0.25
     scale_rate: float = 2e-3
-    zero_rate: float = 4e-3
+    zero_rate: float = 2e-3
     norm_rate: float = 2e-3
     warm_up: float = 0.1
 
