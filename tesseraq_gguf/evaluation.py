@@ -94,13 +94,13 @@ def evaluate(
     if chunks is not None and chunks < 1:
         raise UsageError(f"--chunks must be at least 1, not {chunks}")
     facts = inspect(file)
-    vocabulary = _vocabulary(file)
-    if reference is not None and (other := _vocabulary(Path(reference))) != vocabulary:
+    vocabulary = vocabulary_size(file)
+    if reference is not None and (other := vocabulary_size(Path(reference))) != vocabulary:
         raise UsageError(
             f"{reference} cannot be the reference of {file}: its vocabulary has {other:,} tokens, not {vocabulary:,}"
         )
     _check_text(text)
-    run = _Run(find_runtime().tool(TOOL), text, ctx, chunks, vocabulary, watch)
+    run = PerplexityRun(find_runtime().tool(TOOL), text, ctx, chunks, vocabulary, watch)
     if reference is None:
         perplexity, error = run.perplexity(file)
         divergence, agreement = None, None
@@ -112,7 +112,12 @@ def evaluate(
     return Evaluation(perplexity, error, divergence, agreement, facts.bytes, facts.bpw)
 
 
-def _vocabulary(file: Path) -> int:
+def vocabulary_size(file: Path) -> int:
+    """Return how many tokens a GGUF file's vocabulary has.
+
+    Raises:
+        FileFormatError: missing or damaged, or it has none.
+    """
     tokens = open_gguf(file).get("tokenizer.ggml.tokens")
     count = getattr(tokens, "count", 0)
     if not count:
@@ -135,8 +140,17 @@ def _check_text(text: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Runs of llama-perplexity on one text with the same options."""
+class PerplexityRun:
+    """Runs of llama-perplexity on one text with the same options; `evaluate` is the usual way to it.
+
+    Attributes:
+        tool: the program.
+        text: what it reads.
+        ctx: tokens of a chunk.
+        chunks: how many chunks; None takes the whole text.
+        vocabulary: tokens of the model's vocabulary.
+        watch: told how far it is.
+    """
 
     tool: Path
     text: Path

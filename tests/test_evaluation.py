@@ -146,7 +146,7 @@ def test_an_interrupt_stops_the_tool(tool, tiny_gguf, text):
 def test_a_reference_with_another_vocabulary(tool, tiny_gguf, text, monkeypatch):
     tool("cat plain")
     counts = {"tiny.gguf": 320, "reference.gguf": 100}
-    monkeypatch.setattr(evaluation, "_vocabulary", lambda file: counts[file.name])
+    monkeypatch.setattr(evaluation, "vocabulary_size", lambda file: counts[file.name])
     with pytest.raises(UsageError, match="vocabulary has 100 tokens, not 320"):
         evaluate(tiny_gguf, text, reference="reference.gguf")
 

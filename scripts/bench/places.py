@@ -1,0 +1,180 @@
+"""What several rows share, each made when a row first asks for it and kept in the work folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pad_gemma import pad
+
+from tesseraq_gguf.calibration import load_calibration
+from tesseraq_gguf.models import resolve_model
+from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.runtime import find_runtime
+from tesseraq_gguf.runtime.source import ensure_source
+
+AUTOROUND_VERSION = "0.16.1"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose.
+
+    Attributes:
+        work: the folder for results and shared files.
+        model: the model, as `tesseraq-gguf convert` takes it.
+        calibration: the text that everything is calibrated on.
+        text: the text that everything is measured on.
+        ctx: tokens of a chunk.
+        chunks: how many chunks are measured.
+        imatrix_chunks: how many chunks of 512 tokens of the calibration text llama-imatrix reads; 0 is all.
+        preset: of our own rows.
+        samples: sequences that AutoRound learns on.
+        seqlen: tokens of each.
+        iters: AutoRound's steps per block.
+        threads: of llama.cpp's tools and AutoRound.
+        torch: the torch that AutoRound's environment gets.
+    """
+
+    work: Path
+    model: str
+    calibration: Path
+    text: Path
+    ctx: int
+    chunks: int
+    imatrix_chunks: int
+    preset: str
+    samples: int
+    seqlen: int
+    iters: int
+    threads: int
+    torch: str
+
+
+class Places(Mapping[str, object]):
+    """The names that commands have in braces. Asking for one makes what it stands for."""
+
+    def __init__(self, options: Options, say: Callable[[str], None]) -> None:
+        self.options = options
+        self.say = say
+        self._makers: dict[str, Callable[[], object]] = {
+            "cli": lambda: Path(sys.executable).with_name("tesseraq-gguf"),
+            "quantize": lambda: self._tool("llama-quantize"),
+            "autoround": self._autoround,
+            "autoround_script": lambda: Path(__file__).with_name("autoround.py"),
+            "calibration": lambda: options.calibration,
+            "preset": lambda: options.preset,
+            "iters": lambda: options.iters,
+            "threads": lambda: options.threads,
+            "tokens": self._tokens,
+            "llama_cpp": lambda: ensure_source().llama_cpp,
+            "plain_model": lambda: options.model,
+            "plain_f16": lambda: self._made("plain-f16.gguf", lambda out: self._convert(out, "f16")),
+            "plain_reference": lambda: self._made("plain-reference.gguf", lambda out: self._convert(out, "q8_0")),
+            "plain_imatrix": lambda: self._imatrix("plain"),
+            "plain_folder": lambda: resolve_model(options.model, say).folder,
+            "padded_f16": lambda: self._padded("f16"),
+            "padded_reference": lambda: self._padded("reference"),
+            "padded_imatrix": lambda: self._imatrix("padded"),
+            "padded_folder": lambda: resolve_model(str(self["padded_f16"]), say).folder,
+        }
+        self._known: dict[str, object] = {}
+        # one build for all rows, whatever becomes of the sources meanwhile
+        self.runtime = find_runtime()
+
+    def __getitem__(self, name: str) -> object:
+        if name not in self._known:
+            self._known[name] = self._makers[name]()
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def _tool(self, name: str) -> Path:
+        return self.runtime.tool(name)
+
+    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+        file = self.options.work / name
+        if not file.exists():
+            self.say(f"making {name}")
+            with temporary_sibling(file) as partial:
+                make(partial)
+        return file
+
+    def _convert(self, out: Path, embedding: str) -> None:
+        options = ["--type", "f16", "--embedding-type", embedding]
+        run([str(self["cli"]), "convert", self.options.model, str(out), *options])
+
+    def _padded(self, kind: str) -> Path:
+        source = self[f"plain_{kind}"]
+        assert isinstance(source, Path)
+
+        def make(out: Path) -> None:
+            pad(source, out)
+
+        return self._made(f"padded-{kind}.gguf", make)
+
+    def _imatrix(self, kind: str) -> Path:
+        options = self.options
+        command = [str(self._tool("llama-imatrix")), "-m", str(self[f"{kind}_reference"])]
+        command += ["-f", str(options.calibration), "-c", "512", "-b", "512", "-t", str(options.threads), "--no-ppl"]
+        command += ["--chunks", str(options.imatrix_chunks)] if options.imatrix_chunks else []
+        name = f"{kind}-imatrix-{options.imatrix_chunks or 'all'}.gguf"
+        return self._made(name, lambda out: run([*command, "-o", str(out)]))
+
+    def _tokens(self) -> Path:
+        options = self.options
+
+        def make(out: Path) -> None:
+            source = resolve_model(options.model, self.say)
+            drawn = load_calibration(source, str(options.calibration), options.samples, options.seqlen, seed=0)
+            out.write_text(json.dumps(drawn.tokens.tolist()))
+
+        return self._made(f"tokens-{options.samples}x{options.seqlen}.json", make)
+
+    def _autoround(self) -> Path:
+        """Python of AutoRound's own environment: it asks for other versions of things than we do."""
+        folder = self.options.work / "autoround"
+        python = folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+        stamp = folder / "installed"
+        if not stamp.is_file():
+            self.say("installing AutoRound")
+            run([sys.executable, "-m", "venv", "--clear", str(folder)])
+            # torch first: which build of it fits is for the user to say
+            for package in (self.options.torch, f"auto-round=={AUTOROUND_VERSION}"):
+                run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package])
+            stamp.touch()
+        return python
+
+
+def run(command: list[str], log: Path | None = None) -> None:
+    """Run a program to its end; what it says goes to a log, where one can watch it.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of what it said.
+    """
+    with log.open("a+b") if log else tempfile.TemporaryFile() as said:
+        said.write(f"$ {' '.join(command)}\n".encode())
+        said.flush()
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)
+        if done.returncode:
+            said.seek(0)
+            tail = "\n".join(said.read().decode("utf-8", "replace").splitlines()[-12:])
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, whichever is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

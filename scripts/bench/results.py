@@ -1,0 +1,78 @@
+"""Results on disk: one JSON file, from which a later run takes what it need not measure again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from bench.rows import Row
+from tesseraq_gguf.paths import temporary_sibling
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured on the file of a row.
+
+    Attributes:
+        key: of `result_key`; a result with another key is no longer true.
+        bits: bits per weight of the block matrices.
+        types: how many block matrices there are of each type.
+        embedding: type of the embedding.
+        bytes: size of the file.
+        perplexity: on the evaluation text.
+        perplexity_error: its standard error.
+        kld: mean Kullback-Leibler divergence from the 16-bit model, in nats.
+        top1: share of places where both find the same token most likely.
+        seconds: wall time that making the file took.
+        cpu_seconds: processor time that it took, of all threads; says more on a machine that does other things too.
+    """
+
+    key: str
+    bits: float
+    types: dict[str, int]
+    embedding: str
+    bytes: int
+    perplexity: float
+    perplexity_error: float
+    kld: float
+    top1: float
+    seconds: float
+    cpu_seconds: float
+
+
+def result_key(row: Row, setting: Mapping[str, Any]) -> str:
+    """Hash what decides a result: the row's commands, and how they are filled and measured."""
+    decides = json.dumps([row.commands, row.padded, dict(sorted(setting.items()))])
+    return hashlib.sha256(decides.encode()).hexdigest()[:16]
+
+
+class Results:
+    """Results by the name of their row. Several processes may measure rows for one file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def get(self, row: Row, key: str) -> Result | None:
+        """Return the result of a row, None if there is none with this key."""
+        result = self._read().get(row.name)
+        return result if result and result.key == key else None
+
+    def put(self, row: Row, result: Result) -> None:
+        """Keep a result."""
+        with FileLock(f"{self.file}.lock"):
+            rows = self._read() | {row.name: result}
+            text = json.dumps({name: asdict(r) for name, r in sorted(rows.items())}, indent=1)
+            with temporary_sibling(self.file) as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
+
+    def _read(self) -> dict[str, Result]:
+        if not self.file.is_file():
+            return {}
+        stored = json.loads(self.file.read_text(encoding="utf-8"))
+        return {name: Result(**values) for name, values in stored.items()}

@@ -1,0 +1,136 @@
+"""The rows of the quality table as data: how a file is made, and what its block matrices must be.
+
+Commands are templates. `{out}` is the file to make; the other names in braces are things that several rows share
+(`places.py` makes them): models, importance matrices, texts, tokens, programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
+FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file to make and measure.
+
+    Attributes:
+        name: what it is called in `--rows` and among the results.
+        family: whose work it is.
+        method: how it was quantised, as the table says it.
+        type: type that every matrix of the blocks must have; None if the tool mixes types.
+        padded: whether the model's rows were padded to a multiple of 256.
+        commands: what makes the file.
+        bits: bits per weight, if the file does not tell.
+        note: what a reader must know.
+    """
+
+    name: str
+    family: str
+    method: str
+    type: str | None
+    padded: bool
+    commands: tuple[Command, ...]
+    bits: float | None = None
+    note: str = ""
+
+    def filled(self, places: Mapping[str, object]) -> list[list[str]]:
+        """Return the commands with every name in braces replaced."""
+        return [[word.format_map(places) for word in command] for command in self.commands]
+
+
+CUSTOM_TYPES = ("tsq2", "tsq3", "tsq4")
+STOCK_TYPES = ("q2_0", "q4_0", "q4_1")
+K_TYPES = ("q2_k", "q3_k", "q4_k")
+INITIALISATIONS = ("none", "gptq", "awq", "omniquant", "awq+gptq")
+METHOD_NAMES = {"rtn": "RTN", "gptq": "GPTQ", "awq": "AWQ", "omniquant": "OmniQuant"}
+
+# what `--pure` is told, by the type that comes of it: the file type IQ2_S is made of iq2_xs, IQ2_M of iq2_s
+LLAMA_TYPES = {
+    "iq2_xxs": "IQ2_XXS",
+    "iq2_xs": "IQ2_XS",
+    "iq2_s": "IQ2_M",
+    "q2_k": "Q2_K",
+    "iq3_xxs": "IQ3_XXS",
+    "q3_k": "Q3_K",
+    "q4_0": "Q4_0",
+    "q4_k": "Q4_K",
+}
+AUTOROUND_BITS = 2 + (16 + 2) / 64
+"""2-bit codes, and for each group of 64 a scale of 16 bits and a zero-point of 2."""
+
+
+def all_rows() -> list[Row]:
+    """Return every row, in the order in which they are measured."""
+    return [*_references(), *_llama_rows(), *_autoround_rows(), *_our_rows()]
+
+
+def _references() -> Iterator[Row]:
+    yield Row("reference", REFERENCE, "none", "f16", False, (("cp", "{plain_reference}", "{out}"),))
+    note = "the same model with padded rows: its distance from the row above is the noise of the measurement"
+    yield Row("reference-padded", REFERENCE, "none", "f16", True, (("cp", "{padded_reference}", "{out}"),), note=note)
+
+
+def _llama_rows() -> Iterator[Row]:
+    def row(name: str, type: str, padded: bool, note: str = "") -> Row:
+        model = "padded" if padded else "plain"
+        command = (
+            "{quantize}", "--pure", "--imatrix", f"{{{model}_imatrix}}", "--token-embedding-type", "q8_0",
+            f"{{{model}_f16}}", "{out}", LLAMA_TYPES[type], "{threads}",
+        )  # fmt: skip
+        return Row(name, LLAMA_CPP, "imatrix", type, padded, (command,), note=note)
+
+    for type in LLAMA_TYPES:
+        yield row(f"llama-{type}", type, True)
+    yield row("llama-q4_0-plain", "q4_0", False, "unpadded: its blocks of 32 fit rows of 640")
+
+
+def _autoround_rows() -> Iterator[Row]:
+    learn = ("{autoround}", "{autoround_script}")
+    gguf = ("--format", "gguf:q2_k_s", "--llama-cpp", "{llama_cpp}")
+    last = ("--iters", "{iters}", "--threads", "{threads}")
+    yield Row(
+        "autoround-w2g64", AUTOROUND, "W2, groups of 64, asymmetric", "f16", False,
+        (
+            (*learn, "{plain_folder}", "{out}.folder", "{tokens}", "--format", "fake", *last),
+            ("{cli}", "convert", "{out}.folder", "{out}", "--type", "f16", "--embedding-type", "q8_0"),
+        ),
+        bits=AUTOROUND_BITS,
+        note="its dequantised weights, written in 16 bits; no GGUF type holds them",
+    )  # fmt: skip
+    yield Row(
+        "autoround-q2_k_s", AUTOROUND, "its export to Q2_K_S", None, True,
+        ((*learn, "{padded_folder}", "{out}", "{tokens}", *gguf, *last),),
+        note="types of the matrices are its own choice",
+    )  # fmt: skip
+
+
+def _our_rows() -> Iterator[Row]:
+    for type in (*CUSTOM_TYPES, *STOCK_TYPES, *K_TYPES):
+        padded = type in K_TYPES
+
+        def row(name: str, method: str, *options: str, type: str = type, padded: bool = padded) -> Row:
+            model = "{padded_f16}" if padded else "{plain_model}"
+            command = ("{cli}", "convert", model, "{out}", "--type", type, "--embedding-type", "q8_0", *options)
+            return Row(f"ours-{type}-{name}", OURS, method, type, padded, (command,))
+
+        learning = ("--preset", "{preset}", "--calibration", "{calibration}")
+        yield row("rtn", "RTN", "--method", "rtn")
+        for method in ("gptq", "awq", "omniquant"):
+            yield row(method, METHOD_NAMES[method], "--method", method, *learning)
+        for start in INITIALISATIONS:
+            names = [METHOD_NAMES[name] for name in start.split("+") if name != "none"]
+            title = " ".join(["TesseraQ", *(["from", "+".join(names)] if names else [])])
+            name = f"tesseraq-{start.replace('+', '-')}"
+            yield row(name, title, "--method", "tesseraq", "--init", start, *learning)
+        finish = ("--method", "tesseraq", "--finish", "distill")
+        yield row("tesseraq-distill", "TesseraQ, distilled", *finish, *learning)
+        if type == "tsq2":  # the default preset, to show what more learning buys
+            more = ("--preset", "balanced", "--calibration", "{calibration}")
+            yield row("balanced", "TesseraQ, `balanced`", *more)
+            yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more)

@@ -1,0 +1,295 @@
+"""Measure quantised files of one small model, ours and the rivals', and write table and plot into docs/.
+
+Every row is a file: it is made, measured by one run of llama-perplexity against the 16-bit model's logits, and removed.
+A result is kept in the work folder at once, so the same command goes on where it was stopped. Nothing is calibrated on
+the text that is measured on; everything is calibrated on the calibration text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
+from bench.results import Result, Results, result_key
+from bench.rows import AUTOROUND, LLAMA_CPP, OURS, REFERENCE, Row, all_rows
+
+from tesseraq_gguf.errors import TesseraqError
+from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
+from tesseraq_gguf.inspection import inspect
+from tesseraq_gguf.paths import cache_folder, temporary_sibling
+from tesseraq_gguf.recipe import PRESETS
+
+ROOT = Path(__file__).resolve().parent.parent
+SHOWN = {
+    "cli": "tesseraq-gguf",
+    "quantize": "llama-quantize",
+    "autoround": "python",
+    "autoround_script": "scripts/bench/autoround.py",
+    "llama_cpp": "llama.cpp",
+    "plain_model": "demo",
+    "plain_f16": "f16.gguf",
+    "plain_reference": "reference.gguf",
+    "plain_imatrix": "imatrix.gguf",
+    "plain_folder": "demo-folder",
+    "padded_f16": "padded-f16.gguf",
+    "padded_reference": "padded-reference.gguf",
+    "padded_imatrix": "padded-imatrix.gguf",
+    "padded_folder": "padded-folder",
+    "tokens": "tokens.json",
+}
+"""Names that commands have in the report."""
+
+
+def main() -> None:
+    """Make and measure what is missing, then write the report."""
+    parser = _parser()
+    given = parser.parse_args()
+    options = _options(given, parser)
+    rows = [row for row in all_rows() if re.search(given.rows, row.name)]
+    if given.list:
+        print("\n".join(row.name for row in rows))
+        return
+    if not rows:
+        parser.error(f"no row matches --rows {given.rows}; --list shows them")
+    options.work.mkdir(parents=True, exist_ok=True)
+    results = Results(options.work / "results.json")
+    setting = _setting(options)
+    keys = {row.name: result_key(row, _decisive(row, setting, options)) for row in all_rows()}
+    failed = []
+    if not given.report:
+        places = Places(options, _say)
+        for row in rows:
+            if given.again or not results.get(row, keys[row.name]):
+                try:
+                    results.put(row, measure(row, keys[row.name], places, keep=given.keep))
+                except (TesseraqError, RuntimeError) as error:
+                    _say(f"error: {row.name}: {error}")
+                    failed.append(row.name)
+    found = [(row, results.get(row, keys[row.name])) for row in all_rows()]
+    measured = [(row, result) for row, result in found if result]
+    if not measured:
+        sys.exit("error: nothing is measured with these options yet")
+    write_report(measured, options, given.docs)
+    if failed:
+        sys.exit(f"error: {len(failed)} rows failed: {', '.join(failed)}")
+
+
+def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result:
+    """Make the file of a row and measure it.
+
+    Raises:
+        RuntimeError: a command failed, or a matrix of the blocks is not of the row's type.
+    """
+    options = places.options
+    logits = base_logits(places)
+    out = options.work / f"{row.name}.gguf"
+    # what rows share is made here, outside their time
+    needed = _Filling(places, out)
+    commands = [[word.format_map(needed) for word in command] for command in row.commands]
+    log = options.work / f"{row.name}.log"
+    log.unlink(missing_ok=True)
+    _say(f"making {row.name}")
+    with _spent(options.work / f"{row.name}.spent") as spent:
+        for command in commands:
+            run(command, log)
+    facts = inspect(out)
+    matrices = [t for t in facts.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
+    types = Counter(t.type for t in matrices)
+    if row.type and set(types) != {row.type}:
+        raise RuntimeError(f"the matrices of its blocks should all be {row.type}, and are {dict(types)}")
+    bits = 8 * sum(t.bytes for t in matrices) / sum(t.shape[0] * t.shape[1] for t in matrices)
+    _say(f"measuring {row.name}")
+    perplexity, error, kld, top1 = _perplexity(places, out).compare(out, logits)
+    if not keep:
+        for path in options.work.glob(f"{row.name}.gguf*"):
+            remove(path)
+    result = Result(
+        key=key,
+        bits=row.bits or bits,
+        types=dict(types),
+        embedding=next(t.type for t in facts.tensors if t.name == "token_embd.weight"),
+        bytes=facts.bytes,
+        perplexity=perplexity,
+        perplexity_error=error,
+        kld=kld,
+        top1=top1,
+        seconds=spent[0],
+        cpu_seconds=spent[1],
+    )
+    agreement = f"divergence {kld:.5f}, same token {100 * top1:.2f} %"
+    _say(f"{row.name}: perplexity {perplexity:.4f}, {agreement}, {spent[0]:.0f} s")
+    return result
+
+
+def base_logits(places: Places) -> Path:
+    """Return the 16-bit model's log-probabilities; a padded model has the same."""
+    options = places.options
+    file = options.work / f"base-{options.ctx}x{options.chunks}-{_digest(options.text)[:8]}.logits"
+    if not file.is_file():
+        reference = places["plain_reference"]
+        assert isinstance(reference, Path)
+        _say("computing the 16-bit model's logits")
+        with temporary_sibling(file) as partial:
+            _perplexity(places, reference).save_logits(reference, partial)
+    return file
+
+
+def write_report(measured: report.Measured, options: Options, docs: Path) -> None:
+    """Put table, plot and commands into `docs/quality.md`, between its markers."""
+    page, drawing = docs / "quality.md", docs / "quality.svg"
+    report.plot(measured, drawing)
+    shown = SHOWN | {
+        "calibration": options.calibration.name,
+        "preset": options.preset,
+        "iters": str(options.iters),
+        "threads": str(options.threads),
+    }
+    read = f"{options.imatrix_chunks} chunks" if options.imatrix_chunks else "all chunks"
+    part = "\n\n".join(
+        [
+            f"Written by `scripts/bench_quality`: the first {options.chunks} chunks of {options.ctx} tokens of "
+            f"{options.text.name}, calibrated on {options.calibration.name}. Every matrix of the blocks has the type "
+            "named, and the embedding is q8_0, unless said otherwise below. Divergence and agreement are against the "
+            "model with blocks in f16 and the embedding in q8_0. Times are wall time and, in parentheses, processor "
+            "time of all threads.",
+            "Rows of Gemma-3-270M have 640 weights, no multiple of 256, and llama.cpp takes other types for such rows. "
+            "“Padded” rows were measured on a model with rows of 768 that computes the same function "
+            "(`scripts/pad_gemma.py`); bits per weight do not count the padding.",
+            report.table(measured),
+            report.notes(measured),
+            f"![perplexity against bits per weight]({drawing.name})",
+            f"Models, importance matrix ({read} of 512 tokens, in `llama-imatrix --no-ppl`) and tokens for AutoRound "
+            f"{AUTOROUND_VERSION} ({options.samples} × {options.seqlen}, drawn as ours are) come from "
+            "`scripts/bench/places.py`. Then:",
+            report.commands([m for m in measured if m[0].family != REFERENCE], shown),
+        ]
+    )
+    before = page.read_text(encoding="utf-8") if page.is_file() else ""
+    page.write_text(report.insert(before, re.sub(r"\n{3,}", "\n\n", part)), encoding="utf-8")
+    _say(f"{page} and {drawing.name}: {len(measured)} rows")
+
+
+class _Filling(dict[str, object]):
+    """The shared places, and the row's own file."""
+
+    def __init__(self, places: Places, out: Path) -> None:
+        super().__init__(out=out)
+        self._places = places
+
+    def __missing__(self, name: str) -> object:
+        return self._places[name]
+
+
+def _perplexity(places: Places, file: Path) -> PerplexityRun:
+    options = places.options
+    tool = places.runtime.tool(TOOL)
+    return PerplexityRun(tool, options.text, options.ctx, options.chunks, vocabulary_size(file), lambda *_: None)
+
+
+@contextmanager
+def _spent(file: Path) -> Iterator[list[float]]:
+    """Give wall time and processor time of the body; what it took before it was stopped, and went on, counts."""
+    spent = json.loads(file.read_text()) if file.is_file() else [0.0, 0.0]
+    started, used = time.monotonic(), _children_seconds()
+    try:
+        yield spent
+    except BaseException:
+        file.write_text(json.dumps([spent[0] + time.monotonic() - started, spent[1] + _children_seconds() - used]))
+        raise
+    spent[:] = spent[0] + time.monotonic() - started, spent[1] + _children_seconds() - used
+    file.unlink(missing_ok=True)
+
+
+def _children_seconds() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def _setting(options: Options) -> dict[str, Any]:
+    return {
+        "model": options.model,
+        "text": _digest(options.text),
+        "calibration": _digest(options.calibration),
+        "ctx": options.ctx,
+        "chunks": options.chunks,
+    }
+
+
+def _decisive(row: Row, setting: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What decides the result of this row."""
+    own: dict[str, dict[str, Any]] = {
+        OURS: {"preset": options.preset},
+        LLAMA_CPP: {"imatrix_chunks": options.imatrix_chunks},
+        AUTOROUND: {name: getattr(options, name) for name in ("samples", "seqlen", "iters")}
+        | {"version": AUTOROUND_VERSION},
+    }
+    return setting | own.get(row.family, {})
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _say(text: str) -> None:
+    print(f"== {time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--calibration", type=Path, metavar="TEXT", help="everything is calibrated on this text")
+    parser.add_argument("--text", type=Path, metavar="TEXT", help="everything is measured on this text")
+    parser.add_argument("--model", default="demo", help="a Gemma 3 model, as `convert` takes it (default: demo)")
+    parser.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name matches")
+    parser.add_argument("--list", action="store_true", help="print the rows' names and leave")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the docs from the results")
+    parser.add_argument("--again", action="store_true", help="measure the chosen rows even if their results are there")
+    parser.add_argument("--keep", action="store_true", help="keep the files that were made")
+    parser.add_argument("--work", type=Path, help="folder for results and shared files (default: in the cache folder)")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of quality.md (default: docs)")
+    parser.add_argument("--ctx", type=int, default=512, help="tokens of a chunk (default: 512)")
+    parser.add_argument("--chunks", type=int, default=24, help="chunks to measure (default: 24)")
+    parser.add_argument("--preset", default="fast", help="preset of our own rows (default: fast)")
+    parser.add_argument(
+        "--imatrix-chunks", type=int, metavar="N",
+        help="chunks of 512 tokens for llama-imatrix, 0 for all (default: as many tokens as AutoRound gets)",
+    )  # fmt: skip
+    parser.add_argument("--samples", type=int, help="sequences for AutoRound (default: the preset's)")
+    parser.add_argument("--seqlen", type=int, help="tokens of each (default: the preset's)")
+    parser.add_argument("--iters", type=int, default=200, help="AutoRound's steps per block (default: 200, its own)")
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--threads", type=int, default=threads, help=f"of the rivals' tools (default: {threads})")
+    return parser
+
+
+def _options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Options:
+    if not given.list:
+        for name in ("calibration", "text"):
+            file = getattr(given, name)
+            if file is None or not file.is_file():
+                parser.error(f"--{name} must be a text file" + (f", and there is none at {file}" if file else ""))
+    names = Options.__dataclass_fields__.keys() & vars(given).keys()
+    values = {name: getattr(given, name) for name in names}
+    if given.preset not in PRESETS:
+        parser.error(f"there is no preset {given.preset}")
+    values["samples"] = given.samples or PRESETS[given.preset].samples
+    values["seqlen"] = given.seqlen or PRESETS[given.preset].length
+    if given.imatrix_chunks is None:
+        values["imatrix_chunks"] = -(-values["samples"] * values["seqlen"] // 512)
+    values["work"] = (given.work or cache_folder("bench-quality")).resolve()
+    return Options(**values, torch=os.environ.get("TORCH", "torch"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The pure parts of `scripts/bench_quality`, and that padding keeps a model's answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import make_model  # noqa: F401  (a fixture)
+
+from tesseraq_gguf.converter.gguf_file import open_gguf
+from tesseraq_gguf.converter.writer import write_plain
+from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.models import ModelSource, resolve_model
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[None]:
+    """Let `bench` and `pad_gemma` be imported, as running a script does."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+def a_row(name: str = "llama-q2_k", **different: object):
+    from bench.rows import all_rows
+
+    return dataclasses.replace(next(row for row in all_rows() if row.name == name), **different)
+
+
+def a_result(**different: object):
+    from bench.results import Result
+
+    values = {
+        "key": "k", "bits": 2.625, "types": {"q2_k": 126}, "embedding": "q8_0", "bytes": 10, "perplexity": 20.126,
+        "perplexity_error": 0.5, "kld": 0.4321, "top1": 0.655, "seconds": 30.0, "cpu_seconds": 300.0,
+    }  # fmt: skip
+    return Result(**(values | different))
+
+
+def test_rows_have_names_of_their_own_and_commands_that_fill() -> None:
+    from bench.rows import FAMILIES, all_rows
+    from bench_quality import SHOWN
+
+    rows = all_rows()
+    assert len({row.name for row in rows}) == len(rows)
+    names = SHOWN | {"out": "o", "calibration": "c", "preset": "p", "iters": "1", "threads": "2"}
+    for row in rows:
+        assert row.family in FAMILIES
+        words = [word for command in row.filled(names) for word in command]
+        assert "o" in words, row
+        assert not any("{" in word for word in words)
+
+
+def test_k_and_i_quants_are_made_from_the_padded_model() -> None:
+    from bench.rows import all_rows
+
+    for row in all_rows():
+        if row.type and (row.type.endswith("_k") or row.type.startswith("iq")):
+            assert row.padded, row
+
+
+def test_results_survive_and_go_stale(tmp_path: Path) -> None:
+    from bench.results import Results, result_key
+
+    row, setting = a_row(), {"chunks": 24, "text": "a"}
+    key = result_key(row, setting)
+    results = Results(tmp_path / "results.json")
+    assert results.get(row, key) is None
+    results.put(row, a_result(key=key))
+    again = Results(tmp_path / "results.json")
+    assert again.get(row, key) == a_result(key=key)
+    assert again.get(row, result_key(row, setting | {"chunks": 25})) is None
+    assert again.get(row, result_key(dataclasses.replace(row, commands=(("other",),)), setting)) is None
+    assert result_key(row, dict(reversed(setting.items()))) == key
+
+
+def test_table_orders_by_family_size_and_divergence() -> None:
+    from bench.report import table
+
+    measured = [
+        (a_row("llama-q3_k"), a_result(bits=3.4375)),
+        (a_row("autoround-w2g64"), a_result(perplexity=812345.6, bits=2.28)),
+        (a_row("llama-q2_k"), a_result()),
+        (a_row("ours-tsq2-rtn"), a_result(bits=2.25, kld=9.0)),
+        (a_row("ours-tsq2-gptq"), a_result(bits=2.25, kld=0.5)),
+        (a_row("reference"), a_result(bits=16.0)),
+    ]
+    lines = table(measured).splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:]] == [
+        ["| 16 bits", "none", "F16"],
+        ["| ours", "GPTQ", "TSQ2"],
+        ["| ours", "RTN", "TSQ2"],
+        ["| llama-quantize (padded)", "imatrix", "Q2_K"],
+        ["| llama-quantize (padded)", "imatrix", "Q3_K"],
+        ["| AutoRound", "W2, groups of 64, asymmetric", "W2 g64"],
+    ]
+    assert "| 2.62 | 20.13 ± 0.50 | 0.4321 | 65.5 % | 30 s (5 min) |" in lines[5]
+    assert "| 812346 |" in lines[7]
+    assert {line.count("|") for line in lines} == {9}
+
+
+def test_notes_tell_of_mixtures() -> None:
+    from bench.report import notes
+
+    mixed = a_result(types={"q2_k": 100, "q4_k": 26}, embedding="q6_k")
+    said = notes([(a_row("llama-q3_k"), a_result()), (a_row("autoround-q2_k_s"), mixed)])
+    assert len(said.splitlines()) == 1
+    assert "100 × q2_k, 26 × q4_k; embedding in q6_k" in said
+
+
+def test_only_the_part_between_the_markers_changes() -> None:
+    from bench.report import BEGIN, END, insert
+
+    page = insert("# Quality\n\nProse.\n", "first")
+    assert page == f"# Quality\n\nProse.\n\n{BEGIN}\nfirst\n{END}\n"
+    assert insert(page + "\nMore prose.\n", "second") == page.replace("first", "second") + "\nMore prose.\n"
+    for broken in (BEGIN, END, END + BEGIN, BEGIN + END + BEGIN, BEGIN + END + END):
+        with pytest.raises(ValueError, match="bench:begin"):
+            insert(broken, "x")
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.report import plot
+
+    measured = [
+        (a_row("reference"), a_result(bits=16.0, perplexity=12.3)),
+        (a_row("llama-q2_k"), a_result()),
+        (a_row("ours-tsq2-rtn"), a_result(bits=2.25, perplexity=1e6)),
+        (a_row("ours-tsq2-gptq"), a_result(bits=2.25, perplexity=40.0)),
+    ]
+    plot(measured, tmp_path / "quality.svg")
+    drawn = (tmp_path / "quality.svg").read_text()
+    assert "TSQ2 GPTQ" in drawn
+    assert "Q2_K" in drawn
+    assert "RTN" not in drawn
+
+
+@pytest.fixture(scope="module")
+def source(make_model: Callable[[str], ModelSource]) -> ModelSource:  # noqa: F811
+    return make_model("gemma3")
+
+
+@pytest.fixture(scope="module")
+def gemma(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gemma") / "gemma.gguf"
+    write_plain(source, out, "f32")
+    return out
+
+
+def test_a_padded_model_gives_the_same_answers(gemma: Path, tmp_path: Path) -> None:
+    import torch
+    from pad_gemma import pad
+    from transformers import AutoModelForCausalLM
+
+    padded = tmp_path / "padded.gguf"
+    assert pad(gemma, padded) == 768
+    tokens = torch.arange(3, 67).view(2, 32)
+    answers = []
+    for file in (gemma, padded):
+        folder = resolve_model(str(file)).folder
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        with torch.inference_mode():
+            answers.append(model(tokens).logits)
+    assert answers[0].std() > 0.01
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-5, atol=1e-6)
+
+
+def test_padding_keeps_everything_else(gemma: Path, tmp_path: Path) -> None:
+    from pad_gemma import pad
+
+    padded = tmp_path / "padded.gguf"
+    pad(gemma, padded, 1024)
+    before, after = open_gguf(gemma), open_gguf(padded)
+    changed = {key for key in before.entries if before.entries[key].raw != after.entries[key].raw}
+    assert changed == {"gemma3.embedding_length", "gemma3.attention.layer_norm_rms_epsilon"}
+    shapes = {t.name: t.shape for t in after.tensors}
+    assert shapes["blk.0.ffn_up.weight"] == (1024, 192)
+    assert shapes["blk.0.ffn_down.weight"] == (192, 1024)
+    for old, new in zip(before.tensors, after.tensors, strict=True):
+        if 640 not in old.shape:
+            assert np.array_equal(before.data(old), after.data(new))
+
+
+def test_padding_refuses_what_it_does_not_understand(
+    source: ModelSource, gemma: Path, tiny_gguf: Path, tmp_path: Path
+) -> None:
+    from pad_gemma import pad
+
+    out = tmp_path / "out.gguf"
+    with pytest.raises(UsageError, match="not a Gemma 3 model"):
+        pad(tiny_gguf, out)
+    with pytest.raises(UsageError, match="less than the 640 channels"):
+        pad(gemma, out, 512)
+    eight = tmp_path / "q8_0.gguf"
+    write_plain(source, eight, "q8_0")
+    with pytest.raises(UsageError, match="no whole blocks"):
+        pad(eight, out, 650)
+    assert not out.exists()
+    pad(eight, out)
+    assert struct.pack("<I", 768) in open_gguf(out).entries["gemma3.embedding_length"].raw
