@@ -26,7 +26,7 @@ class TensorType:
         block_weights: weights per block; a row's length must be a multiple of it.
         block_bytes: bytes per block.
         custom: True if only our runtime reads it.
-        plain: True if gguf-py rounds floats to it: what a tensor can be that is not learned.
+        plain: True for what a tensor can be that is not learned: floats, and 8 bits, which need no care.
         fallback: the type that llama-quantize takes for rows that are no whole number of blocks; where that does not
             fit either, or is None, f16.
     """
@@ -56,9 +56,9 @@ _TYPES = (
     TensorType("f16", 1, 1, 1, 2, False, plain=True),
     TensorType("bf16", 30, 32, 1, 2, False, plain=True),
     TensorType("q8_0", 8, 7, 32, 34, False, plain=True),
-    TensorType("q5_0", 6, 8, 32, 22, False, plain=True),
-    TensorType("q4_1", 3, 3, 32, 20, False, plain=True),
-    TensorType("q4_0", 2, 2, 32, 18, False, plain=True),
+    TensorType("q5_0", 6, 8, 32, 22, False),
+    TensorType("q4_1", 3, 3, 32, 20, False),
+    TensorType("q4_0", 2, 2, 32, 18, False),
     TensorType("q2_0", 42, 41, 64, 18, False, fallback="q4_0"),
     TensorType("q4_k", 12, 14, 256, 144, False, fallback="q5_0"),
     TensorType("q3_k", 11, 11, 256, 110, False, fallback="q4_0"),

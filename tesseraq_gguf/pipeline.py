@@ -178,7 +178,7 @@ def _plan(
             types[name] = found
     outside = {}
     for name, asked in _asked_outside(recipe, decoder).items():
-        if not tensor_type(asked).plain:
+        if not tensor_type(asked).plain:  # floats, and 8 bits, where rounding to nearest is as good as any
             found, said = _fitting(asked, decoder.hidden_size)
             if said:
                 fallbacks[name] = said
