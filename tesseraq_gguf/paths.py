@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -10,6 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock, Timeout
+
+_ALIVE = ".alive"
+"""Lock that a process holds while it builds in a folder."""
 
 
 def cache_folder(kind: str) -> Path:
@@ -25,12 +31,25 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
     """Give a path beside `target` to build in; rename it to `target` if the body ends well, remove it if not.
 
     The path does not exist yet: the body makes a file or a folder there. An existing file at `target` is replaced in
-    one step.
+    one step. What a killed process left of the same target is removed.
     """
-    home = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    prefix, suffix = f".{target.name}.", ".partial"
+    _remove_abandoned(target.parent, prefix, suffix)
+    home = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=target.parent))
     partial = home / target.name
+    alive = FileLock(home / _ALIVE)
     try:
-        yield partial
-        partial.replace(target)
+        with alive:
+            yield partial
+            partial.replace(target)
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove folders whose makers are gone: a lock that can be taken has no owner any more."""
+    for home in folder.glob(f"{glob.escape(prefix)}*{suffix}"):
+        lock = home / _ALIVE
+        if lock.is_file():  # without it, its maker may be about to lock it
+            with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0):
+                shutil.rmtree(home, ignore_errors=True)
