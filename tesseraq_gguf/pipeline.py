@@ -314,7 +314,9 @@ def _finish(
     progress: Progress,
 ) -> None:
     """Run the last pass, unless an earlier run has, and tell what it bought."""
-    if (earlier := work.tensors(FINAL)) is None:
+    schedule = json.dumps(asdict(Distillation(steps=recipe.settings.finish_steps)))
+    earlier = work.tensors(FINAL)
+    if earlier is None or earlier[1]["schedule"] != schedule:
         progress.stage("Learning scales and norms of the whole model from its answers")
         with _memory_explained(decoder), tempfile.TemporaryDirectory(prefix="tesseraq-") as folder:
             distilled = Distillation(steps=recipe.settings.finish_steps).run(
@@ -330,7 +332,8 @@ def _finish(
             )
             for index in range(len(decoder)):
                 work.keep_tensors(finished_block(index), distilled.blocks(index))
-            notes = {"before": json.dumps(distilled.before), "after": json.dumps(distilled.after)}
+            measured = {"before": json.dumps(distilled.before), "after": json.dumps(distilled.after)}
+            notes = {"schedule": schedule, **measured}
             work.keep_tensors(FINAL, distilled.final, notes)
     else:
         notes = earlier[1]
@@ -378,10 +381,10 @@ def _identity(
         "calibration": calibration.fingerprint() if calibration else None,
         "method": recipe.method,
         "init": recipe.init,
-        "finish": recipe.finish,
         "type": sorted(set(types.values())),
         "matrices": len(types),
-        "preset": asdict(recipe.settings),
+        # the last pass works on blocks of any run: it may be added, or repeated with other settings
+        "preset": {key: value for key, value in asdict(recipe.settings).items() if key != "finish_steps"},
         "seed": recipe.seed,
         "precision": str(autocast),
     }

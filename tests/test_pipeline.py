@@ -239,8 +239,11 @@ def test_a_tied_output_matrix_has_no_type_of_its_own(make_model, long_text, tmp_
 
 def test_the_last_pass_is_in_the_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
     source, told = make_model("gemma3"), Listener()
-    options = {"method": "gptq", "finish": "distill", "samples": 24, "work_dir": tmp_path / "work"}
+    options = {"method": "gptq", "samples": 24, "work_dir": tmp_path / "work"}
+    convert(_recipe(source, tmp_path / "plain.gguf", long_text, **options))
+    options["finish"] = "distill"  # added later: the blocks serve again
     convert(_recipe(source, tmp_path / "a.gguf", long_text, **options), told)
+    assert all(r.resumed for r in told.results)
     first = [n for n in told.notes if "held out" in n]
     assert len(first) == 1
     assert (tmp_path / "work" / "final.safetensors").is_file()
