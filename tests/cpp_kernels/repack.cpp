@@ -61,9 +61,8 @@ static bool check(int nbits, int nb, int w, int kind) {
     }
 
     std::vector<float> out(w*ROWS), ref(w*ROWS);
-    float * s[TSQ_NCOLS], * r[TSQ_NCOLS];
+    float * r[TSQ_NCOLS];
     for (int c = 0; c < w; c++) {
-        s[c] = out.data() + c*ROWS;
         r[c] = ref.data() + c*ROWS;
     }
     ggml_gemm_tsq_generic(nbits, n, r, x.data(), panel.data(), w, ROWS);
@@ -78,6 +77,10 @@ static bool check(int nbits, int nb, int w, int kind) {
     }
     if (kind != NOT_FINITE && memcmp(pieces.data(), panel.data(), panel.size()) != 0) {
         return false;
+    }
+    float * s[TSQ_NCOLS];
+    for (int c = 0; c < w; c++) {
+        s[c] = out.data() + c*ROWS;
     }
     ggml_gemm_tsq(nbits, n, s, x.data(), pieces.data(), w);
     if (kind == NOT_FINITE) {

@@ -62,8 +62,9 @@ def run_sanitized(source: SourceTree, program: Path, command: list[str], units: 
     folders = [src.parent / "include", src, src / "ggml-cpu"]
     include = [f"-I{folder}" for folder in folders]
     warnings = ["-Wall", "-Wextra", "-Wno-unused-function"]
-    sources = [str(HERE / next(HERE.glob(f"{program.name}.c*")).name), *(str(src / "tesseraq" / u) for u in units)]
-    subprocess.run([*command, *SANITIZE, *warnings, *options, *include, *sources, "-lm", "-o", str(program)], check=True)
+    sources = [*HERE.glob(f"{program.name}.c*"), *(src / "tesseraq" / unit for unit in units)]
+    flags = [*SANITIZE, *warnings, *options, *include]
+    subprocess.run([*command, *flags, *map(str, sources), "-lm", "-o", str(program)], check=True)
     result = subprocess.run([str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
