@@ -164,14 +164,26 @@ def report(
     machine: Sequence[str],
 ) -> str:
     """The text of docs/performance.md."""
-    lines = ["# Performance", "", "Written by `scripts/bench_kernels`.", "", *machine, ""]
+    command = " ".join(["scripts/bench_kernels", *(["--kernels"] if not models else [])])
+    lines = ["# Performance", "", f"Written by `{command}`.", "", *machine, ""]
     lines += ["## Kernels", ""]
-    lines += ["One thread, 4096 columns, everything in cache; all kernels in turns, the best of 300 turns of each.", ""]
+    lines += [
+        "One thread, rows of 4096 weights, everything in cache; all kernels in turns, the best of 300 turns of each.",
+        "Repacked kernels take 16 rows at a time (8 without AVX-512) and some columns of activations, others one each.",
+        "",
+    ]
     names = [name for name in kernels if name not in ("read", "peak")]
     shares = {name: f"{kernels[name] / kernels['peak']:.0%}" if kernels["peak"] else "" for name in names}
     lines += table(
         ("kernel", "10⁹ weights × columns / s", "of the int8 peak"),
-        [(name.replace("_x", ", repacked, columns: "), f"{kernels[name] / 1e9:.1f}", shares[name]) for name in names],
+        [
+            (
+                name.replace("_x", ", repacked, columns: ").replace("_stock", " without SIMD"),
+                f"{kernels[name] / 1e9:.1f}",
+                shares[name],
+            )
+            for name in names
+        ],
     )
     compared = [(n, b, kernels[x] / kernels[y], goal) for n, x, y, b, goal in IN_CACHE if x in kernels]
     lines += ratios(compared)

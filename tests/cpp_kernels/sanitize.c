@@ -63,7 +63,7 @@ TO_FLOAT(tsq3)
 TO_FLOAT(tsq4)
 
 #if !defined(GGML_CPU_GENERIC)
-// Q2_0 has SIMD of ours and the generic kernel of ggml, which is not linked here: the same sum, written out
+// SIMD of stock Q2_0 is ours; its generic kernel is ggml's and not linked here, so the sum is written out
 void ggml_vec_dot_q2_0_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
 
 void ggml_vec_dot_q2_0_q8_0_generic(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
@@ -72,6 +72,9 @@ void ggml_vec_dot_q2_0_q8_0_generic(int n, float * s, size_t bs, const void * vx
 }
 
 static int check_q2_0(void) {
+    ggml_table_f32_f16[0x3C00] = 1.0f;
+    ggml_table_f32_f16[0x4000] = 2.0f;
+
     for (int nb = 1; nb <= 9; nb++) {
         for (int kind = 0; kind < 2; kind++) {
             block_q2_0 * x = malloc(nb*sizeof(block_q2_0));
@@ -79,12 +82,12 @@ static int check_q2_0(void) {
             float expected = 0.0f;
 
             for (int i = 0; i < nb; i++) {
-                x[i].d = 0x3C00; // 1
+                x[i].d = 0x3C00; // 1.0
                 for (int j = 0; j < QK2_0/4; j++) {
                     x[i].qs[j] = kind ? 0xFF : next();
                 }
                 for (int k = 0; k < 2; k++) {
-                    y[2*i + k].d = k ? 0x4000 : 0x3C00; // 2 and 1
+                    y[2*i + k].d = k ? 0x4000 : 0x3C00; // 2.0, 1.0
                     for (int j = 0; j < QK8_0; j++) {
                         y[2*i + k].qs[j] = kind ? -127 : (int8_t) next();
                         expected += (k + 1)*(((x[i].qs[8*k + j/4] >> 2*(j % 4)) & 3) - 1)*y[2*i + k].qs[j];

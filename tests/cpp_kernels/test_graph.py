@@ -33,12 +33,13 @@ def test_operators(runtime: Runtime, source: SourceTree, tmp_path: Path, name: s
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 AVX2 = ["avx2", "f16c", "fma", "bmi2"]
+AVX512 = ["avx512f", "avx512cd", "avx512vl", "avx512dq", "avx512bw", "avx512vnni"]
 INSTRUCTIONS = {
     "generic": [],
     "avx2": AVX2,
     "avxvnni": [*AVX2, "avxvnni"],
-    "avx512": [*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512vnni"],
-    "avx512vbmi": [*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512vbmi"],
+    "avx512": [*AVX2, *AVX512],
+    "avx512vbmi": [*AVX2, *AVX512, "avx512vbmi"],
 }
 """Options of gcc, by what the kernels distinguish."""
 
