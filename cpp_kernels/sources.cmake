@@ -5,8 +5,13 @@ set(TESSERAQ_BASE_SOURCES
     tesseraq/tsq.h)
 
 set(TESSERAQ_CPU_SOURCES
+    tesseraq/tsq-buffer.cpp
     tesseraq/tsq-cpu.c
-    tesseraq/tsq-cpu.h)
+    tesseraq/tsq-cpu.h
+    tesseraq/tsq-repack.cpp
+    tesseraq/tsq-repack.h)
 
 set(TESSERAQ_X86_SOURCES
-    tesseraq/x86/tsq.c)
+    tesseraq/x86/q2_0.c
+    tesseraq/x86/tsq.c
+    tesseraq/x86/tsq-repack.cpp)

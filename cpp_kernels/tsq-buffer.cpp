@@ -1,0 +1,354 @@
+// The buffer type of repacked TSQ tensors: claims matrix multiplications with weights that the kernels can take, repacks the
+// weights when they are set, and runs the multiplications.
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpu-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+#include "traits.h"
+
+#include "tesseraq/tsq-repack.h"
+
+#include <algorithm>
+#include <cstring>
+
+#if TSQ_NROWS == 0
+
+ggml_backend_buffer_type_t ggml_backend_cpu_tsq_buffer_type(void) {
+    return nullptr;
+}
+
+#else
+
+namespace ggml::cpu::tsq {
+
+// activations that are multiplied with a chunk of rows before the next ones come: they should stay in the second-level cache
+static const size_t L2_BYTES = 1 << 20;
+
+static int nbits_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_TSQ2: return 2;
+        case GGML_TYPE_TSQ3: return 3;
+        case GGML_TYPE_TSQ4: return 4;
+        default:             return 0;
+    }
+}
+
+static bool is_repackable(const ggml_tensor * t) {
+    return nbits_of(t->type) != 0 && t->ne[1] % TSQ_NROWS == 0 && t->ne[3] == 1 && ggml_is_contiguous(t);
+}
+
+// n columns in panels of nearly equal widths
+struct panels {
+    int64_t n, count;
+
+    explicit panels(int64_t n) : n(n), count((n + TSQ_NCOLS - 1)/TSQ_NCOLS) {}
+
+    int64_t start(int64_t i) const { return i*(n/count) + std::min(i, n % count); }
+    int     width(int64_t i) const { return (int) (start(i + 1) - start(i)); }
+};
+
+// the rows of the activations, whatever their dimensions
+static const float * activations(const ggml_tensor * src1, int64_t i) {
+    const int64_t i11 = i % src1->ne[1];
+    const int64_t i12 = i / src1->ne[1] % src1->ne[2];
+    const int64_t i13 = i / src1->ne[1] / src1->ne[2];
+    return (const float *) ((const char *) src1->data + i11*src1->nb[1] + i12*src1->nb[2] + i13*src1->nb[3]);
+}
+
+static float * results(const ggml_tensor * dst, int64_t i) {
+    const int64_t i1 = i % dst->ne[1];
+    const int64_t i2 = i / dst->ne[1] % dst->ne[2];
+    const int64_t i3 = i / dst->ne[1] / dst->ne[2];
+    return (float *) ((char *) dst->data + i1*dst->nb[1] + i2*dst->nb[2] + i3*dst->nb[3]);
+}
+
+static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+
+    const int     nbits  = nbits_of(src0->type);
+    const int     n      = (int) src0->ne[0];
+    const int64_t nb     = n/QK_TSQ;
+    const int64_t ngroup = src0->ne[1]/TSQ_NROWS;
+    const size_t  group  = src0->nb[1]*TSQ_NROWS;
+    const panels  cols(ggml_nrows(src1));
+    uint8_t     * wdata  = (uint8_t *) params->wdata;
+
+    GGML_ASSERT(src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
+    GGML_ASSERT(params->wsize >= cols.n*nb*TSQ_PANEL_BLOCK_SIZE);
+
+    // every thread quantizes its share of all blocks
+    const int64_t first = cols.n*nb*params->ith/params->nth;
+    const int64_t last  = cols.n*nb*(params->ith + 1)/params->nth;
+    for (int64_t p = 0; p < cols.count; p++) {
+        const int w = cols.width(p);
+        for (int c = 0; c < w; c++) {
+            const int64_t col = cols.start(p) + c;
+            const int64_t b0  = std::max(first - col*nb, (int64_t) 0);
+            const int64_t b1  = std::min(last  - col*nb, nb);
+            if (b0 < b1) {
+                uint8_t * panel = wdata + (cols.start(p)*nb + b0*w)*TSQ_PANEL_BLOCK_SIZE;
+                tsq_quantize_panel(activations(src1, col) + b0*QK_TSQ, panel, b1 - b0, w, c);
+            }
+        }
+    }
+
+    // several chunks of rows per thread, for threads that are not equally fast
+    const int64_t chunk  = std::max((int64_t) 1, ngroup/(8*params->nth));
+    const int64_t nchunk = (ngroup + chunk - 1)/chunk;
+    const int64_t stay   = std::max((size_t) 1, L2_BYTES/(TSQ_NCOLS*nb*TSQ_PANEL_BLOCK_SIZE));
+
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    for (int64_t i = params->ith; i < nchunk; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        for (int64_t p0 = 0; p0 < cols.count; p0 += stay) {
+            for (int64_t g = i*chunk; g < std::min((i + 1)*chunk, ngroup); g++) {
+                for (int64_t p = p0; p < std::min(p0 + stay, cols.count); p++) {
+                    const int w = cols.width(p);
+                    float * s[TSQ_NCOLS];
+                    for (int c = 0; c < w; c++) {
+                        s[c] = results(dst, cols.start(p) + c) + g*TSQ_NROWS;
+                    }
+                    ggml_gemm_tsq(nbits, n, s, (const char *) src0->data + g*group, wdata + cols.start(p)*nb*TSQ_PANEL_BLOCK_SIZE, w);
+                }
+            }
+        }
+    }
+}
+
+// a row of activations that an expert works on: the slot of the expert, and the token
+struct expert_row {
+    int32_t slot, token;
+};
+
+// parts of the work buffer of mul_mat_id
+struct mul_mat_id_work {
+    size_t quantized, starts, rows, panel, size;
+
+    mul_mat_id_work(const ggml_tensor * dst, int n_threads) {
+        const ggml_tensor * src1 = dst->src[1];
+        const ggml_tensor * ids  = dst->src[2];
+
+        const size_t column = src1->ne[0]/QK_TSQ*TSQ_PANEL_BLOCK_SIZE;
+
+        quantized = 0;
+        starts    = GGML_PAD(quantized + ggml_nrows(src1)*column, 64);
+        rows      = starts + (dst->src[0]->ne[2] + 1)*sizeof(int64_t);
+        panel     = GGML_PAD(rows + ggml_nelements(ids)*sizeof(expert_row), 64);
+        size      = panel + n_threads*TSQ_NCOLS*column;
+    }
+};
+
+static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * src0 = dst->src[0];
+    const ggml_tensor * src1 = dst->src[1];
+    const ggml_tensor * ids  = dst->src[2];
+
+    const int     nbits   = nbits_of(src0->type);
+    const int     n       = (int) src0->ne[0];
+    const int64_t nb      = n/QK_TSQ;
+    const int64_t nexpert = src0->ne[2];
+    const int64_t ngroup  = src0->ne[1]/TSQ_NROWS;
+    const size_t  group   = src0->nb[1]*TSQ_NROWS;
+    const size_t  column  = nb*TSQ_PANEL_BLOCK_SIZE;
+
+    GGML_ASSERT(src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
+    GGML_ASSERT(src1->ne[3] == 1);
+
+    const mul_mat_id_work work(dst, params->nth);
+    GGML_ASSERT(params->wsize >= work.size);
+
+    uint8_t    * quantized = (uint8_t *)    params->wdata + work.quantized;
+    int64_t    * starts    = (int64_t *)    ((char *) params->wdata + work.starts);
+    expert_row * rows      = (expert_row *) ((char *) params->wdata + work.rows);
+    uint8_t    * panel     = (uint8_t *)    params->wdata + work.panel + params->ith*TSQ_NCOLS*column;
+
+    for (int64_t i = params->ith; i < ggml_nrows(src1); i += params->nth) {
+        tsq_quantize_panel(activations(src1, i), quantized + i*column, nb, 1, 0);
+    }
+
+    if (params->ith == 0) {
+        // rows by expert: count, add up, fill in from the ends
+        auto expert = [&](int64_t slot, int64_t token) {
+            const int32_t id = *(const int32_t *) ((const char *) ids->data + token*ids->nb[1] + slot*ids->nb[0]);
+            GGML_ASSERT(id >= 0 && id < nexpert);
+            return id;
+        };
+        std::fill(starts, starts + nexpert + 1, 0);
+        for (int64_t token = 0; token < ids->ne[1]; token++) {
+            for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
+                starts[expert(slot, token)]++;
+            }
+        }
+        for (int64_t e = 1; e <= nexpert; e++) {
+            starts[e] += starts[e - 1];
+        }
+        for (int64_t token = ids->ne[1] - 1; token >= 0; token--) {
+            for (int64_t slot = ids->ne[0] - 1; slot >= 0; slot--) {
+                rows[--starts[expert(slot, token)]] = { (int32_t) slot, (int32_t) token };
+            }
+        }
+    }
+    ggml_barrier(params->threadpool);
+
+    const int64_t g0 = ngroup*params->ith/params->nth;
+    const int64_t g1 = ngroup*(params->ith + 1)/params->nth;
+    if (g0 == g1) {
+        return;
+    }
+
+    for (int64_t e = 0; e < nexpert; e++) {
+        const panels cols(starts[e + 1] - starts[e]);
+
+        for (int64_t p = 0; p < cols.count; p++) {
+            const int w = cols.width(p);
+            const uint8_t * a = panel;
+            float * s[TSQ_NCOLS];
+
+            for (int c = 0; c < w; c++) {
+                const expert_row row = rows[starts[e] + cols.start(p) + c];
+                const uint8_t  * q   = quantized + (row.slot % src1->ne[1] + row.token*src1->ne[1])*column;
+
+                s[c] = (float *) ((char *) dst->data + row.slot*dst->nb[1] + row.token*dst->nb[2]) + g0*TSQ_NROWS;
+                if (w == 1) {
+                    a = q;
+                    continue;
+                }
+                // the column takes its place in a panel: 18 words of each block, every w-th word of the panel's block
+                for (int64_t i = 0; i < nb*18; i++) {
+                    memcpy(panel + 4*(i*w + c), q + 4*i, 4);
+                }
+            }
+            for (int64_t g = g0; g < g1; g++) {
+                ggml_gemm_tsq(nbits, n, s, (const char *) src0->data + e*src0->nb[2] + g*group, a, w);
+                for (int c = 0; c < w; c++) {
+                    s[c] += TSQ_NROWS;
+                }
+            }
+        }
+    }
+}
+
+class tensor_traits : public ggml::cpu::tensor_traits {
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        switch (op->op) {
+            case GGML_OP_MUL_MAT:
+                size = ggml_nelements(op->src[1])/QK_TSQ*TSQ_PANEL_BLOCK_SIZE;
+                return true;
+            case GGML_OP_MUL_MAT_ID:
+                size = mul_mat_id_work(op, n_threads).size;
+                return true;
+            default:
+                return false;
+        }
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        switch (op->op) {
+            case GGML_OP_MUL_MAT:
+                mul_mat(params, op);
+                return true;
+            case GGML_OP_MUL_MAT_ID:
+                mul_mat_id(params, op);
+                return true;
+            default:
+                return false;
+        }
+    }
+};
+
+static ggml_status buffer_init_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor) {
+    static tensor_traits traits;
+    tensor->extra = is_repackable(tensor) ? &traits : nullptr;
+
+    GGML_UNUSED(buffer);
+    return GGML_STATUS_SUCCESS;
+}
+
+static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
+    GGML_ASSERT(tensor->extra != nullptr);
+    GGML_ASSERT(offset == 0);
+    GGML_ASSERT(size == ggml_nbytes(tensor));
+
+    const size_t group = tensor->nb[1]*TSQ_NROWS;
+    for (int64_t i = 0; i < ggml_nrows(tensor)/TSQ_NROWS; i++) {
+        tsq_repack(nbits_of(tensor->type), TSQ_NROWS, tensor->ne[0]/QK_TSQ, (const char *) data + i*group, (char *) tensor->data + i*group);
+    }
+
+    GGML_UNUSED(buffer);
+}
+
+static const char * buffer_type_get_name(ggml_backend_buffer_type_t buft) {
+    return "CPU_TSQ";
+
+    GGML_UNUSED(buft);
+}
+
+static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
+
+    if (buffer == nullptr) {
+        return nullptr;
+    }
+
+    buffer->buft              = buft;
+    buffer->iface.init_tensor = buffer_init_tensor;
+    buffer->iface.set_tensor  = buffer_set_tensor;
+    buffer->iface.get_tensor  = nullptr;
+    buffer->iface.cpy_tensor  = nullptr;
+    return buffer;
+}
+
+static size_t buffer_type_get_alignment(ggml_backend_buffer_type_t buft) {
+    return 64; // a vector of 16 rows
+
+    GGML_UNUSED(buft);
+}
+
+class extra_buffer_type : ggml::cpu::extra_buffer_type {
+    bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) override {
+        if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+            return false;
+        }
+        const ggml_tensor * src0 = op->src[0];
+        const ggml_tensor * src1 = op->src[1];
+        return src0->buffer && src0->buffer->buft == ggml_backend_cpu_tsq_buffer_type() && is_repackable(src0) &&
+               (op->op == GGML_OP_MUL_MAT_ID || src0->ne[2] == 1) &&
+               (!src1->buffer || ggml_backend_buft_is_host(src1->buffer->buft)) &&
+               src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float);
+    }
+
+    ggml::cpu::tensor_traits * get_tensor_traits(const ggml_tensor * op) override {
+        if (op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_MUL_MAT_ID) {
+            if (op->src[0]->buffer && op->src[0]->buffer->buft == ggml_backend_cpu_tsq_buffer_type()) {
+                return (ggml::cpu::tensor_traits *) op->src[0]->extra;
+            }
+        }
+        return nullptr;
+    }
+};
+
+}  // namespace ggml::cpu::tsq
+
+ggml_backend_buffer_type_t ggml_backend_cpu_tsq_buffer_type(void) {
+    static struct ggml_backend_buffer_type buft = {
+        /* .iface    = */ {
+                           /* .get_name         = */ ggml::cpu::tsq::buffer_type_get_name,
+                           /* .alloc_buffer     = */ ggml::cpu::tsq::buffer_type_alloc_buffer,
+                           /* .get_alignment    = */ ggml::cpu::tsq::buffer_type_get_alignment,
+                           /* .get_max_size     = */ nullptr,  // defaults to SIZE_MAX
+                           /* .get_alloc_size   = */ nullptr,  // defaults to ggml_nbytes
+                           /* .is_host          = */ nullptr,
+                           },
+        /* .device  = */ ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0),
+        /* .context = */ new ggml::cpu::tsq::extra_buffer_type(),
+    };
+
+    return &buft;
+}
+
+#endif

@@ -1,0 +1,135 @@
+#include "tesseraq/tsq-repack.h"
+
+#include <cmath>
+#include <cstring>
+
+static inline uint32_t load32(const uint8_t * p) {
+    uint32_t x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+
+// 6 vectors of a row out of its 16 groups of 4 codes
+static void tsq_repack_codes3(const uint8_t * GGML_RESTRICT codes, uint8_t * GGML_RESTRICT y, int vector) {
+    uint32_t q[16];
+    for (int g = 0; g < 16; g++) {
+        const uint32_t low  = load32(codes + 4*(g % 4)) >> 2*(g / 4);
+        const uint32_t high = load32(codes + QK_TSQ/4 + 4*(g % 2)) >> (g / 2);
+        q[g] = (low & 0x03030303) | (high & 0x01010101) << 2;
+    }
+    for (int t = 0; t < 2; t++) {
+        const uint32_t * p = q + 8*t;
+        const uint32_t out[3] = {
+            p[0] | p[1] << 3 | (p[6] & 0x06060606) << 5,
+            p[2] | p[3] << 3 | (p[7] & 0x06060606) << 5,
+            p[4] | p[5] << 3 | (p[6] & 0x01010101) << 6 | (p[7] & 0x01010101) << 7,
+        };
+        for (int v = 0; v < 3; v++) {
+            memcpy(y + (3*t + v)*vector, &out[v], sizeof(uint32_t));
+        }
+    }
+}
+
+void tsq_repack(int nbits, int nrows, int64_t nb, const void * GGML_RESTRICT x, void * GGML_RESTRICT y) {
+    const int header = 2*nrows;
+    const int vector = 4*nrows;
+    const int codes  = 2*nbits*vector;
+
+    for (int r = 0; r < nrows; r++) {
+        const uint8_t * in = (const uint8_t *) x + r*nb*TSQ_BLOCK_SIZE(nbits);
+
+        for (int64_t i = 0; i < nb; i++, in += TSQ_BLOCK_SIZE(nbits)) {
+            uint8_t * pair  = (uint8_t *) y + i/2*2*(header + codes);
+            const int heads = i % 2 == 0 && i + 1 == nb ? 1 : 2;
+
+            pair[i % 2*header + r]         = in[0];
+            pair[i % 2*header + nrows + r] = in[1];
+
+            uint8_t * out = pair + heads*header + i % 2*codes + 4*r;
+            if (nbits == 3) {
+                tsq_repack_codes3(in + TSQ_CODES, out, vector);
+            } else {
+                // 4 neighbouring bytes of a plane are already 4 columns of several groups
+                for (int v = 0; v < 2*nbits; v++) {
+                    memcpy(out + v*vector, in + TSQ_CODES + 4*v, 4);
+                }
+            }
+        }
+    }
+}
+
+// code of row r and column 4*g + j, out of the repacked codes of a block
+static int tsq_repacked_code(const uint8_t * codes, int nbits, int nrows, int r, int g, int j) {
+    const uint8_t * q = codes + 4*r + j;
+    const int vector = 4*nrows;
+
+    if (nbits == 2) {
+        return q[g % 4*vector] >> 2*(g / 4) & 3;
+    }
+    if (nbits == 4) {
+        return q[g % 8*vector] >> 4*(g / 8) & 15;
+    }
+    q += g / 8*3*vector;
+    g %= 8;
+    if (g < 6) {
+        return q[g / 2*vector] >> 3*(g % 2) & 7;
+    }
+    return (q[(g - 6)*vector] >> 6) << 1 | (q[2*vector] >> g & 1);
+}
+
+void ggml_gemm_tsq_generic(int nbits, int n, float * const * s, const void * GGML_RESTRICT vx, const void * GGML_RESTRICT vy, int w, int nrows) {
+    const int nb     = n / QK_TSQ;
+    const int header = 2*nrows;
+    const int codes  = 2*nbits*4*nrows;
+
+    for (int c = 0; c < w; c++) {
+        for (int r = 0; r < nrows; r++) {
+            float sumf = 0.0f;
+
+            for (int i = 0; i < nb; i++) {
+                const uint8_t * pair  = (const uint8_t *) vx + (size_t) (i/2)*2*(header + codes);
+                const uint8_t * dz    = pair + i % 2*header;
+                const uint8_t * q     = pair + (i % 2 == 0 && i + 1 == nb ? 1 : 2)*header + i % 2*codes;
+                const uint8_t * panel = (const uint8_t *) vy + (size_t) i*w*TSQ_PANEL_BLOCK_SIZE;
+                const int8_t  * a     = (const int8_t *) panel + 8*w + 4*c;
+
+                float da;
+                memcpy(&da, panel + 4*c, sizeof(da));
+
+                // sum((q - z)*a) in steps of z
+                int sumi = 0;
+                for (int g = 0; g < 16; g++) {
+                    for (int j = 0; j < 4; j++) {
+                        sumi += ((tsq_repacked_code(q, nbits, nrows, r, g, j) << (7 - nbits)) - (dz[nrows + r] - 64))*a[g*4*w + j];
+                    }
+                }
+                sumf = fmaf((float) sumi*(tsq_decode_d(dz[r])/(1 << (7 - nbits))), da, sumf);
+            }
+            s[c][r] = sumf;
+        }
+    }
+}
+
+void tsq_quantize_panel_generic(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t nb, int w, int c) {
+    uint8_t * out = (uint8_t *) y;
+
+    for (int64_t i = 0; i < nb; i++, x += QK_TSQ, out += w*TSQ_PANEL_BLOCK_SIZE) {
+        float amax = 0.0f;
+        for (int j = 0; j < QK_TSQ; j++) {
+            amax = fmaxf(amax, fabsf(x[j]));
+        }
+        const float d  = amax > TSQ_PANEL_MIN_AMAX ? amax/127.0f : 0.0f;
+        const float id = amax > TSQ_PANEL_MIN_AMAX ? 127.0f/amax : 0.0f;
+
+        int sum = 0;
+        for (int j = 0; j < QK_TSQ; j++) {
+            const float v = rintf(x[j]*id);
+            const int   q = v >= -128.0f && v <= 127.0f ? (int) v : v > 0.0f ? 127 : -128;
+            out[8*w + j/4*4*w + 4*c + j % 4] = (uint8_t) q;
+            sum += q;
+        }
+        const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };
+        memcpy(out + 4*c, &d, sizeof(d));
+        memcpy(out + 4*w + 4*c, s, sizeof(s));
+    }
+}

@@ -1,0 +1,180 @@
+// Rates of dot products on one thread with all data in cache, and what the machine can do at most. Prints one line
+//     name weights-per-second
+// for each kernel, and `read` (bytes per second, all threads) and `peak` (8-bit products per second, one thread). All kernels
+// take turns, many times; the best turn of each counts, so that other work on the machine matters little to their ratios.
+
+#include "ggml.h"
+#include "ggml-cpu.h"
+#include "tesseraq/tsq-repack.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+typedef void (*vec_dot_t)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
+
+extern "C" void ggml_vec_dot_q2_0_q8_0_generic(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
+
+static const int N     = 4096;
+static const int TURNS = 300;
+
+static volatile float sink;
+
+static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+struct kernel {
+    std::string           name;
+    double                work; // weights of a call
+    std::function<void()> call;
+    double                best;
+};
+
+static std::vector<float> numbers(size_t n) {
+    static std::mt19937 rng(0);
+    std::normal_distribution<float> normal;
+    std::vector<float> x(n);
+    for (float & v : x) {
+        v = normal(rng);
+    }
+    return x;
+}
+
+static void add_vec_dot(std::vector<kernel> & kernels, const std::string & name, ggml_type type, vec_dot_t vec_dot) {
+    const ggml_type vec_dot_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
+
+    std::vector<char> x(ggml_row_size(type, N)), y(ggml_row_size(vec_dot_type, N));
+    ggml_quantize_chunk(type, numbers(N).data(), x.data(), 0, 1, N, nullptr);
+    ggml_get_type_traits_cpu(vec_dot_type)->from_float(numbers(N).data(), y.data(), N);
+
+    kernels.push_back({ name, N, [=] {
+        float s;
+        vec_dot(N, &s, 0, x.data(), 0, y.data(), 0, 1);
+        sink = s;
+    }, 1e9 });
+}
+
+#if TSQ_NROWS > 0
+static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
+    const ggml_type type = (ggml_type) (TSQ2_TYPE_ID + nbits - 2);
+    const int       nb   = N/QK_TSQ;
+
+    std::vector<char> rows(ggml_row_size(type, N)*TSQ_NROWS), buffer(rows.size() + 64), panel(nb*w*TSQ_PANEL_BLOCK_SIZE);
+    ggml_quantize_chunk(type, numbers((size_t) N*TSQ_NROWS).data(), rows.data(), 0, TSQ_NROWS, N, nullptr);
+    for (int c = 0; c < w; c++) {
+        tsq_quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
+    }
+    std::vector<float> out(w*TSQ_NROWS);
+
+    kernels.push_back({ std::string(ggml_type_name(type)) + "_x" + std::to_string(w), (double) N*TSQ_NROWS*w,
+                        [=]() mutable {
+        char * x = buffer.data() + (64 - (uintptr_t) buffer.data() % 64) % 64; // as the buffer type aligns tensors
+        if (!rows.empty()) {
+            tsq_repack(nbits, TSQ_NROWS, nb, rows.data(), x);
+            rows.clear();
+        }
+        float * s[TSQ_NCOLS];
+        for (int c = 0; c < w; c++) {
+            s[c] = out.data() + c*TSQ_NROWS;
+        }
+        ggml_gemm_tsq(nbits, N, s, x, panel.data(), w);
+        sink = out[0];
+    }, 1e9 });
+}
+#endif
+
+// bytes per second that threads read together
+static double read_rate(int n_threads) {
+    const size_t n = (size_t) 64 << 20; // 512 MiB
+    std::vector<uint64_t> data(n, 1);
+    double best = 1e9;
+    for (int turn = 0; turn < 10; turn++) {
+        std::vector<std::thread> threads;
+        const double start = now();
+        for (int t = 0; t < n_threads; t++) {
+            threads.emplace_back([&, t] {
+                uint64_t sum[64] = {};
+                for (size_t i = n/64*t/n_threads*64; i + 64 <= n/64*(t + 1)/n_threads*64; i += 64) {
+                    for (int j = 0; j < 64; j++) {
+                        sum[j] += data[i + j];
+                    }
+                }
+                sink = (float) *std::max_element(sum, sum + 64);
+            });
+        }
+        for (std::thread & thread : threads) {
+            thread.join();
+        }
+        best = std::min(best, now() - start);
+    }
+    return n*sizeof(uint64_t)/best;
+}
+
+// 8-bit products per second: 12 sums that do not wait for each other
+static double peak_rate() {
+#if defined(__GNUC__) && TSQ_NROWS == 16
+#define STEP(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
+    const double products = 64;
+#elif defined(__GNUC__) && TSQ_NROWS == 8 && defined(__AVXVNNI__)
+#define STEP(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
+    const double products = 32;
+#elif defined(__GNUC__) && TSQ_NROWS == 8
+#define STEP(i) "vpmaddubsw %%ymm14, %%ymm15, %%ymm13\nvpaddw %%ymm13, %%ymm" #i ", %%ymm" #i "\n"
+    const double products = 32;
+#endif
+#if defined(STEP)
+    double best = 1e9;
+    for (int turn = 0; turn < TURNS; turn++) {
+        const double start = now();
+        for (int i = 0; i < 2000; i++) {
+            __asm__ volatile(STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11) : :
+                             : "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm13");
+        }
+        best = std::min(best, now() - start);
+    }
+    return 2000*12*products/best;
+#else
+    return 0.0;
+#endif
+}
+
+int main(int argc, char ** argv) {
+    ggml_cpu_init();
+
+    std::vector<kernel> kernels;
+    for (ggml_type type : { GGML_TYPE_TQ2_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0,
+                            GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4 }) {
+        add_vec_dot(kernels, ggml_type_name(type), type, ggml_get_type_traits_cpu(type)->vec_dot);
+    }
+    add_vec_dot(kernels, "q2_0_stock", GGML_TYPE_Q2_0, ggml_vec_dot_q2_0_q8_0_generic);
+#if TSQ_NROWS > 0
+    for (int nbits = 2; nbits <= 4; nbits++) {
+        for (int w : { 1, 2, 4, TSQ_NCOLS }) {
+            add_repacked(kernels, nbits, w);
+        }
+    }
+#endif
+    for (int turn = 0; turn < TURNS; turn++) {
+        for (kernel & k : kernels) {
+            const int calls = turn == 0 ? 1 : std::max(1, (int) (40e-6/k.best));
+            const double start = now();
+            for (int i = 0; i < calls; i++) {
+                k.call();
+            }
+            k.best = turn == 0 ? 1e-5 : std::min(turn == 1 ? 1e9 : k.best, (now() - start)/calls);
+        }
+    }
+    for (const kernel & k : kernels) {
+        printf("%s %.6g\n", k.name.c_str(), k.work/k.best);
+    }
+    printf("read %.6g\n", read_rate(argc > 1 ? atoi(argv[1]) : 1));
+    printf("peak %.6g\n", peak_rate());
+    return 0;
+}

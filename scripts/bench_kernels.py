@@ -1,0 +1,266 @@
+"""Measure dot products and whole models on this machine's runtime, ours and stock types in turns; write a report."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tesseraq_gguf.runtime import Runtime, SourceTree, ensure_source, find_runtime
+from tesseraq_gguf.runtime.toolchain import X86_INSTRUCTION_SETS, find_toolchain
+
+HERE = Path(__file__).resolve().parent
+TYPES = {"tsq2": 500, "tsq3": 501, "tsq4": 502, "tq2_0": 35, "q2_K": 10, "q3_K": 11, "q4_0": 2, "q2_0": 42}
+"""`ggml_type` of the types of whole models."""
+
+WIDTH, INNER, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 4
+"""A Llama of 7 billion weights, with four of its layers."""
+
+PROMPT, GENERATE = 512, 64
+
+IN_CACHE = (
+    ("TSQ2 row by row", "tsq2", "tq2_0", "TQ2_0", 1.0),
+    ("TSQ2 row by row", "tsq2", "q2_K", "Q2_K", 1.4),
+    ("TSQ2 repacked", "tsq2_x1", "tq2_0", "TQ2_0", 1.8),
+    ("TSQ3 row by row", "tsq3", "q3_K", "Q3_K", 1.3),
+    ("TSQ3 repacked", "tsq3_x1", "q3_K", "Q3_K", 1.3),
+    ("TSQ4 row by row", "tsq4", "q4_0", "Q4_0", 1.2),
+    ("TSQ4 repacked", "tsq4_x1", "q4_0", "Q4_0", 1.2),
+    ("Q2_0", "q2_0", "q2_0_stock", "Q2_0 without SIMD", 10.0),
+)
+"""What is compared with what, and how many times as fast it should be."""
+
+DECODING = (("tsq2", "tq2_0", 1.25), ("tsq2", "q2_K", 3.0), ("tsq3", "q3_K", 2.2), ("tsq4", "q4_0", 1.5))
+PROMPTS = (("tsq2", "q4_0", 2.0), ("tsq3", "q4_0", 2.0), ("tsq4", "q4_0", 2.0))
+
+
+def compile_kernels(runtime: Runtime, source: SourceTree, program: Path) -> None:
+    """Compile bench_kernels.cpp with the instructions that the runtime was built with."""
+    sets = runtime.manifest["instruction_sets"] or []
+    flags = [flag for each in X86_INSTRUCTION_SETS if each.name in sets for flag in each.compiler_flags]
+    src = source.llama_cpp / "ggml" / "src"
+    libraries = [str(runtime.library(name)) for name in ("ggml", "ggml-cpu", "ggml-base")]
+    compiler = (find_toolchain().cxx or "c++").split()
+    options = ["-std=c++17", "-O3", *flags, f"-I{src.parent / 'include'}", f"-I{src}"]
+    link = [*libraries, f"-Wl,-rpath,{runtime.lib}", "-lpthread", "-o", str(program)]
+    subprocess.run([*compiler, *options, str(HERE / "bench_kernels.cpp"), *link], check=True)
+
+
+def measure_kernels(program: Path, threads: int) -> dict[str, float]:
+    """Weights per second by kernel; `read` in bytes per second, `peak` in products per second."""
+    output = subprocess.run([str(program), str(threads)], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return {name: float(rate) for name, rate in (line.split() for line in output.splitlines())}
+
+
+def quantize_rows(ggml: ctypes.CDLL, type_id: int, rows: int, columns: int) -> np.ndarray[Any, Any]:
+    """uint8 [rows, bytes]: 64 rows of random weights in a type, over and over; speed does not depend on the weights."""
+    x = (np.random.default_rng(columns).standard_normal((64, columns)) * 0.02).astype(np.float32)
+    row_bytes = ggml.ggml_row_size(type_id, ctypes.c_int64(columns))
+    out = np.empty((64, row_bytes), np.uint8)
+    pointers = (ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(out.ctypes.data))
+    sizes = (ctypes.c_int64(0), ctypes.c_int64(64), ctypes.c_int64(columns))
+    importance = np.ones(columns, np.float32)
+    ggml.ggml_quantize_chunk(type_id, *pointers, *sizes, ctypes.c_void_p(importance.ctypes.data))
+    return np.tile(out, (-(-rows // 64), 1))[:rows]
+
+
+def write_model(gguf: Any, ggml: ctypes.CDLL, path: Path, name: str, layers: int) -> tuple[int, int]:
+    """Write a model in one type. Returns the weights that a token meets, and their bytes."""
+    kind = gguf.GGMLQuantizationType(TYPES[name])
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_vocab_size(VOCABULARY)
+    writer.add_tokenizer_model("none")
+    weights = size = 0
+    shapes = {f"attn_{n}": (WIDTH, WIDTH) for n in ("q", "k", "v", "output")}
+    shapes |= {"ffn_gate": (INNER, WIDTH), "ffn_up": (INNER, WIDTH), "ffn_down": (WIDTH, INNER)}
+    tensors = {f"blk.{i}.{n}.weight": shape for i in range(layers) for n, shape in shapes.items()}
+    tensors["output.weight"] = (VOCABULARY, WIDTH)
+    made: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
+    for tensor, shape in tensors.items():
+        if shape not in made:
+            made[shape] = quantize_rows(ggml, kind, *shape)
+        writer.add_tensor(tensor, made[shape], raw_dtype=kind)
+        weights += shape[0] * shape[1]
+        size += made[shape].nbytes
+    embedding = quantize_rows(ggml, gguf.GGMLQuantizationType.Q8_0, VOCABULARY, WIDTH)
+    writer.add_tensor("token_embd.weight", embedding, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    norms = [f"blk.{i}.{n}_norm.weight" for i in range(layers) for n in ("attn", "ffn")]
+    for tensor in (*norms, "output_norm.weight"):
+        writer.add_tensor(tensor, np.ones(WIDTH, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights, size
+
+
+def bench_model(runtime: Runtime, model: Path, threads: int, prompt: int, generate: int) -> tuple[float, float]:
+    """Tokens per second of a prompt and of decoding, one repetition of llama-bench."""
+    command = [str(runtime.tool("llama-bench")), "-m", str(model), "-p", str(prompt), "-n", str(generate)]
+    command += ["-t", str(threads), "-r", "1", "-o", "json"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+    rates = {bool(test["n_prompt"]): float(test["avg_ts"]) for test in json.loads(output)}
+    return rates[True], rates[False]
+
+
+def measure_models(
+    runtime: Runtime, source: SourceTree, options: argparse.Namespace, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Best of all rounds by type; in a round every model has one turn."""
+    sys.path.insert(0, str(source.gguf_py))
+    import gguf
+
+    ggml = ctypes.CDLL(str(runtime.library("ggml-base")))
+    ggml.ggml_row_size.restype = ctypes.c_size_t
+    found: dict[str, dict[str, float]] = {}
+    for name in options.types:
+        weights, size = write_model(gguf, ggml, folder / f"{name}.gguf", name, options.layers)
+        found[name] = {"weights": weights, "bytes": size, "prompt": 0.0, "decoding": 0.0}
+    for turn in range(options.rounds):
+        for name, best in found.items():
+            prompt, decoding = bench_model(
+                runtime, folder / f"{name}.gguf", options.threads, options.prompt, options.generate
+            )
+            best["prompt"], best["decoding"] = max(best["prompt"], prompt), max(best["decoding"], decoding)
+            print(f"round {turn + 1}: {name:6} prompt {prompt:8.2f} decoding {decoding:8.2f}", flush=True)
+    return found
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def ratios(rows: Sequence[tuple[str, str, float, float]]) -> list[str]:
+    """A table of what was compared: name, with what, ratio, and the ratio that it should have."""
+    return table(
+        ("", "against", "times as fast", "goal", ""),
+        [(a, b, f"{x:.2f}", f"{goal:g}", "met" if x >= goal else "missed") for a, b, x, goal in rows],
+    )
+
+
+def report(
+    kernels: Mapping[str, float],
+    models: Mapping[str, Mapping[str, float]],
+    options: argparse.Namespace,
+    machine: Sequence[str],
+) -> str:
+    """The text of docs/performance.md."""
+    command = " ".join(["scripts/bench_kernels", *(["--kernels"] if not models else [])])
+    lines = ["# Performance", "", f"Written by `{command}`.", "", *machine, ""]
+    lines += ["## Kernels", ""]
+    lines += [
+        "One thread, rows of 4096 weights, everything in cache; all kernels in turns, the best of 300 turns of each.",
+        "Repacked kernels take 16 rows at a time (8 without AVX-512) and some columns of activations, others one each.",
+        "",
+    ]
+    names = [name for name in kernels if name not in ("read", "peak")]
+    shares = {name: f"{kernels[name] / kernels['peak']:.0%}" if kernels["peak"] else "" for name in names}
+    lines += table(
+        ("kernel", "10⁹ weights × columns / s", "of the int8 peak"),
+        [
+            (
+                name.replace("_x", ", repacked, columns: ").replace("_stock", " without SIMD"),
+                f"{kernels[name] / 1e9:.1f}",
+                shares[name],
+            )
+            for name in names
+        ],
+    )
+    compared = [(n, b, kernels[x] / kernels[y], goal) for n, x, y, b, goal in IN_CACHE if x in kernels]
+    lines += ratios(compared)
+    if models:
+        read, peak = kernels["read"], kernels["peak"] * options.threads
+        lines += ["## Models", ""]
+        lines += [
+            f"A Llama of the shape of 7B with {options.layers} layers, {options.threads} threads, "
+            f"pp{options.prompt} and tg{options.generate} of llama-bench, all",
+            f"models in turns, the best of {options.rounds} rounds. Plain reads reach {read / 1e9:.1f} GB/s, and "
+            f"{options.threads} cores {peak / 1e9:.0f}·10⁹ products of int8 a second.",
+            "",
+        ]
+        lines += table(
+            ("type", "prompt, tokens/s", "of the int8 peak", "decoding, tokens/s", "of the bandwidth"),
+            [
+                (
+                    name,
+                    f"{m['prompt']:.1f}",
+                    f"{m['prompt'] * m['weights'] / peak:.0%}" if peak else "",
+                    f"{m['decoding']:.1f}",
+                    f"{m['decoding'] * m['bytes'] / read:.0%}",
+                )
+                for name, m in models.items()
+            ],
+        )
+        for title, what, pairs in (("Decoding", "decoding", DECODING), ("Prompts", "prompt", PROMPTS)):
+            found = [(a, b, models[a][what] / models[b][what], goal) for a, b, goal in pairs if {a, b} <= models.keys()]
+            lines += [f"{title}:", "", *ratios(found)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def describe(runtime: Runtime, threads: int, load: float) -> list[str]:
+    """The machine, and whether it was quiet."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    sets = ", ".join(runtime.manifest["instruction_sets"] or ["chosen by ggml"])
+    lines = [
+        f"{datetime.date.today()}, {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores; "
+        f"instructions: {sets}."
+    ]
+    if load > 0.5:
+        lines += [
+            "",
+            f"**The machine was not quiet** (load average {load:.1f} before the start): ratios of kernels hold, since "
+            "all take turns and the best",
+            "turn counts; absolute rates and whole models are lower bounds at best.",
+        ]
+    return lines
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernels", action="store_true", help="kernels only, no models")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every model")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), metavar="TYPE")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of a prompt")
+    parser.add_argument("--generate", type=int, default=GENERATE, help="tokens to decode")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md")
+    options = parser.parse_args()
+
+    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin are slow on a machine with other work
+    load = os.getloadavg()[0]
+    runtime, source = find_runtime(), ensure_source()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        compile_kernels(runtime, source, folder / "bench_kernels")
+        kernels = measure_kernels(folder / "bench_kernels", options.threads)
+        models = {} if options.kernels else measure_models(runtime, source, options, folder)
+    text = report(kernels, models, options, describe(runtime, options.threads, load))
+    print(text)
+    options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
