@@ -191,7 +191,7 @@ def _cells(row: Row, result: Result) -> tuple[str, ...]:
         perplexity,
         f"{result.kld:.4f}",
         f"{100 * result.top1:.1f} %",
-        "" if row.family == REFERENCE else f"{_minutes(result.seconds)} ({_minutes(result.cpu_seconds)})",
+        "" if row.family == REFERENCE else _time(result),
     )
 
 
@@ -199,6 +199,11 @@ def _type(row: Row) -> str:
     if row.family == AUTOROUND:
         return "Q2_K_S" if row.type is None else "W2 g64"
     return (row.type or "mixed").upper()
+
+
+def _time(result: Result) -> str:
+    spent = "" if result.cpu_seconds is None else f" ({_minutes(result.cpu_seconds)})"
+    return _minutes(result.seconds) + spent
 
 
 def _minutes(seconds: float) -> str:

@@ -30,7 +30,8 @@ class Result:
         kld: mean Kullback-Leibler divergence from the 16-bit model, in nats.
         top1: share of places where both find the same token most likely.
         seconds: wall time that making the file took.
-        cpu_seconds: processor time that it took, of all threads; says more on a machine that does other things too.
+        cpu_seconds: processor time that it took, of all threads; says more on a machine that does other things too. None
+            if it was made in several runs that were not timed alike.
     """
 
     key: str
@@ -43,7 +44,7 @@ class Result:
     kld: float
     top1: float
     seconds: float
-    cpu_seconds: float
+    cpu_seconds: float | None
 
 
 def result_key(row: Row, setting: Mapping[str, Any]) -> str:
