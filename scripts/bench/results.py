@@ -30,8 +30,8 @@ class Result:
         kld: mean Kullback-Leibler divergence from the 16-bit model, in nats.
         top1: share of places where both find the same token most likely.
         seconds: wall time that making the file took.
-        cpu_seconds: processor time that it took, of all threads; says more on a machine that does other things too. None
-            if it was made in several runs that were not timed alike.
+        cpu_seconds: processor time that it took, of all threads; says more on a machine that does other things too.
+            None if it was made in several runs that were not timed alike.
     """
 
     key: str
