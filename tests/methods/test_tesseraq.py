@@ -85,7 +85,7 @@ def test_the_backward_equals_autograds(matrix):
     learned = [soft.rounding, soft.tuning, soft.zero]
     got = torch.autograd.grad((soft.weight() * gradient).sum(), learned)
     step = (torch.sigmoid(soft.rounding) * 1.2 - 0.1).clamp(0, 1)
-    plain = (soft._d * 2 * torch.sigmoid(soft.tuning) * (soft._base + step - soft.zero)).view(8, 128)
+    plain = (soft._scale * 2 * torch.sigmoid(soft.tuning) * (soft._base + step - soft.zero)).view(8, 128)
     expected = torch.autograd.grad((plain * gradient).sum(), learned)
     torch.testing.assert_close(soft.weight(), plain)
     for ours, autograds in zip(got, expected, strict=True):
