@@ -76,7 +76,9 @@ def unpatched() -> Path:
     programs = toolchain.find_toolchain()
     options = find_runtime().manifest["cmake_options"]
     configure = [programs.cmake, "-S", str(source), "-B", str(home / "build"), "-G", "Ninja", *options]
-    subprocess.run([*configure, f"-DCMAKE_MAKE_PROGRAM={programs.ninja}"], check=True, stdout=subprocess.DEVNULL)
+    # it runs where it was built: its libraries are found there
+    configure += [f"-DCMAKE_MAKE_PROGRAM={programs.ninja}", "-DCMAKE_BUILD_WITH_INSTALL_RPATH=OFF"]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run([programs.ninja, "-C", str(home / "build"), TOOL], check=True)
     return tool
 
