@@ -6,6 +6,7 @@ In the terms of every grid: scale = d·sc and zero = dmin·m / scale, or scale =
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,6 +55,31 @@ class _SuperBlockGrid(Grid):
 
     def _by_super_block(self, of_groups: Tensor) -> Tensor:
         return of_groups.unflatten(-1, (-1, self.groups))
+
+    @abstractmethod
+    def _refit(self, arrays: Arrays, w: Tensor, h: Tensor) -> Arrays:
+        """Fit parameters anew to the codes that `arrays` give to weights [super-blocks, groups, group]."""
+
+    def _refined(self, start: Arrays, w: Tensor, h: Tensor) -> Arrays:
+        """Alternate codes and parameters, and keep the best parameters of each super-block."""
+        best, best_error = start, self._error(start, w, h)
+        trial = start
+        for _ in range(_REFITS):
+            trial = self._refit(trial, w, h)
+            error = self._error(trial, w, h)
+            better = (error < best_error)[:, None]
+            best = {key: torch.where(better, trial[key], value) for key, value in best.items()}
+            best_error = torch.where(better[:, 0], error, best_error)
+        return best
+
+    def _codes(self, arrays: Arrays, w: Tensor) -> Tensor:
+        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
+        return (w / scale + zero).round_().clamp_(0, self.highest)
+
+    def _error(self, arrays: Arrays, w: Tensor, h: Tensor) -> Tensor:
+        """Weighted squared error of each super-block, [super-blocks]."""
+        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
+        return (h * (scale * (self._codes(arrays, w) - zero) - w) ** 2).sum((1, 2))
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,7 @@ class MinGrid(_SuperBlockGrid):
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
-        w, h = self._by_groups(weight), self._by_groups(importance)
+        w, h = self.grouped(weight), self.grouped(importance)
         flat_w, flat_h = w.flatten(0, 1), h.flatten(0, 1)
         best_error = torch.full_like(flat_w[:, 0], torch.inf)
         best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
@@ -119,31 +145,9 @@ class MinGrid(_SuperBlockGrid):
             best_error = torch.where(better, error, best_error)
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         scale, offset = best_scale.view(w.shape[:2]), (best_scale * best_zero).view(w.shape[:2])
-        best = self._settled(scale, offset)
-        best_error = self._error(best, w, h)
-        trial = best
-        for _ in range(_REFITS):
-            trial = self._refit(trial, w, h)
-            error = self._error(trial, w, h)
-            better = (error < best_error)[:, None]
-            best = {key: torch.where(better, trial[key], value) for key, value in best.items()}
-            best_error = torch.where(better[:, 0], error, best_error)
-        return best
+        return self._refined(self.settle_scale(scale) | self.settle_zero(offset, torch.ones_like(offset)), w, h)
 
-    def _by_groups(self, spans: Tensor) -> Tensor:
-        return spans.unflatten(-1, (-1, self.group))
-
-    def _settled(self, scale: Tensor, offset: Tensor) -> Arrays:
-        return self.settle_scale(scale) | self.settle_zero(offset, torch.ones_like(offset))
-
-    def _codes(self, arrays: Arrays, w: Tensor) -> Tensor:
-        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
-        return (w / scale + zero).round_().clamp_(0, self.highest)
-
-    def _error(self, arrays: Arrays, w: Tensor, h: Tensor) -> Tensor:
-        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
-        return (h * (scale * (self._codes(arrays, w) - zero) - w) ** 2).sum((1, 2))
-
+    @override
     def _refit(self, arrays: Arrays, w: Tensor, h: Tensor) -> Arrays:
         """For the codes that the parameters give: the best half floats, then the best integers of every group."""
         q = self._codes(arrays, w)
@@ -228,7 +232,7 @@ class SignedGrid(_SuperBlockGrid):
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
-        w, h = weight.unflatten(-1, (-1, self.group)), importance.unflatten(-1, (-1, self.group))
+        w, h = self.grouped(weight), self.grouped(importance)
         flat_w, flat_h = w.flatten(0, 1), h.flatten(0, 1)
         best_error = torch.full_like(flat_w[:, 0], torch.inf)
         best_scale = torch.ones_like(best_error)
@@ -237,26 +241,12 @@ class SignedGrid(_SuperBlockGrid):
             error = (flat_h * (scale[:, None] * p - flat_w) ** 2).sum(1)
             better = error < best_error
             best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
-        best = self.settle_scale(best_scale.view(w.shape[:2]))
-        best_error = self._error(best, w, h)
-        trial = best
-        for _ in range(_REFITS):
-            trial = self._refit(trial, w, h)
-            error = self._error(trial, w, h)
-            better = (error < best_error)[:, None]
-            best = {key: torch.where(better, trial[key], value) for key, value in best.items()}
-            best_error = torch.where(better[:, 0], error, best_error)
-        return best
+        return self._refined(self.settle_scale(best_scale.view(w.shape[:2])), w, h)
 
-    def _codes(self, arrays: Arrays, w: Tensor) -> Tensor:
-        return (w / self.scale(arrays)[..., None] + self._middle).round_().clamp_(0, self.highest).sub_(self._middle)
-
-    def _error(self, arrays: Arrays, w: Tensor, h: Tensor) -> Tensor:
-        return (h * (self.scale(arrays)[..., None] * self._codes(arrays, w) - w) ** 2).sum((1, 2))
-
+    @override
     def _refit(self, arrays: Arrays, w: Tensor, h: Tensor) -> Arrays:
         """For the codes that the parameters give: the best half float, then the best integer of every group."""
-        p = self._codes(arrays, w)
+        p = self._codes(arrays, w) - self._middle
         a = (arrays["sc"].float() - self._shift)[..., None] * p
         fit = (h * a * w).sum((1, 2)) / (h * a * a).sum((1, 2)).clamp_min(1e-30)
         usable = fit.abs() > search.SMALLEST
