@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
+from problems import as_problem, loss_of
 from torch import nn
 
-from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch, scales
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.folding import Fold
-from tesseraq_gguf.reconstruction import BlockProblem, Reconstruction
+from tesseraq_gguf.reconstruction import Reconstruction
 
 CPU = torch.device("cpu")
 WIDTH = 256
@@ -52,26 +52,9 @@ def problem_on():
         torch.manual_seed(7)
         block = LoadedBlock(0, "layers.0.", _Block().requires_grad_(False))
         hidden = torch.randn(6, 32, WIDTH)
-        return BlockProblem(
-            block=block,
-            grids=dict.fromkeys(block.matrices(), grid_of(tensor_type)),
-            inputs=hidden,
-            targets=block.run(hidden, {}),
-            sensitivity=torch.ones(2, WIDTH),
-            arguments={},
-            device=CPU,
-            autocast=torch.float32,
-            generator=torch.Generator().manual_seed(2),
-            report=lambda *_: None,
-        )
+        return as_problem(block, hidden, tensor_type)
 
     return make
-
-
-def _loss(problem, tensors) -> float:
-    with torch.no_grad():
-        weights = {name: problem.grids[name].dequantize(t) for name, t in tensors.items()}
-        return float(problem.loss(weights, torch.arange(len(problem.inputs))))
 
 
 def test_scales_are_the_papers_formula():
@@ -101,7 +84,7 @@ def test_it_lowers_the_loss_where_channels_are_loud(start, problem_on):
     rounded = AsItStarts(start).learn(plain)
     learned = AWQ(AsItStarts(start), points=5, rows=64).learn(scaled)
     assert {"first.weight", "second.weight"} <= scaled.block.replaced.keys()
-    assert _loss(scaled, learned) < 0.99 * _loss(plain, rounded)
+    assert loss_of(scaled, learned) < 0.99 * loss_of(plain, rounded)
 
 
 def test_the_block_computes_what_it_did(problem_on):
@@ -122,7 +105,7 @@ def test_it_changes_nothing_where_nothing_helps(problem_on):
 def test_clip_search_beats_round_to_nearest(tensor_type, problem_on):
     problem = problem_on(tensor_type)
     rounded, clipped = Nearest().start(problem), ClipSearch().start(problem)
-    loss = {k: _loss(problem, {n: s.tensor for n, s in v.items()}) for k, v in (("r", rounded), ("c", clipped))}
+    loss = {k: loss_of(problem, {n: s.tensor for n, s in v.items()}) for k, v in (("r", rounded), ("c", clipped))}
     assert loss["c"] < 0.8 * loss["r"]
     for name, start in clipped.items():
         assert torch.equal(start.weight, problem.matrices()[name])

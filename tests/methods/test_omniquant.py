@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import as_problem, loss_of
 from torch import nn
 
 from tesseraq_gguf.grids import GRIDS, grid_of
@@ -11,7 +12,6 @@ from tesseraq_gguf.methods.awq import ClipSearch
 from tesseraq_gguf.methods.omniquant import ClippedMatrix, OmniQuant
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.models.decoder import LoadedBlock
-from tesseraq_gguf.reconstruction import BlockProblem
 
 WIDTH = 256
 
@@ -37,20 +37,13 @@ def problem_on():
         torch.manual_seed(7)
         block = LoadedBlock(0, "layers.0.", _Block().requires_grad_(False))
         hidden = torch.randn(8, 32, 24) @ torch.randn(24, WIDTH) + 0.1 * torch.randn(8, 32, WIDTH)
-        return BlockProblem(
-            block=block,
-            grids=dict.fromkeys(block.matrices(), grid_of(tensor_type)),
-            inputs=hidden,
-            targets=block.run(hidden, {}),
-            sensitivity=torch.ones(2, WIDTH),
-            arguments={},
-            device=torch.device("cpu"),
-            autocast=torch.float32,
-            generator=torch.Generator().manual_seed(2),
-            report=lambda *_: None,
-        )
+        return as_problem(block, hidden, tensor_type)
 
     return make
+
+
+def _loss_of_starts(problem, starts) -> float:
+    return loss_of(problem, {name: start.tensor for name, start in starts.items()})
 
 
 @pytest.fixture
@@ -58,20 +51,16 @@ def weight():
     return torch.randn(6, 512, generator=torch.Generator().manual_seed(3))
 
 
-def _loss(problem, starts) -> float:
-    with torch.no_grad():
-        weights = {name: problem.grids[name].dequantize(s.tensor) for name, s in starts.items()}
-        return float(problem.loss(weights, torch.arange(len(problem.inputs))))
-
-
 @pytest.mark.parametrize("tensor_type", ["tsq2", "q4_0", "q2_k"])
 def test_it_lowers_the_loss(tensor_type, problem_on):
     problem = problem_on(tensor_type)
-    before = min(_loss(problem, Nearest().start(problem)), _loss(problem, ClipSearch().start(problem)))
+    before = min(
+        _loss_of_starts(problem, Nearest().start(problem)), _loss_of_starts(problem, ClipSearch().start(problem))
+    )
     told = []
     problem.report = lambda done, total: told.append((done, total))
     starts = OmniQuant(steps=30).start(problem)
-    assert _loss(problem, starts) < before
+    assert _loss_of_starts(problem, starts) < before
     assert told[-1] == (30, 30)
     for name, start in starts.items():
         assert torch.equal(start.weight, problem.matrices()[name])

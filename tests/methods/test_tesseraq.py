@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import as_problem, loss_of
 
 from tesseraq_gguf.grids import TSQ2
 from tesseraq_gguf.grids.tsq import decode_scale
@@ -11,7 +12,6 @@ from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, soft_step
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.reconstruction import BlockProblem
 
 CPU = torch.device("cpu")
 
@@ -29,26 +29,7 @@ def problem(make_model):
     tokens = torch.randint(4, 300, (12, 48), generator=torch.Generator().manual_seed(1))
     hidden, inputs = decoder.stem(tokens)
     block = decoder.load_block(0)
-    with torch.no_grad():
-        targets = torch.cat([block.run(h, inputs.arguments[0]) for h in hidden.split(1)])
-    return BlockProblem(
-        block=block,
-        grids=dict.fromkeys(block.matrices(), TSQ2),
-        inputs=hidden,
-        targets=targets,
-        sensitivity=torch.ones(2, decoder.hidden_size),
-        arguments=inputs.arguments[0],
-        device=CPU,
-        autocast=torch.float32,
-        generator=torch.Generator().manual_seed(2),
-        report=lambda *_: None,
-    )
-
-
-def _loss(problem, tensors) -> float:
-    with torch.no_grad():
-        weights = {name: problem.grids[name].dequantize(t) for name, t in tensors.items()}
-        return float(problem.loss(weights, torch.arange(len(problem.inputs))))
+    return as_problem(block, hidden, "tsq2", inputs.arguments[0])
 
 
 def test_the_schedule_is_the_papers():
@@ -169,8 +150,8 @@ def test_each_method_beats_the_one_before(problem):
     start = AsItStarts(GPTQ()).learn(problem)
     method = TesseraQ(steps=4, batch=4, rounding_rate=6e-2, scale_rate=1e-2, zero_rate=1e-2)
     learned = method.learn(problem)
-    assert _loss(problem, start) < 0.7 * _loss(problem, rounded)
-    assert _loss(problem, learned) < 0.8 * _loss(problem, start)
+    assert loss_of(problem, start) < 0.7 * loss_of(problem, rounded)
+    assert loss_of(problem, learned) < 0.8 * loss_of(problem, start)
 
 
 def test_the_seed_decides(problem):
