@@ -95,40 +95,47 @@ class BlockProblem:
         return torch.randperm(len(self.inputs), generator=self.generator)[:count]
 
     @torch.no_grad()
+    def observe(self, samples: int, see: Callable[[str, Tensor], None]) -> None:
+        """Run the block as it is on the quantised chain and show what its matrices are fed.
+
+        Args:
+            samples: how many samples are run, at most.
+            see: called with the name of a matrix to learn and its input, [1, length, in], once for every sample. Where
+                matrices have the same input, it is the same object.
+        """
+        modules = self.block.matrices()
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda _module, args: see(name, args[0])
+
+        handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
+        try:
+            for sample in self.inputs[:samples].split(1):
+                with self._precision():
+                    self.forward(sample.to(self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def second_moments(self, samples: int) -> dict[str, Tensor]:
         """Return mean x·xᵀ of the inputs of each matrix on the quantised chain, float32 [in, in] by module name.
 
         Matrices with the same input share one tensor. At most the first `samples` samples are run.
         """
-        modules = self.block.matrices()
         sums: dict[str, Tensor] = {}
+        latest: dict[str, Tensor] = {}
         leader: dict[str, str] = {}
-        seen: dict[int, str] = {}
-        inputs = self.inputs[:samples]
-        tokens = inputs.shape[0] * inputs.shape[1]
 
-        def hook(name: str) -> Callable[..., None]:
-            def add(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-                first = seen.setdefault(id(args[0]), name)
-                leader[name] = first
-                alive.append(args[0])  # an id is only unique while the tensor lives
-                if first == name:
-                    x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-                    with torch.autocast(self.device.type, enabled=False):
-                        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+        def add(name: str, x: Tensor) -> None:
+            leader[name] = first = next((n for n, seen in latest.items() if seen is x), name)
+            if first == name:
+                latest[name] = x
+                x = x.reshape(-1, x.shape[-1]).float()
+                with torch.autocast(self.device.type, enabled=False):
+                    sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
-            return add
-
-        handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
-        try:
-            for batch in inputs.split(1):
-                alive: list[Tensor] = []
-                seen.clear()
-                with self._precision():
-                    self.forward(batch.to(self.device))
-        finally:
-            for handle in handles:
-                handle.remove()
+        self.observe(samples, add)
+        tokens = self.inputs[:samples].shape[:2].numel()
         for moment in sums.values():
             moment /= tokens
         return {name: sums[leader[name]] for name in self.grids}

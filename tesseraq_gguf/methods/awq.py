@@ -14,7 +14,6 @@ Clipping: `ClipSearch`, an initialisation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,23 +104,14 @@ def scales(fold: Fold, means: dict[str, Tensor], alpha: float) -> Tensor:
 def _mean_magnitudes(problem: BlockProblem, samples: int) -> dict[str, Tensor]:
     """Return mean|x| of the inputs of each matrix on the quantised chain, float32 [in] by module name."""
     modules = problem.block.matrices()
-    inputs = problem.inputs[:samples]
     sums = {name: torch.zeros(modules[name].in_features, device=problem.device) for name in problem.grids}
 
-    def hook(name: str) -> Callable[..., None]:
-        def add(_module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums[name] += args[0].flatten(0, -2).float().abs().sum(0)
+    def add(name: str, x: Tensor) -> None:
+        sums[name] += x.flatten(0, -2).float().abs().sum(0)
 
-        return add
-
-    handles = [modules[name].register_forward_pre_hook(hook(name)) for name in sums]
-    try:
-        for batch in inputs.split(1):
-            problem.forward(batch.to(problem.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: total / (inputs.shape[0] * inputs.shape[1]) for name, total in sums.items()}
+    problem.observe(samples, add)
+    tokens = problem.inputs[:samples].shape[:2].numel()
+    return {name: total / tokens for name, total in sums.items()}
 
 
 @dataclass(frozen=True)
