@@ -1,8 +1,9 @@
 """Measure quantised files of one small model, ours and the rivals', and write table and plot into docs/.
 
 Every row is a file: it is made, measured by one run of llama-perplexity against the 16-bit model's logits, and removed.
-A result is kept in the work folder at once, so the same command goes on where it was stopped. Nothing is calibrated on
-the text that is measured on; everything is calibrated on the calibration text.
+A result is kept beside the page at once, in `quality.json`: the same command goes on where it was stopped, and on
+another machine too. Nothing is calibrated on the text that is measured on; everything is calibrated on the calibration
+text.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main() -> None:
     if not rows:
         parser.error(f"no row matches --rows {given.rows}; --list shows them")
     options.work.mkdir(parents=True, exist_ok=True)
-    results = Results(options.work / "results.json")
+    results = Results(given.docs / "quality.json")
     setting = _setting(options)
     keys = {row.name: result_key(row, _decisive(row, setting, options)) for row in all_rows()}
     failed = []
@@ -120,7 +121,6 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         bits=row.bits or bits,
         types=dict(types),
         embedding=next(t.type for t in facts.tensors if t.name == "token_embd.weight"),
-        bytes=facts.bytes,
         perplexity=perplexity,
         perplexity_error=error,
         kld=kld,
@@ -256,8 +256,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", action="store_true", help="measure nothing, write the docs from the results")
     parser.add_argument("--again", action="store_true", help="measure the chosen rows even if their results are there")
     parser.add_argument("--keep", action="store_true", help="keep the files that were made")
-    parser.add_argument("--work", type=Path, help="folder for results and shared files (default: in the cache folder)")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of quality.md (default: docs)")
+    parser.add_argument("--work", type=Path, help="folder for shared files (default: in the cache folder)")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of quality.md and its results (default: docs)")
     parser.add_argument("--ctx", type=int, default=512, help="tokens of a chunk (default: 512)")
     parser.add_argument("--chunks", type=int, default=24, help="chunks to measure (default: 24)")
     parser.add_argument("--preset", default="fast", help="preset of our own rows (default: fast)")

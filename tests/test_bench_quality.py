@@ -38,7 +38,7 @@ def a_result(**different: object):
     from bench.results import Result
 
     values = {
-        "key": "k", "bits": 2.625, "types": {"q2_k": 126}, "embedding": "q8_0", "bytes": 10, "perplexity": 20.126,
+        "key": "k", "bits": 2.625, "types": {"q2_k": 126}, "embedding": "q8_0", "perplexity": 20.126,
         "perplexity_error": 0.5, "kld": 0.4321, "top1": 0.655, "seconds": 30.0, "cpu_seconds": 300.0,
     }  # fmt: skip
     return Result(**(values | different))

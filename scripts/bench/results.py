@@ -24,7 +24,6 @@ class Result:
         bits: bits per weight of the block matrices.
         types: how many block matrices there are of each type.
         embedding: type of the embedding.
-        bytes: size of the file.
         perplexity: on the evaluation text.
         perplexity_error: its standard error.
         kld: mean Kullback-Leibler divergence from the 16-bit model, in nats.
@@ -38,7 +37,6 @@ class Result:
     bits: float
     types: dict[str, int]
     embedding: str
-    bytes: int
     perplexity: float
     perplexity_error: float
     kld: float
