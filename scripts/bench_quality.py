@@ -257,7 +257,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="measure the chosen rows even if their results are there")
     parser.add_argument("--keep", action="store_true", help="keep the files that were made")
     parser.add_argument("--work", type=Path, help="folder for shared files (default: in the cache folder)")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of quality.md and its results (default: docs)")
+    parser.add_argument(
+        "--docs", type=Path, default=ROOT / "docs", help="folder of quality.md and its results (default: docs)"
+    )
     parser.add_argument("--ctx", type=int, default=512, help="tokens of a chunk (default: 512)")
     parser.add_argument("--chunks", type=int, default=24, help="chunks to measure (default: 24)")
     parser.add_argument("--preset", default="fast", help="preset of our own rows (default: fast)")

@@ -9,7 +9,7 @@ Soft quantiser (paper §3, with the fractional zero-point of our types):
 ν starts where Ŵ = W (as far as the range allows), v at 0. Lifecycle of a block:
 
 1. Start: GPTQ on the type's own grid gives d, z and the weights that rounding errors have moved.
-2. Stages k = 1 … K. Each opens by hardening: of all weights, the share `SOFT_SHARE[k]` whose σr(ν) is closest to 0.5
+2. Stages k = 1 … K. Each opens by hardening: of all weights, the share `soft_shares[k]` whose σr(ν) is closest to 0.5
    stays soft, the rest is fixed at 0 or 1 for good; Adam's state is reset; then T steps follow on ν, v and z.
 3. Before stage `settle_scales` d·2σ(v) moves to its 8-bit grid and stays; before stage `settle_zeros` z does. The
    rounding that is still soft then learns against the parameters that the kernel will see.
@@ -37,7 +37,7 @@ SOFT_SHARE = (
     0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21,
     0.18, 0.15, 0.12, 0.10, 0.08, 0.06, 0.04, 0.02, 0.01, 0.005,
 )  # fmt: skip
-"""Share of the weights still soft in each stage of progressive adaptive rounding."""
+"""Share of the weights still soft in each stage of progressive adaptive rounding, as in the paper."""
 
 STRETCH, SHIFT = 1.2, 0.1
 """σr(x) = clip(STRETCH·σ(x) - SHIFT, 0, 1)."""
@@ -59,6 +59,7 @@ class TesseraQ:
         scale_decay: weight decay on v.
         settle_scales: stage (counted from 0) before which d moves to its grid.
         settle_zeros: stage before which z moves to its grid.
+        soft_shares: share of the weights still soft in each stage.
         initialisation: gives the first scales, zero-points and weights.
     """
 
@@ -70,6 +71,7 @@ class TesseraQ:
     scale_decay: float = 1e-4
     settle_scales: int = 14
     settle_zeros: int = 17
+    soft_shares: tuple[float, ...] = SOFT_SHARE
     initialisation: Initialisation = field(default_factory=GPTQ)
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
@@ -77,8 +79,8 @@ class TesseraQ:
         soft = {
             name: SoftMatrix(start, problem.grids[name]) for name, start in self.initialisation.start(problem).items()
         }
-        total = len(SOFT_SHARE) * self.steps
-        for stage, share in enumerate(SOFT_SHARE):
+        total = len(self.soft_shares) * self.steps
+        for stage, share in enumerate(self.soft_shares):
             for matrix in soft.values():
                 matrix.harden(share)
                 if stage == self.settle_scales:

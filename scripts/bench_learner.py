@@ -1,0 +1,172 @@
+"""Learn one block of a model under several settings and compare losses on sequences learned on and held out.
+
+Blocks before it are quantised by GPTQ, and every setting starts from the same GPTQ result, so only learning differs.
+The loss is the block's squared error against the full-precision chain, weighted by sensitivity; nothing can be below
+what the block's own weights have on the same input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.calibration import load_calibration
+from tesseraq_gguf.devices import learning_dtype, resolve_device
+from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.start import AsItStarts, Start
+from tesseraq_gguf.methods.tesseraq import TesseraQ
+from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.reconstruction import BlockProblem, Reconstruction, Weights
+from tesseraq_gguf.sensitivity import measure_sensitivity
+
+TEN_STAGES = (0.8, 0.6, 0.45, 0.33, 0.24, 0.17, 0.11, 0.06, 0.03, 0.01)
+
+BASE = {"steps": 10, "batch": 4, "rounding_rate": 5e-2, "scale_rate": 1e-2, "zero_rate": 1e-2}
+"""What a setting does not change: 200 steps."""
+
+SETTINGS: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
+    "base: 20 stages of 10 steps, rate of ν 0.05, of scale and zero 0.01": (None, {}),
+    "text: 128 sequences": (128, {}),
+    "steps: 20 stages of 25, rate of ν 0.03": (None, {"steps": 25, "rounding_rate": 3e-2}),
+    "steps: 20 stages of 20 with 2 sequences each, rate of ν 0.03": (
+        None,
+        {"steps": 20, "batch": 2, "rounding_rate": 3e-2},
+    ),
+    "rate of ν 0.1": (None, {"rounding_rate": 0.1}),
+    "rate of scale and zero 0.03": (None, {"scale_rate": 3e-2, "zero_rate": 3e-2}),
+    "schedule: 10 stages of 20": (
+        None,
+        {"steps": 20, "soft_shares": TEN_STAGES, "settle_scales": 7, "settle_zeros": 8},
+    ),
+    "schedule: scale settles before stage 18 of 20, zero before stage 19": (
+        None,
+        {"settle_scales": 17, "settle_zeros": 18},
+    ),
+}
+"""Sequences (None: all) and fields of `TesseraQ`, by what a setting is called."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """An initialisation that was computed before."""
+
+    starts: dict[str, Start]
+
+    def start(self, problem: BlockProblem) -> dict[str, Start]:
+        """Return the starts by module name, whatever the problem."""
+        return self.starts
+
+
+class Reached(Exception):  # noqa: N818  (it ends the walk, and is no error)
+    """The block to compare on has been reached."""
+
+
+@dataclass
+class UpTo:
+    """Quantise blocks by GPTQ until the chosen one, and keep its problem.
+
+    Attributes:
+        block: its index.
+        problem: set when the walk gets there.
+    """
+
+    block: int
+    problem: BlockProblem | None = None
+    _quick: AsItStarts = field(default_factory=lambda: AsItStarts(GPTQ()))
+
+    def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
+        """Return the block rounded by GPTQ.
+
+        Raises:
+            Reached: it is the chosen block.
+        """
+        if problem.block.index == self.block:
+            self.problem = problem
+            raise Reached
+        print(f"block {problem.block.index} of {self.block}", flush=True)
+        return self._quick.learn(problem)
+
+
+def main() -> None:
+    """Walk to the block, learn it under each setting, print the table row by row."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", default="demo", help="as `convert` takes it (default: demo)")
+    parser.add_argument("--calibration", required=True, metavar="TEXT", help="a text file, wikitext2 or c4")
+    parser.add_argument("--block", type=int, default=1, help="which block (default: 1, the second)")
+    parser.add_argument("--type", default="tsq2", help="tensor type (default: tsq2)")
+    parser.add_argument("--samples", type=int, default=360, help="sequences to learn on (default: 360)")
+    parser.add_argument("--held-out", type=int, default=24, help="sequences held out (default: 24)")
+    parser.add_argument("--seqlen", type=int, default=256, help="tokens of a sequence (default: 256)")
+    parser.add_argument("--settings", default="", metavar="REGEX", help="only settings whose name matches")
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    problem = reach(options)
+    learned_on = len(problem.inputs) - options.held_out
+    held_out = torch.arange(learned_on, len(problem.inputs))
+    some = torch.arange(min(48, learned_on))
+
+    def row(name: str, weights: Weights, seconds: float) -> None:
+        found = [mean_loss(problem, weights, samples) for samples in (some, held_out)]
+        print(f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {seconds:.0f} |", flush=True)
+
+    print("| | learned on | held out | seconds |\n| --- | ---: | ---: | ---: |")
+    row("the block's own weights", problem.matrices(), 0)
+    first = part(problem, learned_on)
+    began = time.monotonic()
+    starts = GPTQ().start(first)
+    row("GPTQ: the start", dequantized(problem, {n: s.tensor for n, s in starts.items()}), time.monotonic() - began)
+    for name, (samples, changes) in SETTINGS.items():
+        if re.search(options.settings, name):
+            method = TesseraQ(**(BASE | dict(changes)), initialisation=Given(starts))
+            began = time.monotonic()
+            learned = method.learn(part(problem, min(samples or learned_on, learned_on)))
+            row(name, dequantized(problem, learned), time.monotonic() - began)
+
+
+def reach(options: argparse.Namespace) -> BlockProblem:
+    """Return the problem of the chosen block with all sequences, the held-out ones last."""
+    source = resolve_model(options.model, print)
+    decoder = Decoder(source, resolve_device(options.device))
+    wanted = options.samples + options.held_out
+    tokens = load_calibration(source, options.calibration, wanted, options.seqlen, seed=0).tokens
+    sensitivity = measure_sensitivity(decoder, tokens[:16], seed=0)
+    method = UpTo(options.block)
+    walk = Reconstruction(
+        decoder, method, dict.fromkeys(decoder.matrix_shapes(), options.type), 0, learning_dtype(decoder.device)
+    )
+    try:
+        for _ in walk.run(tokens, sensitivity.blocks, lambda _: None):
+            pass
+    except Reached:
+        assert method.problem
+        return method.problem
+    raise SystemExit(f"error: {source.name} has no block {options.block}")
+
+
+def part(problem: BlockProblem, samples: int) -> BlockProblem:
+    """Return the problem with its first sequences alone, and random numbers from the beginning."""
+    generator = torch.Generator().manual_seed(1)
+    return replace(problem, inputs=problem.inputs[:samples], targets=problem.targets[:samples], generator=generator)
+
+
+@torch.no_grad()
+def mean_loss(problem: BlockProblem, weights: Weights, samples: Tensor) -> float:
+    """Mean loss on samples, int64 [n]."""
+    return sum(float(problem.loss(weights, sample)) for sample in samples.split(1)) / len(samples)
+
+
+def dequantized(problem: BlockProblem, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """Weights by module name, float32 [out, in]."""
+    return {name: problem.grids[name].dequantize(t) for name, t in tensors.items()}
+
+
+if __name__ == "__main__":
+    main()
