@@ -43,7 +43,7 @@ class Preset:
 PRESETS = {
     "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2, finish_steps=40),
     "balanced": Preset(
-        samples=512, length=256, steps=25, batch=4, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=200
+        samples=512, length=256, steps=25, batch=4, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=80
     ),
     "best": Preset(
         samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3, finish_steps=1000
