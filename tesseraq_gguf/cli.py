@@ -132,6 +132,12 @@ def convert(
             help="A last pass: distill lets scales and norms of the whole model learn from its full-precision answers.",
         ),
     ] = FINISHES[0],
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank of lrq's scaling matrices.", show_default="a quarter of the model's width, as in the paper"
+        ),
+    ] = None,
     preset: Annotated[
         str, typer.Option("--preset", help=f"How much to spend: {', '.join(PRESETS)} (the paper's setting).")
     ] = "balanced",
@@ -188,6 +194,7 @@ def convert(
         method=method,
         init=init,
         finish=finish,
+        rank=rank,
         preset=preset,
         calibration=calibration,
         samples=samples,
@@ -371,16 +378,17 @@ def _learns(type: str) -> bool:
 def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
     """Refuse options that the chosen type or method would ignore."""
     given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
-    learning = ["init", "finish", "preset", "calibration", "samples", "seqlen"]
+    learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
         ignored = ["method", *learning, "output_type", "work_dir", "fresh", "seed", "device"]
         reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"
     elif method != "tesseraq":
-        ignored, reason = ["init"], f"--method {method} begins at nothing else"
+        ignored = ["init", *(["rank"] if method != "lrq" else [])]
+        reason = f"--method {method} knows one way"
     else:
-        return
+        ignored, reason = ["rank"], "--rank is lrq's alone"
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")

@@ -24,11 +24,13 @@ from tesseraq_gguf.embeddings import dequantized, round_embeddings
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch
+from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
 from tesseraq_gguf.methods.omniquant import OmniQuant
 from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
-from tesseraq_gguf.methods.tesseraq import TesseraQ
+from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
@@ -258,7 +260,7 @@ def _results(
     del stored
     walk = Reconstruction(
         decoder=decoder,
-        method=_method(recipe),
+        method=_method(recipe, decoder.hidden_size),
         types=types,
         seed=recipe.seed,
         autocast=autocast,
@@ -342,8 +344,13 @@ def _finish(
     progress.note(f"divergence from the model's answers on sequences held out: {before:.4f} -> {after:.4f}{verdict}")
 
 
-def _method(recipe: Recipe) -> Method:
-    """Put a method together from what a recipe names."""
+def _method(recipe: Recipe, width: int) -> Method:
+    """Put a method together from what a recipe names, for a model with so many channels."""
+    steps = len(SOFT_SHARE) * recipe.settings.steps
+    if recipe.method == "lrq":
+        return lrq(steps, recipe.rank or max(1, width // PAPER_SHARE))
+    if recipe.method == "flexround":
+        return flexround(steps)
     if recipe.method == "gptq":
         return AsItStarts(GPTQ())
     if recipe.method == "awq":
@@ -381,6 +388,7 @@ def _identity(
         "calibration": calibration.fingerprint() if calibration else None,
         "method": recipe.method,
         "init": recipe.init,
+        "rank": recipe.rank,
         "type": sorted(set(types.values())),
         "matrices": len(types),
         # the last pass works on blocks of any run: it may be added, or repeated with other settings
@@ -392,6 +400,8 @@ def _identity(
 
 def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None) -> Metadata:
     settings = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
+    if recipe.rank:
+        settings["rank"] = recipe.rank
     entries: dict[str, str | int] = {
         "general.file_type": file_type,
         "tesseraq.method": _name(recipe),

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tesseraq_gguf.errors import UsageError
 
-METHODS = ("tesseraq", "gptq", "awq", "omniquant", "rtn")
-"""Methods by name, best first."""
+METHODS = ("tesseraq", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
+"""Methods by name: those that learn the rounding, then those to compare with."""
 
 INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
 """What TesseraQ can begin at; `auto` is the one that serves best, `gptq`."""
@@ -63,6 +63,7 @@ class Recipe:
         method: how codes are learned, one of `METHODS`.
         init: what TesseraQ begins at, one of `INITIALISATIONS`.
         finish: the last pass over the whole model, one of `FINISHES`.
+        rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
@@ -81,6 +82,7 @@ class Recipe:
     method: str = "tesseraq"
     init: str = "auto"
     finish: str = "none"
+    rank: int | None = None
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -103,6 +105,8 @@ class Recipe:
         _check("method", self.method, METHODS)
         _check("initialisation", self.init, INITIALISATIONS)
         _check("finish", self.finish, FINISHES)
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"--rank must be at least 1, not {self.rank}")
         if self.samples is not None and self.samples < 1:
             raise UsageError(f"--samples must be at least 1, not {self.samples}")
         if self.seqlen is not None and self.seqlen < 8:

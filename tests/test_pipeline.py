@@ -186,6 +186,14 @@ def test_the_engine_keeps_two_chains(make_model, long_text):  # noqa: F811
     assert not np.allclose(q1, y0, atol=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"method": "flexround"}, {"method": "lrq", "rank": 8}], ids=["flexround", "lrq"])
+def test_divisions_learned_before_rounding_reach_the_file(options, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    report = convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="tsq3", **options), told)
+    assert report.block_bits_per_weight == 3.25
+    assert all(r.loss_after < r.loss_before for r in told.results)
+
+
 @pytest.mark.parametrize("init", ["none", "awq", "omniquant", "awq+gptq"])
 def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()

@@ -1,0 +1,38 @@
+"""FlexRound (Lee et al., arXiv 2306.00317): every weight is divided by a learned number of its own before rounding.
+
+    S = S2 + r      S2 [out, in], r [out, 1], both 0 at first
+
+in the frame of `scaled_rounding`. It has as many variables as there are weights; LRQ is its child with fewer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
+
+RATES = {2: 2.5e-3, 3: 2.5e-3, 4: 3e-3, 8: 3e-3}
+"""Learning rates of LRQ's comparison (arXiv 2407.11534, appendix) for weights of 3 and 4 bits, and their neighbours."""
+
+
+class FullDivisor:
+    """S = S2 + r of a matrix [out, in].
+
+    Attributes:
+        variables: S2 [out, in] and r [out, 1].
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        full, row = torch.zeros_like(weight), torch.zeros_like(weight[:, :1])
+        self.variables = [full.requires_grad_(), row.requires_grad_()]
+
+    def log(self) -> Tensor:
+        """S, float32 [out, in]."""
+        full, row = self.variables
+        return full + row
+
+
+def flexround(steps: int) -> ScaledRounding:
+    """Return the method with so many Adam steps per block."""
+    return ScaledRounding(lambda weight, _: FullDivisor(weight), RATES, steps)

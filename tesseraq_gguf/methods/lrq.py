@@ -1,0 +1,59 @@
+"""LRQ (Lee et al., arXiv 2407.11534): FlexRound with a scaling matrix of low rank.
+
+    S = L·U + r + c     L [out, k] zeros, U [k, in] Kaiming-uniform, r [out, 1] and c [1, in] zeros
+
+in the frame of `scaled_rounding`. With k well below the matrix's sides it has a fraction of FlexRound's variables and
+less to overfit a small calibration set with. L, U, r and c are thrown away: what leaves is codes and scales.
+
+The released code falls back to a full matrix where a weight is not square; here the rank holds for every shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
+
+RATES = {2: 6e-4, 3: 6e-4, 4: 9e-4, 8: 9e-4}
+"""Learning rates of the paper for weights of 3 and 4 bits (appendix, Llama 2 7B), and their neighbours."""
+
+PAPER_SHARE = 4
+"""The paper's rank, 1024 for models of 7B, is a quarter of their width."""
+
+
+class LowRankDivisor:
+    """S = L·U + r + c of a matrix [out, in].
+
+    Attributes:
+        variables: L [out, k], U [k, in], r [out, 1] and c [1, in].
+        rank: k.
+
+    Args:
+        weight: the matrix.
+        rank: the rank wanted; it is lowered until L and U have fewer variables than the matrix has weights.
+        generator: random numbers of the CPU, for U.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
+        rows, columns = weight.shape
+        self.rank = capped(rank, rows, columns)
+        bound = (6 / columns) ** 0.5
+        right = torch.empty(self.rank, columns).uniform_(-bound, bound, generator=generator).to(weight.device)
+        variables = [weight.new_zeros(rows, self.rank), right, weight.new_zeros(rows, 1), weight.new_zeros(1, columns)]
+        self.variables = [v.requires_grad_() for v in variables]
+
+    def log(self) -> Tensor:
+        """S, float32 [out, in]."""
+        left, right, row, column = self.variables
+        return left @ right + row + column
+
+
+def capped(rank: int, rows: int, columns: int) -> int:
+    """Largest rank up to `rank` at which L and U have fewer variables than the matrix has weights; 1 at least."""
+    return max(1, min(rank, (rows * columns - 1) // (rows + columns)))
+
+
+def lrq(steps: int, rank: int) -> ScaledRounding:
+    """Return the method with so many Adam steps per block."""
+    return ScaledRounding(lambda weight, generator: LowRankDivisor(weight, rank, generator), RATES, steps)

@@ -1,0 +1,152 @@
+"""Rounding to nearest after a learned division: what FlexRound and LRQ share.
+
+    Ŵ = s1·(clamp(round(W / (s1·exp(S)) + z), 0, 2^b - 1) - z)
+
+S, one number for every weight, is learned and thrown away: only codes, s1 and z are stored. s1 is learned with it, in
+log space, of super-blocks their half float; z stays. Rounding and the storing of s1 are passed straight through. S
+begins at 0, so learning begins at rounding to nearest, exactly. What S is made of is a `Divisor`: each method's own.
+
+The gradient with respect to S is -W/exp(S) where the code is not clamped: large weights move most (FlexRound, §3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tesseraq_gguf.grids import Grid
+from tesseraq_gguf.methods.start import Initialisation, Nearest, Start
+from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.reconstruction import BlockProblem
+
+PAPER_STEPS = 5000
+"""Steps that the papers' learning rates are for."""
+
+
+class Divisor(Protocol):
+    """S of one matrix.
+
+    Attributes:
+        variables: what is learned, leaves of the graph.
+    """
+
+    variables: list[Tensor]
+
+    def log(self) -> Tensor:
+        """S, float32 [out, in], differentiable in the variables; 0 at first."""
+        ...
+
+
+MakeDivisor = Callable[[Tensor, torch.Generator], Divisor]
+"""Makes S for a matrix [out, in], on its device, with random numbers of the CPU."""
+
+
+@dataclass(frozen=True)
+class ScaledRounding:
+    """The schedule.
+
+    Attributes:
+        divisor: makes S for a matrix.
+        rates: learning rates for the paper's 5000 steps, by bits of a code; other types take the nearest. With fewer
+            steps they grow with the root of the ratio.
+        steps: Adam steps of a block; the rate falls to 0 as a cosine.
+        batch: samples of a step.
+        ranges: gives s1 and z to begin at.
+    """
+
+    divisor: MakeDivisor
+    rates: Mapping[int, float]
+    steps: int = PAPER_STEPS
+    batch: int = 2
+    ranges: Initialisation = field(default_factory=Nearest)
+
+    def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
+        """Learn all matrices of the block together against the block's output."""
+        matrices = {
+            name: ScaledMatrix(start, problem.grids[name], self.divisor(start.weight, problem.generator))
+            for name, start in self.ranges.start(problem).items()
+        }
+        adam = torch.optim.Adam(
+            [{"params": m.variables, "lr": self.rate(problem.grids[name].bits)} for name, m in matrices.items()],
+            fused=True,
+        )
+        slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
+        for step in range(self.steps):
+            loss = problem.loss({name: m.weight() for name, m in matrices.items()}, problem.draw(self.batch))
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+            slower.step()
+            problem.report(step + 1, self.steps)
+        return {name: matrix.finish() for name, matrix in matrices.items()}
+
+    def rate(self, bits: int) -> float:
+        """Learning rate at first, for codes of so many bits."""
+        nearest = min(self.rates, key=lambda known: abs(known - bits))
+        return self.rates[nearest] * math.sqrt(PAPER_STEPS / self.steps)
+
+
+class ScaledMatrix:
+    """One matrix while it is learned.
+
+    Attributes:
+        variables: log s1 against the start, one number for each that the type stores for groups or super-blocks, and
+            what S is made of.
+
+    Args:
+        start: where to begin.
+        grid: the matrix's grid.
+        divisor: S.
+    """
+
+    def __init__(self, start: Start, grid: Grid, divisor: Divisor) -> None:
+        self._grid, self._divisor = grid, divisor
+        self._weight = grid.grouped(start.weight)
+        self._start = {key: array for key, array in start.tensor.arrays.items() if key != "q"}
+        relaxed = grid.relax(self._start)
+        tuning = relaxed["d" if "d" in relaxed else "scale"].requires_grad_()
+        # z stays: where it is a minimum divided by a scale, the minimum moves along with the scale
+        self._relaxed = {key: fixed if key == "zero" else tuning for key, fixed in relaxed.items()}
+        self.variables = [tuning, *divisor.variables]
+
+    def weight(self) -> Tensor:
+        """Ŵ, float32 [out, in], differentiable in the variables; its values are what the type stores."""
+        scale, zero = self._grid.realise(self._relaxed, self._start)
+        log = self._grid.grouped(self._divisor.log())
+        rounded = _Rounded.apply(self._weight, log, scale[..., None], zero.detach()[..., None], self._grid.highest)
+        return rounded.flatten(-2)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def finish(self) -> QuantizedTensor:
+        """Return codes and parameters."""
+        arrays = self._grid.tighten(self._relaxed, self._start)
+        divided = (self._weight * torch.exp(-self._grid.grouped(self._divisor.log()))).flatten(-2)
+        return self._grid.assemble(self._grid.encode(divided, arrays), arrays)
+
+
+class _Rounded(torch.autograd.Function):
+    """scale·(clamp(round(W/(scale·exp(log)) + zero)) - zero), with the rounding passed straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:
+        divided = weight * torch.exp(-log)
+        q = (divided / scale).add_(zero).round_()
+        inside = (q >= 0) & (q <= highest)
+        offset = q.clamp_(0, highest).sub_(zero)
+        ctx.save_for_backward(divided, offset, inside, scale)
+        return offset * scale
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+        divided, offset, inside, scale = ctx.saved_tensors
+        # within the range, Ŵ is W/exp(S) but for the rounding: its part in s1 cancels
+        to_log = (gradient * divided).mul_(inside).neg_()
+        to_scale = (gradient * offset).sum(-1, keepdim=True) + to_log.sum(-1, keepdim=True) / scale
+        return None, to_log, to_scale, None, None

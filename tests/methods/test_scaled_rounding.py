@@ -1,0 +1,159 @@
+"""FlexRound and LRQ: they start at rounding to nearest, follow the papers' formula, and learn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import as_problem, loss_of
+from torch import nn
+
+from tesseraq_gguf.grids import GRIDS, grid_of
+from tesseraq_gguf.grids.grid import through
+from tesseraq_gguf.methods.flexround import FullDivisor, flexround
+from tesseraq_gguf.methods.lrq import LowRankDivisor, capped, lrq
+from tesseraq_gguf.methods.scaled_rounding import ScaledMatrix
+from tesseraq_gguf.methods.start import Nearest, Start
+from tesseraq_gguf.models.decoder import LoadedBlock
+
+WIDTH = 256
+
+
+class _Block(nn.Module):
+    """An MLP that widens, so that no matrix is square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+@pytest.fixture
+def problem_on():
+    """Return a function that gives a small block, fed with channels that depend on each other, as a problem."""
+
+    def make(tensor_type):
+        torch.manual_seed(7)
+        block = LoadedBlock(0, "layers.0.", _Block().requires_grad_(False))
+        hidden = torch.randn(8, 32, 24) @ torch.randn(24, WIDTH) + 0.1 * torch.randn(8, 32, WIDTH)
+        return as_problem(block, hidden, tensor_type)
+
+    return make
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(6, 512, generator=torch.Generator().manual_seed(3))
+
+
+def random_numbers() -> torch.Generator:
+    return torch.Generator().manual_seed(4)
+
+
+def divisors(weight):
+    return [FullDivisor(weight), LowRankDivisor(weight, 3, random_numbers())]
+
+
+def started(weight, grid, divisor) -> ScaledMatrix:
+    return ScaledMatrix(Start(grid.quantize(weight), weight), grid, divisor)
+
+
+@pytest.mark.parametrize("tensor_type", GRIDS)
+def test_it_starts_at_rounding_to_nearest(tensor_type, weight):
+    grid = grid_of(tensor_type)
+    nearest = grid.quantize(weight)
+    for divisor in divisors(weight):
+        matrix = started(weight, grid, divisor)
+        torch.testing.assert_close(matrix.weight(), grid.dequantize(nearest), rtol=1e-5, atol=1e-6)
+        left = matrix.finish().arrays
+        assert left.keys() == nearest.arrays.keys()
+        assert all(torch.equal(left[key], nearest.arrays[key]) for key in left)
+
+
+@pytest.mark.parametrize("tensor_type", GRIDS)
+def test_what_leaves_is_what_was_learned(tensor_type, weight):
+    grid = grid_of(tensor_type)
+    for divisor in divisors(weight):
+        matrix = started(weight, grid, divisor)
+        with torch.no_grad():
+            for variable in matrix.variables:
+                variable += 0.1 * torch.randn(variable.shape, generator=random_numbers())
+        torch.testing.assert_close(grid.dequantize(matrix.finish()), matrix.weight(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_gradient_is_the_formulas(weight):
+    """The hand-written backward against autograd on the formula as the papers write it."""
+    grid = grid_of("tsq3")
+    divisor = FullDivisor(weight)
+    matrix = started(weight, grid, divisor)
+    tuning, full, row = matrix.variables
+    with torch.no_grad():
+        for variable in matrix.variables:
+            variable += 0.1 * torch.randn(variable.shape, generator=random_numbers())
+    pull = torch.randn(weight.shape, generator=random_numbers())
+    (matrix.weight() * pull).sum().backward()
+    found = [v.grad.clone() for v in matrix.variables]
+
+    arrays = grid.quantize(weight).arrays
+    for variable in matrix.variables:
+        variable.grad = None
+    wanted = grid.scale(arrays) * tuning.exp()
+    s1 = through(wanted, grid.scale(grid.settle_scale(wanted.detach())))[..., None]
+    z = grid.zero(arrays)[..., None]
+    position = grid.grouped(weight) / (s1 * grid.grouped(full + row).exp()) + z
+    q = through(position, position.round()).clamp(0, grid.highest)
+    ((s1 * (q - z)).flatten(-2) * pull).sum().backward()
+    for got, variable in zip(found, matrix.variables, strict=True):
+        torch.testing.assert_close(got, variable.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tensor_type", ["tsq2", "q4_0", "q2_k"])
+@pytest.mark.parametrize("method", [flexround(60), lrq(60, 64)], ids=["flexround", "lrq"])
+def test_it_lowers_the_loss(tensor_type, method, problem_on):
+    problem = problem_on(tensor_type)
+    before = loss_of(problem, {name: s.tensor for name, s in Nearest().start(problem).items()})
+    told = []
+    problem.report = lambda done, total: told.append((done, total))
+    learned = method.learn(problem)
+    assert loss_of(problem, learned) < 0.9 * before
+    assert told[-1] == (60, 60)
+    assert set(learned) == set(problem.matrices())
+
+
+def test_zero_points_stay(problem_on):
+    problem = problem_on("tsq3")
+    learned = lrq(10, 16).learn(problem)
+    for name, start in Nearest().start(problem).items():
+        assert torch.equal(learned[name].arrays["z"], start.tensor.arrays["z"])
+        assert not torch.equal(learned[name].arrays["q"], start.tensor.arrays["q"])
+
+
+def test_the_rank_holds_for_every_shape_and_saves_variables():
+    assert capped(160, 640, 640) == 160
+    assert capped(160, 640, 2048) == 160
+    assert capped(1024, 640, 2048) == 487
+    assert capped(5, 1, 7) == 1
+    for rows, columns in ((640, 2048), (2048, 640), (256, 640), (64, 64)):
+        divisor = LowRankDivisor(torch.zeros(rows, columns), 10**6, random_numbers())
+        left, right, row, column = divisor.variables
+        assert left.shape == (rows, divisor.rank)
+        assert right.shape == (divisor.rank, columns)
+        assert left.numel() + right.numel() < rows * columns
+        assert (row.shape, column.shape) == ((rows, 1), (1, columns))
+        assert not left.any() and not row.any() and not column.any()
+        assert float(right.detach().abs().max()) <= (6 / columns) ** 0.5
+
+
+def test_the_same_seed_gives_the_same_codes(problem_on):
+    first, second = (lrq(5, 8).learn(problem_on("tsq2")) for _ in range(2))
+    assert all(torch.equal(first[name].arrays["q"], second[name].arrays["q"]) for name in first)
+
+
+def test_the_rate_grows_with_the_root_of_the_steps_saved():
+    assert lrq(5000, 8).rate(4) == pytest.approx(9e-4)
+    assert lrq(5000, 8).rate(3) == pytest.approx(6e-4)
+    assert lrq(1250, 8).rate(3) == pytest.approx(1.2e-3)
+    assert flexround(5000).rate(5) == flexround(5000).rate(4) == pytest.approx(3e-3)
