@@ -132,6 +132,10 @@ def convert(
             help="A last pass: distill lets scales and norms of the whole model learn from its full-precision answers.",
         ),
     ] = FINISHES[0],
+    granularity: Annotated[
+        str,
+        typer.Option(help="What shares a scale: group, the type's own; or channel, a whole row, as in some papers."),
+    ] = "group",
     rank: Annotated[
         int | None,
         typer.Option(
@@ -195,6 +199,7 @@ def convert(
         init=init,
         finish=finish,
         rank=rank,
+        granularity=granularity,
         preset=preset,
         calibration=calibration,
         samples=samples,
@@ -380,7 +385,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
     given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
-        ignored = ["method", *learning, "output_type", "work_dir", "fresh", "seed", "device"]
+        ignored = ["method", *learning, "granularity", "output_type", "work_dir", "fresh", "seed", "device"]
         reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"

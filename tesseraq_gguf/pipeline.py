@@ -22,6 +22,7 @@ from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.distillation import Distillation
 from tesseraq_gguf.embeddings import dequantized, round_embeddings
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
+from tesseraq_gguf.grids import grid_for
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch
 from tesseraq_gguf.methods.flexround import flexround
@@ -110,6 +111,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     progress = progress or SilentProgress()
     started = time.monotonic()
     target = tensor_type(recipe.type)
+    if recipe.learns:
+        grid_for(target.name, target.block_weights, recipe.granularity)
     check_output(recipe.out)
     source = resolve_model(recipe.model, progress.stage)
     check_output(recipe.out, source)
@@ -249,7 +252,7 @@ def _results(
     if calibration is None:
         _embeddings(decoder, outside, None, work, progress)
         progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
-        yield from round_blocks(decoder, types, work.finished)
+        yield from round_blocks(decoder, types, work.finished, recipe.granularity)
         return
     stored = [work.finished(index) for index in range(len(decoder))]
     if all(s is not None for s in stored):
@@ -265,6 +268,7 @@ def _results(
         seed=recipe.seed,
         autocast=autocast,
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
+        granularity=recipe.granularity,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
@@ -389,6 +393,7 @@ def _identity(
         "method": recipe.method,
         "init": recipe.init,
         "rank": recipe.rank,
+        "granularity": None if recipe.granularity == "group" else recipe.granularity,
         "type": sorted(set(types.values())),
         "matrices": len(types),
         # the last pass works on blocks of any run: it may be added, or repeated with other settings
@@ -415,6 +420,7 @@ def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None) -
 def _name(recipe: Recipe) -> str:
     """What the file says of how it was made."""
     init = f" from {recipe.init}" if recipe.method == "tesseraq" and recipe.init != "auto" else ""
+    init += " per channel" if recipe.granularity == "channel" else ""
     return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 

@@ -16,6 +16,9 @@ INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
 FINISHES = ("none", "distill")
 """Last passes over the whole model."""
 
+GRANULARITIES = ("group", "channel")
+"""What shares a scale and a zero-point."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -64,6 +67,7 @@ class Recipe:
         init: what TesseraQ begins at, one of `INITIALISATIONS`.
         finish: the last pass over the whole model, one of `FINISHES`.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
+        granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
@@ -83,6 +87,7 @@ class Recipe:
     init: str = "auto"
     finish: str = "none"
     rank: int | None = None
+    granularity: str = "group"
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -105,6 +110,9 @@ class Recipe:
         _check("method", self.method, METHODS)
         _check("initialisation", self.init, INITIALISATIONS)
         _check("finish", self.finish, FINISHES)
+        _check("granularity", self.granularity, GRANULARITIES)
+        if self.granularity == "channel" and self.finish != "none":
+            raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank must be at least 1, not {self.rank}")
         if self.samples is not None and self.samples < 1:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.grids import Grid, grid_of
+from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 
@@ -184,6 +184,7 @@ class Reconstruction:
         seed: makes a run repeatable.
         autocast: dtype of matrix products while learning.
         report: called with (block, steps done, steps in all).
+        granularity: what shares a scale: `group` or `channel`.
     """
 
     decoder: Decoder
@@ -192,6 +193,7 @@ class Reconstruction:
     seed: int
     autocast: torch.dtype
     report: Callable[[int, int, int], None] = lambda *_: None
+    granularity: str = "group"
 
     def run(
         self,
@@ -243,11 +245,16 @@ class Reconstruction:
         self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs
     ) -> BlockProblem:
         block = self.decoder.load_block(index)
-        named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in block.matrices()}
+        matrices = block.matrices()
+        named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in matrices}
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {index}".encode()).digest()[:7], "big")
         return BlockProblem(
             block=block,
-            grids={name: grid_of(t) for name, t in named.items() if t is not None},
+            grids={
+                name: grid_for(t, matrices[name].weight.shape[1], self.granularity)
+                for name, t in named.items()
+                if t is not None
+            },
             inputs=quantised,
             targets=full,
             sensitivity=sensitivity.to(self.decoder.device),
@@ -266,7 +273,7 @@ def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
 def _named(problem: BlockProblem, learned: Mapping[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
     """What leaves the block, by checkpoint name."""
     block = problem.block
-    matrices = {f"{name}.weight": tensor for name, tensor in learned.items()}
+    matrices = {f"{name}.weight": problem.grids[name].stored(tensor) for name, tensor in learned.items()}
     vectors = {name: plain_vector(v) for name, v in block.replaced.items() if name not in matrices}
     return {block.prefix + name: tensor for name, tensor in (matrices | vectors).items()}
 

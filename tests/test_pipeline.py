@@ -16,6 +16,7 @@ import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
+from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.pipeline import SilentProgress
@@ -184,6 +185,17 @@ def test_the_engine_keeps_two_chains(make_model, long_text):  # noqa: F811
     torch.testing.assert_close(seen[1][0], q1, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(seen[1][1], y1, atol=1e-4, rtol=1e-4)
     assert not np.allclose(q1, y0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "tesseraq", "lrq"])
+def test_rows_with_one_scale_reach_the_file(method, make_model, long_text, tmp_path):  # noqa: F811
+    recipe = _recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method=method, granularity="channel")
+    convert(recipe, Listener())
+    file = open_gguf(recipe.out)
+    tensor = next(t for t in file.tensors if t.name == "blk.0.ffn_down.weight")
+    rows = file.data(tensor).reshape(tensor.rows, -1, 18)
+    assert rows.shape[1] > 1
+    assert (rows[..., :2] == rows[:, :1, :2]).all()
 
 
 @pytest.mark.parametrize("options", [{"method": "flexround"}, {"method": "lrq", "rank": 8}], ids=["flexround", "lrq"])

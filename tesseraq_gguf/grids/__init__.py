@@ -6,6 +6,7 @@ A grid quantises, dequantises and searches parameters in torch; it knows no loss
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.grids import stock, superblock, tsq
 from tesseraq_gguf.grids.grid import Arrays, Grid
+from tesseraq_gguf.grids.per_channel import per_channel
 
 _ALL: tuple[Grid, ...] = (
     tsq.with_bits(2),
@@ -39,4 +40,18 @@ def grid_of(tensor_type: str) -> Grid:
         raise UsageError(f"no method learns on type '{tensor_type}'. Types to learn on: {', '.join(GRIDS)}") from None
 
 
-__all__ = ["GRIDS", "TSQ2", "Arrays", "Grid", "grid_of"]
+def grid_for(tensor_type: str, columns: int, granularity: str) -> Grid:
+    """Return the grid of a matrix with rows of `columns` weights, with one scale per `group` or per `channel`.
+
+    Raises:
+        UsageError: super-blocks, whose groups share more than a scale, cannot have one scale per row.
+    """
+    grid = grid_of(tensor_type)
+    if granularity == "group":
+        return grid
+    if grid.span != grid.group:
+        raise UsageError(f"--granularity channel is not possible in {grid.type}: its scales belong to super-blocks")
+    return per_channel(grid, columns)
+
+
+__all__ = ["GRIDS", "TSQ2", "Arrays", "Grid", "grid_for", "grid_of"]

@@ -107,6 +107,10 @@ class Grid(ABC):
         found = [self._search_spans(chunk, h.repeat(len(chunk) // per_row, 1)) for chunk in spans.split(rows_at_once)]
         return {key: torch.cat([f[key] for f in found]).reshape(rows, -1) for key in found[0]}
 
+    def stored(self, tensor: QuantizedTensor) -> QuantizedTensor:
+        """Give a tensor as the type stores it, if that differs from how methods see it."""
+        return tensor
+
     def relax(self, arrays: Mapping[str, Tensor]) -> Arrays:
         """Give the variables, all 0, that fine tuning moves: scales in log space, zero-points as they are."""
         scale = self.scale(arrays)
