@@ -14,6 +14,11 @@
 
 #define UNUSED GGML_UNUSED
 
+static_assert((int) GGML_TYPE_TSQ2   == TSQ2_TYPE_ID,   "wrong tsq2 id");
+static_assert((int) GGML_TYPE_TSQ3   == TSQ3_TYPE_ID,   "wrong tsq3 id");
+static_assert((int) GGML_TYPE_TSQ4   == TSQ4_TYPE_ID,   "wrong tsq4 id");
+static_assert((int) GGML_TYPE_Q8_TSQ == Q8_TSQ_TYPE_ID, "wrong q8_tsq id");
+
 void quantize_row_tsq2(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
     quantize_row_tsq2_ref(x, (block_tsq2 *) y, k);
 }

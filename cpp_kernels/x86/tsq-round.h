@@ -6,18 +6,19 @@
 
 #include <immintrin.h>
 
-// largest magnitude of 64 numbers
+// largest magnitude of 64 numbers; NaN does not count, which is up to the order of the operands of max
 static inline float tsq_amax(const float * GGML_RESTRICT x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-    const __m512 m0 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x +  0)), _mm512_abs_ps(_mm512_loadu_ps(x + 16)));
-    const __m512 m1 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + 32)), _mm512_abs_ps(_mm512_loadu_ps(x + 48)));
-    const __m512 mm = _mm512_max_ps(m0, m1);
-    const __m256 m  = _mm256_max_ps(_mm512_castps512_ps256(mm), _mm512_extractf32x8_ps(mm, 1));
+    __m512 mm = _mm512_setzero_ps();
+    for (int j = 0; j < QK_TSQ; j += 16) {
+        mm = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + j)), mm);
+    }
+    const __m256 m = _mm256_max_ps(_mm512_castps512_ps256(mm), _mm512_extractf32x8_ps(mm, 1));
 #else
     const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 m = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
-    for (int j = 8; j < QK_TSQ; j += 8) {
-        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + j)));
+    __m256 m = _mm256_setzero_ps();
+    for (int j = 0; j < QK_TSQ; j += 8) {
+        m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + j)), m);
     }
 #endif
     __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));

@@ -10,7 +10,7 @@
 
 #define UNUSED GGML_UNUSED
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__) && defined(__BMI2__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #define TSQ_AVX512
 #elif defined(__AVX2__)
 #define TSQ_AVX2
@@ -104,7 +104,7 @@ static TSQ_INLINE void tsq_load_heads(const uint8_t * GGML_RESTRICT x, int nbits
         }
         const __mmask16 lanes = (__mmask16) (((1u << each) - 1) << i);
         const __m512i   v     = m == Q8_TSQ_GROUP || end - at >= 64 ? _mm512_loadu_si512(x + at)
-                                                                    : _mm512_maskz_loadu_epi8(_bzhi_u64(~0ULL, end - at), x + at);
+                                                                    : _mm512_maskz_loadu_epi8(~0ULL >> (64 - (end - at)), x + at);
         heads = _mm512_mask_permutexvar_epi32(heads, lanes, word, v);
     }
 
@@ -116,7 +116,7 @@ static TSQ_INLINE void tsq_load_heads(const uint8_t * GGML_RESTRICT x, int nbits
 }
 
 // one group of m blocks
-static TSQ_INLINE void tsq_dot_group(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, int m, __m512 * acc) {
+static TSQ_INLINE void tsq_dot_group(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, int m, __m512 * acc, __m512 * accz) {
     const __mmask16 blocks = (__mmask16) ((1u << m) - 1);
 
     __m512i dx, zx;
@@ -128,7 +128,7 @@ static TSQ_INLINE void tsq_dot_group(const uint8_t * GGML_RESTRICT x, int nbits,
     // -(z - 64)*sum(a) as the sum of two 16-bit products
     const __m512i s = _mm512_maskz_loadu_epi32(blocks, y + 4*m);
     const __m512i z = _mm512_madd_epi16(_mm512_or_si512(zx, _mm512_set1_epi32(64 << 16)), s);
-    acc[2] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(z), acc[2]);
+    *accz = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(z), *accz);
 
     float scales[16];
     _mm512_storeu_ps(scales, scale);
@@ -147,8 +147,8 @@ static TSQ_INLINE void tsq_dot_group(const uint8_t * GGML_RESTRICT x, int nbits,
     for (int b = 0; b + 3 < m; b += 4) {
         TSQ_STEP(b,     0);
         TSQ_STEP(b + 1, 1);
-        TSQ_STEP(b + 2, 3);
-        TSQ_STEP(b + 3, 4);
+        TSQ_STEP(b + 2, 2);
+        TSQ_STEP(b + 3, 3);
     }
     for (int b = m / 4 * 4; b < m; b++) {
         TSQ_STEP(b, 0);
@@ -160,21 +160,23 @@ static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbit
     assert(n % QK_TSQ == 0);
     const int nb = n / QK_TSQ;
 
-    __m512 acc[5];
-    acc[0] = acc[1] = acc[2] = acc[3] = acc[4] = _mm512_setzero_ps();
+    __m512 acc[4];
+    acc[0] = acc[1] = acc[2] = acc[3] = _mm512_setzero_ps();
+    __m512 accz = _mm512_setzero_ps();
 
     int i = 0;
     for (; i + Q8_TSQ_GROUP <= nb; i += Q8_TSQ_GROUP) {
-        tsq_dot_group(x, nbits, y, Q8_TSQ_GROUP, acc);
+        tsq_dot_group(x, nbits, y, Q8_TSQ_GROUP, acc, &accz);
         x += Q8_TSQ_GROUP*TSQ_BLOCK_SIZE(nbits);
         y += Q8_TSQ_GROUP*Q8_TSQ_BLOCK_SIZE;
     }
     if (i < nb) {
-        tsq_dot_group(x, nbits, y, nb - i, acc);
+        tsq_dot_group(x, nbits, y, nb - i, acc, &accz);
     }
 
-    const __m512 z = _mm512_mul_ps(acc[2], _mm512_set1_ps((1 << nbits)/128.0f));
-    return _mm512_reduce_add_ps(_mm512_fmadd_ps(_mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[3], acc[4])), tsq_unit(nbits), z));
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
+    const __m512 z   = _mm512_mul_ps(accz, _mm512_set1_ps((1 << nbits)/128.0f));
+    return _mm512_reduce_add_ps(_mm512_fmadd_ps(sum, tsq_unit(nbits), z));
 }
 
 #elif defined(TSQ_AVX2)
@@ -231,7 +233,7 @@ static TSQ_INLINE void tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int n
 
 // one half of a group: m blocks, their scales and sums at y and s, their activations at a
 static TSQ_INLINE void tsq_dot_half_group(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, const uint8_t * GGML_RESTRICT s,
-                                          const uint8_t * GGML_RESTRICT a, int m, __m256 * acc) {
+                                          const uint8_t * GGML_RESTRICT a, int m, __m256 * acc, __m256 * accz) {
     // d and z of 8 blocks, and what belongs to them; blocks that are not there count nothing
     uint16_t heads[8] = {0};
     TSQ_UNROLL
@@ -251,7 +253,7 @@ static TSQ_INLINE void tsq_dot_half_group(const uint8_t * GGML_RESTRICT x, int n
 
     // -(z - 64)*sum(a) as the sum of two 16-bit products
     const __m256i z = _mm256_madd_epi16(_mm256_or_si256(_mm256_srli_epi32(dz, 8), _mm256_set1_epi32(64 << 16)), sa);
-    acc[2] = tsq_fmadd(scale, _mm256_cvtepi32_ps(z), acc[2]);
+    *accz = tsq_fmadd(scale, _mm256_cvtepi32_ps(z), *accz);
 
     float scales[8];
     _mm256_storeu_ps(scales, scale);
@@ -281,17 +283,18 @@ static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbit
     assert(n % QK_TSQ == 0);
     const int nb = n / QK_TSQ;
 
-    __m256 acc[3];
-    acc[0] = acc[1] = acc[2] = _mm256_setzero_ps();
+    __m256 acc[2];
+    acc[0] = acc[1] = _mm256_setzero_ps();
+    __m256 accz = _mm256_setzero_ps();
 
     for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
         const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
 
         for (int b = 0; b < m; b += 8) {
             if (m - b >= 8) {
-                tsq_dot_half_group(x + b*TSQ_BLOCK_SIZE(nbits), nbits, y + 4*b, y + 4*m + 4*b, y + 8*m + b*QK_TSQ, 8, acc);
+                tsq_dot_half_group(x + b*TSQ_BLOCK_SIZE(nbits), nbits, y + 4*b, y + 4*m + 4*b, y + 8*m + b*QK_TSQ, 8, acc, &accz);
             } else {
-                tsq_dot_half_group(x + b*TSQ_BLOCK_SIZE(nbits), nbits, y + 4*b, y + 4*m + 4*b, y + 8*m + b*QK_TSQ, m - b, acc);
+                tsq_dot_half_group(x + b*TSQ_BLOCK_SIZE(nbits), nbits, y + 4*b, y + 4*m + 4*b, y + 8*m + b*QK_TSQ, m - b, acc, &accz);
             }
         }
         x += m*TSQ_BLOCK_SIZE(nbits);
@@ -300,7 +303,7 @@ static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbit
 
     const float  quarter = nbits == 4 ? 1.0f : 1.0f/4;
     const __m256 unit    = _mm256_setr_ps(1.0f, 1.0f, 1.0f, 1.0f, quarter, quarter, quarter, quarter);
-    const __m256 z       = _mm256_mul_ps(acc[2], _mm256_set1_ps((1 << nbits)/128.0f));
+    const __m256 z       = _mm256_mul_ps(accz, _mm256_set1_ps((1 << nbits)/128.0f));
     const __m256 sum     = tsq_fmadd(_mm256_add_ps(acc[0], acc[1]), unit, z);
 
     __m128 h = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
@@ -341,7 +344,6 @@ static TSQ_INLINE void tsq_dequantize_row(const uint8_t * GGML_RESTRICT x, int n
 
             __m512i q = _mm512_cvtepu8_epi32(low);
             __m512i h = _mm512_slli_epi32(_mm512_cvtepu8_epi32(high), 2);
-            TSQ_UNROLL
             for (int p = 0; p < 8/width; p++) {
                 const __m512i at = nbits == 3 ? _mm512_ternarylogic_epi32(_mm512_set1_epi32(3), q, h, 0xCA) : q;
                 _mm512_storeu_ps(y + p*8*width + j, _mm512_permutexvar_ps(at, value));
@@ -356,7 +358,6 @@ static TSQ_INLINE void tsq_dequantize_row(const uint8_t * GGML_RESTRICT x, int n
             for (int l = 0; l < 16; l += 8) {
                 __m256i q = _mm256_cvtepu8_epi32(l == 0 ? low  : _mm_srli_si128(low,  8));
                 __m256i h = _mm256_slli_epi32(_mm256_cvtepu8_epi32(l == 0 ? high : _mm_srli_si128(high, 8)), 2);
-                TSQ_UNROLL
                 for (int p = 0; p < 8/width; p++) {
                     __m256i code = _mm256_and_si256(q, _mm256_set1_epi32((1 << width) - 1));
                     if (nbits == 3) {
