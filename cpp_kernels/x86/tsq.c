@@ -231,52 +231,47 @@ static TSQ_INLINE void tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int n
     }
 }
 
-// one half of a group: m blocks, their scales and sums at y and s, their activations at a
-static TSQ_INLINE void tsq_dot_half_group(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, const uint8_t * GGML_RESTRICT s,
-                                          const uint8_t * GGML_RESTRICT a, int m, __m256 * acc, __m256 * accz) {
-    // d and z of 8 blocks, and what belongs to them; blocks that are not there count nothing
-    uint16_t heads[8] = {0};
-    TSQ_UNROLL
-    for (int b = 0; b < m; b++) {
-        memcpy(&heads[b], x + b*TSQ_BLOCK_SIZE(nbits), sizeof(heads[b]));
-    }
-    const __m256i dz = _mm256_cvtepu16_epi32(m == 8 ? _mm_setr_epi16((short) heads[0], (short) heads[1], (short) heads[2], (short) heads[3],
-                                                                     (short) heads[4], (short) heads[5], (short) heads[6], (short) heads[7])
-                                                    : _mm_loadu_si128((const __m128i *) heads));
-    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32(m), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-    const __m256  da    = m == 8 ? _mm256_loadu_ps((const float *) y)           : _mm256_maskload_ps((const float *) y, lanes);
-    const __m256i sa    = m == 8 ? _mm256_loadu_si256((const __m256i *) s)      : _mm256_maskload_epi32((const int *) s, lanes);
+// sums of 4 neighbouring products of a block
+static TSQ_INLINE __m256 tsq_dot_block(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT a) {
+    __m256i q0, q1;
+    tsq_load_codes(x + TSQ_CODES, nbits, &q0, &q1);
+    const __m256i a0 = _mm256_loadu_si256((const __m256i *) (a +  0));
+    const __m256i a1 = _mm256_loadu_si256((const __m256i *) (a + 32));
+    return _mm256_cvtepi32_ps(tsq_mul_sum_us8(q0, a0, q1, a1));
+}
+
+// d and z of a block
+static TSQ_INLINE short tsq_load_head(const uint8_t * GGML_RESTRICT x) {
+    short head;
+    memcpy(&head, x, sizeof(head));
+    return head;
+}
+
+// 8 blocks, their scales at y, sums at s, activations at a
+static TSQ_INLINE void tsq_dot_8(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, const uint8_t * GGML_RESTRICT s,
+                                 const uint8_t * GGML_RESTRICT a, __m256 * acc, __m256 * accz) {
+    const int size = TSQ_BLOCK_SIZE(nbits);
+
+    const __m256i dz = _mm256_cvtepu16_epi32(_mm_setr_epi16(
+        tsq_load_head(x + 0*size), tsq_load_head(x + 1*size), tsq_load_head(x + 2*size), tsq_load_head(x + 3*size),
+        tsq_load_head(x + 4*size), tsq_load_head(x + 5*size), tsq_load_head(x + 6*size), tsq_load_head(x + 7*size)));
 
     const __m256i code  = _mm256_slli_epi32(_mm256_and_si256(dz, _mm256_set1_epi32(0xFF)), 20);
     const __m256  d     = _mm256_castsi256_ps(_mm256_add_epi32(code, _mm256_set1_epi32(103 << 23)));
-    const __m256  scale = _mm256_mul_ps(d, da);
+    const __m256  scale = _mm256_mul_ps(d, _mm256_loadu_ps((const float *) y));
 
     // -(z - 64)*sum(a) as the sum of two 16-bit products
-    const __m256i z = _mm256_madd_epi16(_mm256_or_si256(_mm256_srli_epi32(dz, 8), _mm256_set1_epi32(64 << 16)), sa);
-    *accz = tsq_fmadd(scale, _mm256_cvtepi32_ps(z), *accz);
+    const __m256i z = _mm256_or_si256(_mm256_srli_epi32(dz, 8), _mm256_set1_epi32(64 << 16));
+    *accz = tsq_fmadd(scale, _mm256_cvtepi32_ps(_mm256_madd_epi16(z, _mm256_loadu_si256((const __m256i *) s))), *accz);
 
     float scales[8];
     _mm256_storeu_ps(scales, scale);
     TSQ_IN_MEMORY(scales);
 
-#define TSQ_STEP(b, i) do {                                                                             \
-        __m256i q0, q1;                                                                                 \
-        tsq_load_codes(x + (b)*TSQ_BLOCK_SIZE(nbits) + TSQ_CODES, nbits, &q0, &q1);                     \
-        const __m256i a0 = _mm256_loadu_si256((const __m256i *) (a + (b)*QK_TSQ +  0));                 \
-        const __m256i a1 = _mm256_loadu_si256((const __m256i *) (a + (b)*QK_TSQ + 32));                 \
-        const __m256i p  = tsq_mul_sum_us8(q0, a0, q1, a1);                                             \
-        acc[i] = tsq_fmadd(_mm256_set1_ps(scales[b]), _mm256_cvtepi32_ps(p), acc[i]);                   \
-    } while (0)
-
     TSQ_UNROLL
-    for (int b = 0; b + 1 < m; b += 2) {
-        TSQ_STEP(b,     0);
-        TSQ_STEP(b + 1, 1);
+    for (int b = 0; b < 8; b++) {
+        acc[b % 2] = tsq_fmadd(_mm256_set1_ps(scales[b]), tsq_dot_block(x + b*size, nbits, a + b*QK_TSQ), acc[b % 2]);
     }
-    if (m % 2 != 0) {
-        TSQ_STEP(m - 1, 0);
-    }
-#undef TSQ_STEP
 }
 
 static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y) {
@@ -286,30 +281,40 @@ static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbit
     __m256 acc[2];
     acc[0] = acc[1] = _mm256_setzero_ps();
     __m256 accz = _mm256_setzero_ps();
+    float  sumz = 0.0f;
 
     for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
         const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
 
-        for (int b = 0; b < m; b += 8) {
-            if (m - b >= 8) {
-                tsq_dot_half_group(x + b*TSQ_BLOCK_SIZE(nbits), nbits, y + 4*b, y + 4*m + 4*b, y + 8*m + b*QK_TSQ, 8, acc, &accz);
-            } else {
-                tsq_dot_half_group(x + b*TSQ_BLOCK_SIZE(nbits), nbits, y + 4*b, y + 4*m + 4*b, y + 8*m + b*QK_TSQ, m - b, acc, &accz);
-            }
+        const uint8_t * GGML_RESTRICT s = y + 4*m;
+        const uint8_t * GGML_RESTRICT a = y + 8*m;
+
+        int b = 0;
+        for (; b + 8 <= m; b += 8, x += 8*TSQ_BLOCK_SIZE(nbits)) {
+            tsq_dot_8(x, nbits, y + 4*b, s + 4*b, a + b*QK_TSQ, acc, &accz);
         }
-        x += m*TSQ_BLOCK_SIZE(nbits);
+        for (; b < m; b++, x += TSQ_BLOCK_SIZE(nbits)) {
+            float   da;
+            int16_t sa[2];
+            memcpy(&da, y + 4*b, sizeof(da));
+            memcpy(sa,  s + 4*b, sizeof(sa));
+
+            const float scale = tsq_decode_d(x[0])*da;
+            acc[0]  = tsq_fmadd(_mm256_set1_ps(scale), tsq_dot_block(x, nbits, a + b*QK_TSQ), acc[0]);
+            sumz   += scale*(x[1]*sa[0] + 64*sa[1]);
+        }
         y += m*Q8_TSQ_BLOCK_SIZE;
     }
 
     const float  quarter = nbits == 4 ? 1.0f : 1.0f/4;
+    const float  zstep   = (1 << nbits)/128.0f;
     const __m256 unit    = _mm256_setr_ps(1.0f, 1.0f, 1.0f, 1.0f, quarter, quarter, quarter, quarter);
-    const __m256 z       = _mm256_mul_ps(accz, _mm256_set1_ps((1 << nbits)/128.0f));
-    const __m256 sum     = tsq_fmadd(_mm256_add_ps(acc[0], acc[1]), unit, z);
+    const __m256 sum     = tsq_fmadd(_mm256_add_ps(acc[0], acc[1]), unit, _mm256_mul_ps(accz, _mm256_set1_ps(zstep)));
 
     __m128 h = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     h = _mm_add_ss(h, _mm_movehdup_ps(h));
-    return _mm_cvtss_f32(h);
+    return _mm_cvtss_f32(h) + zstep*sumz;
 }
 
 #endif
