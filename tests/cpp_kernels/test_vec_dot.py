@@ -56,9 +56,11 @@ def exact(data: Array, y: Array, bits: int) -> tuple[float, float]:
     da, qa = split(y)
     scale = tsq.decode_scale(d[0]).astype(np.float64) * da.astype(np.float64)
     zero = tsq.decode_zero(z[0], bits).astype(np.float64)
-    codes = scale * (q.reshape(-1, 64).astype(np.int64) * qa).sum(axis=1)
-    shifts = scale * zero * qa.sum(axis=1, dtype=np.int64)
-    return float((codes - shifts).sum()), float(np.abs(codes).sum() + np.abs(shifts).sum())
+    codes = q.reshape(-1, 64).astype(np.float64) * qa
+    shifts = zero[:, None] * qa
+    total = scale * (codes - shifts).sum(axis=1)
+    magnitude = scale * (np.abs(codes) + np.abs(shifts)).sum(axis=1)
+    return float(total.sum()), float(magnitude.sum())
 
 
 def kernels(library: ctypes.CDLL, name: str) -> list[Any]:
@@ -77,7 +79,7 @@ def dot(kernel: Any, data: Array, y: Array) -> float:
 def check(library: ctypes.CDLL, bits: int, data: Array, y: Array) -> None:
     expected, magnitude = exact(data, y, bits)
     for kernel in kernels(library, f"ggml_vec_dot_tsq{bits}_q8_tsq"):
-        assert abs(dot(kernel, data, y) - expected) <= 4e-7 * np.sqrt(data.size) * magnitude + 1e-37, kernel.__name__
+        assert abs(dot(kernel, data, y) - expected) <= 5e-7 * magnitude + 1e-37, kernel.__name__
 
 
 @settings(max_examples=200, deadline=None)
@@ -110,7 +112,7 @@ def test_extreme_codes_and_activations(ggml_cpu: ctypes.CDLL, bits: int) -> None
                 check(ggml_cpu, bits, data, join(np.ones(blocks), np.full((blocks, 64), a, np.int8)))
 
 
-@pytest.mark.parametrize("scale", [1e-41, 1e-37, 1e33])
+@pytest.mark.parametrize("scale", [1e-41, 1e-37, 1e28])
 def test_extreme_activation_scales(ggml_cpu: ctypes.CDLL, bits: int, scale: float) -> None:
     """Also those that float32 has no normal numbers for, with the smallest scale of weights."""
     rng = np.random.default_rng(1)
@@ -124,13 +126,13 @@ def test_each_weight_meets_its_activation(ggml_cpu: ctypes.CDLL, bits: int) -> N
     """One weight, one activation at a time: planes, halves and blocks are not mixed up."""
     highest = (1 << bits) - 1
     weights = 64 * (GROUP + 2)
-    y = join(np.ones(GROUP + 2), (np.arange(weights) % 251 - 120).astype(np.int8).reshape(-1, 64))
+    y = join(np.ones(GROUP + 2), (np.arange(weights) % 241 - 120).astype(np.int8).reshape(-1, 64))
     for i in range(weights):
         q = np.zeros((1, weights), np.uint8)
         q[0, i] = 1 + i % highest
         data = tsq.pack(q, np.full((1, GROUP + 2), 192, np.uint8), np.full((1, GROUP + 2), 64, np.uint8), bits)[0]
         for kernel in kernels(ggml_cpu, f"ggml_vec_dot_tsq{bits}_q8_tsq"):
-            assert dot(kernel, data, y) == (1 + i % highest) * (i % 251 - 120), (kernel.__name__, i)
+            assert dot(kernel, data, y) == (1 + i % highest) * (i % 241 - 120), (kernel.__name__, i)
 
 
 @settings(max_examples=100, deadline=None)
