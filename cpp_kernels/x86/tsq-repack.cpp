@@ -132,7 +132,7 @@ static TSQ_INLINE vint v_spread32(const void * p) {
 
 // bytes that a single column asks for ahead of their use
 #ifndef TSQ_AHEAD
-#define TSQ_AHEAD 2048
+#define TSQ_AHEAD 4096
 #endif
 
 // bytes of a vector
