@@ -4,7 +4,11 @@
 // Included at the end of ggml-cpu/arch-fallback.h.
 
 #if defined(GGML_CPU_GENERIC) || !(defined(__x86_64__) || defined(__i386__) || defined(_M_IX86) || defined(_M_X64))
-#define ggml_vec_dot_tsq2_q8_1_generic ggml_vec_dot_tsq2_q8_1
-#define ggml_vec_dot_tsq3_q8_1_generic ggml_vec_dot_tsq3_q8_1
-#define ggml_vec_dot_tsq4_q8_1_generic ggml_vec_dot_tsq4_q8_1
+#define quantize_row_q8_tsq_generic quantize_row_q8_tsq
+#define ggml_cpu_tsq2_to_fp32_generic ggml_cpu_tsq2_to_fp32
+#define ggml_cpu_tsq3_to_fp32_generic ggml_cpu_tsq3_to_fp32
+#define ggml_cpu_tsq4_to_fp32_generic ggml_cpu_tsq4_to_fp32
+#define ggml_vec_dot_tsq2_q8_tsq_generic ggml_vec_dot_tsq2_q8_tsq
+#define ggml_vec_dot_tsq3_q8_tsq_generic ggml_vec_dot_tsq3_q8_tsq
+#define ggml_vec_dot_tsq4_q8_tsq_generic ggml_vec_dot_tsq4_q8_tsq
 #endif

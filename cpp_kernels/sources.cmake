@@ -14,4 +14,5 @@ set(TESSERAQ_CPU_SOURCES
 set(TESSERAQ_X86_SOURCES
     tesseraq/x86/q2_0.c
     tesseraq/x86/tsq.c
-    tesseraq/x86/tsq-repack.cpp)
+    tesseraq/x86/tsq-repack.cpp
+    tesseraq/x86/tsq-round.h)

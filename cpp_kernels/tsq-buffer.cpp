@@ -12,6 +12,11 @@
 #include <algorithm>
 #include <cstring>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #if TSQ_NROWS == 0
 
 ggml_backend_buffer_type_t ggml_backend_cpu_tsq_buffer_type(void) {
@@ -288,12 +293,30 @@ static const char * buffer_type_get_name(ggml_backend_buffer_type_t buft) {
     GGML_UNUSED(buft);
 }
 
+// Decoding reads all weights for every token, page after page: large pages are worth a sixth of the bandwidth of a core. The
+// kernel may give them to memory that was not touched yet; what it answers does not matter.
+static void advise_large_pages(void * data, size_t size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t page  = sysconf(_SC_PAGESIZE);
+    const uintptr_t first = GGML_PAD((uintptr_t) data, page);
+    const uintptr_t end   = (uintptr_t) data + size;
+    if (first < end) {
+        madvise((void *) first, end - first, MADV_HUGEPAGE);
+    }
+#else
+    GGML_UNUSED(data);
+    GGML_UNUSED(size);
+#endif
+}
+
 static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
 
     if (buffer == nullptr) {
         return nullptr;
     }
+
+    advise_large_pages(ggml_backend_buffer_get_base(buffer), size);
 
     buffer->buft              = buft;
     buffer->iface.init_tensor = buffer_init_tensor;
