@@ -41,10 +41,8 @@ static const int VECTOR = TSQ_DEPTH*TSQ_NROWS; // bytes of a vector of codes
 static const int NGROUP = QK_TSQ/TSQ_DEPTH;    // groups of columns in a block
 
 // Calls f(0), ..., f(n - 1), in which the numbers are types, so that they can be arguments of templates and instructions.
-template <int i> using constant = std::integral_constant<int, i>;
-
 template <int... i, typename F> static TSQ_INLINE void tsq_unroll(F & f, std::integer_sequence<int, i...>) {
-    (f(constant<i>()), ...);
+    (f(std::integral_constant<int, i>()), ...);
 }
 
 template <int n, typename F> static TSQ_INLINE void tsq_unroll(F f) {
@@ -53,41 +51,44 @@ template <int n, typename F> static TSQ_INLINE void tsq_unroll(F f) {
 
 // Calls f(g, q) for the groups of columns of a block. In a code that is q*2^up, no step is wasted on bringing it down.
 template <int up, typename F> static TSQ_INLINE void tsq_unpack2(const uint8_t * x, F f) {
-    constexpr int n = NGROUP/4;
+    const int n = NGROUP/4;
 
-    tsq_unroll<n>([&](auto v) TSQ_LAMBDA {
+    TSQ_UNROLL
+    for (int v = 0; v < n; v++) {
         const vint q = v_load(x + v*VECTOR);
-        f(constant<v + 0*n>(), v_bits<2, 0, up>(q));
-        f(constant<v + 1*n>(), v_bits<2, 2, up>(q));
-        f(constant<v + 2*n>(), v_bits<2, 4, up>(q));
-        f(constant<v + 3*n>(), v_bits<2, 6, up>(q));
-    });
+        f(v + 0*n, v_bits<2, 0, up>(q));
+        f(v + 1*n, v_bits<2, 2, up>(q));
+        f(v + 2*n, v_bits<2, 4, up>(q));
+        f(v + 3*n, v_bits<2, 6, up>(q));
+    }
 }
 
 template <int up, typename F> static TSQ_INLINE void tsq_unpack3(const uint8_t * x, F f) {
-    tsq_unroll<NGROUP/8>([&](auto t) TSQ_LAMBDA {
+    TSQ_UNROLL
+    for (int t = 0; t < NGROUP/8; t++) {
         const vint q0 = v_load(x + (3*t + 0)*VECTOR);
         const vint q1 = v_load(x + (3*t + 1)*VECTOR);
         const vint q2 = v_load(x + (3*t + 2)*VECTOR);
-        f(constant<8*t + 0>(), v_bits<3, 0, up>(q0));
-        f(constant<8*t + 1>(), v_bits<3, 3, up>(q0));
-        f(constant<8*t + 2>(), v_bits<3, 0, up>(q1));
-        f(constant<8*t + 3>(), v_bits<3, 3, up>(q1));
-        f(constant<8*t + 4>(), v_bits<3, 0, up>(q2));
-        f(constant<8*t + 5>(), v_bits<3, 3, up>(q2));
-        f(constant<8*t + 6>(), v_bits_high<6, up>(q0, q2));
-        f(constant<8*t + 7>(), v_bits_high<7, up>(q1, q2));
-    });
+        f(8*t + 0, v_bits<3, 0, up>(q0));
+        f(8*t + 1, v_bits<3, 3, up>(q0));
+        f(8*t + 2, v_bits<3, 0, up>(q1));
+        f(8*t + 3, v_bits<3, 3, up>(q1));
+        f(8*t + 4, v_bits<3, 0, up>(q2));
+        f(8*t + 5, v_bits<3, 3, up>(q2));
+        f(8*t + 6, v_bits_high<6, up>(q0, q2));
+        f(8*t + 7, v_bits_high<7, up>(q1, q2));
+    }
 }
 
 template <int up, typename F> static TSQ_INLINE void tsq_unpack4(const uint8_t * x, F f) {
-    constexpr int n = NGROUP/2;
+    const int n = NGROUP/2;
 
-    tsq_unroll<n>([&](auto v) TSQ_LAMBDA {
+    TSQ_UNROLL
+    for (int v = 0; v < n; v++) {
         const vint q = v_load(x + v*VECTOR);
-        f(constant<v + 0*n>(), v_bits<4, 0, up>(q));
-        f(constant<v + 1*n>(), v_bits<4, 4, up>(q));
-    });
+        f(v + 0*n, v_bits<4, 0, up>(q));
+        f(v + 1*n, v_bits<4, 4, up>(q));
+    }
 }
 
 template <int nbits, int up, typename F> static TSQ_INLINE void tsq_unpack_block(const uint8_t * x, F f) {
@@ -107,10 +108,9 @@ template <int nbits, int w> static void tsq_gemm_panel(int n, float * const * s,
     const int column = w*(int) TSQ_PANEL_BLOCK_SIZE;
 
     vfloat acc[TSQ_NSUMS(w)];
-    TSQ_UNROLL
-    for (int i = 0; i < TSQ_NSUMS(w); i++) {
+    tsq_unroll<TSQ_NSUMS(w)>([&](auto i) TSQ_LAMBDA {
         acc[i] = v_zero();
-    }
+    });
 
     for (int i = 0; i < nb/2; i++) {
         if (w == 1) {

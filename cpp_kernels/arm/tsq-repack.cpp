@@ -10,6 +10,9 @@
 #define TSQ_LAMBDA __attribute__((always_inline))
 #define TSQ_UNROLL _Pragma("GCC unroll 16")
 
+// keeps loads where they are written: compilers make the loads of a whole block first, and run out of registers
+#define TSQ_FENCE() __asm__ volatile("" ::: "memory")
+
 // Four rows, so that a register holds one sum for each, and every matrix has a multiple of them. What more rows would save,
 // loads of activations, costs little here, since an instruction takes any of four words of a register and repeats it for all
 // rows. The 32 registers are better spent on columns: 12 of them have 12 sums of the block and 12 of the row, which leaves 8
@@ -109,6 +112,8 @@ static TSQ_INLINE int tsq_round(const float * x, float id, int8_t * q) {
     return vaddvq_s16(sum);
 }
 
+template <int i> using constant = std::integral_constant<int, i>;
+
 // 4 or 8 bytes over and over
 static TSQ_INLINE int8x16_t v_spread32(const void * p) {
     int32_t x;
@@ -116,11 +121,18 @@ static TSQ_INLINE int8x16_t v_spread32(const void * p) {
     return vreinterpretq_s8_s32(vdupq_n_s32(x));
 }
 
+#if TSQ_DEPTH == 8
 static TSQ_INLINE int8x16_t v_spread64(const void * p) {
     int64_t x;
     memcpy(&x, p, sizeof(x));
     return vreinterpretq_s8_s64(vdupq_n_s64(x));
 }
+#else
+// a panel's activations are loaded for 4 columns at a time, the last 4 of which may begin among those before
+static constexpr int tsq_first(int w, int c) {
+    return c/4*4 + 4 <= w ? c/4*4 : w - 4;
+}
+#endif
 
 // scales of 4 rows, times the step of the zero-point; zero-points less 64, in the upper half
 static TSQ_INLINE void tsq_load_header(const uint8_t * dz, int nbits, float32x4_t * d, int16x8_t * z) {
@@ -136,36 +148,43 @@ static TSQ_INLINE void tsq_load_header(const uint8_t * dz, int nbits, float32x4_
 // has its own sum, and they come together at the end.
 template <int nbits> static TSQ_INLINE int32x4_t tsq_dot_single(const uint8_t * codes, const uint8_t * aq) {
     int32x4_t s[3][NREG];
-    TSQ_UNROLL
-    for (int i = 0; i < NREG; i++) {
-        s[0][i] = s[1][i] = s[2][i] = vdupq_n_s32(0);
-    }
+    tsq_unroll<3*NREG>([&](auto i) TSQ_LAMBDA {
+        s[i/NREG][i % NREG] = vdupq_n_s32(0);
+    });
 
+    int8x16_t b[4];
+    tsq_unroll<4>([&](auto i) TSQ_LAMBDA {
+        b[i] = vld1q_s8((const int8_t *) aq + 16*i);
+    });
+
+    // adds the products of the group of columns g to the sum of a place
     auto dot = [&](auto place, auto g, vint q) TSQ_LAMBDA {
-        TSQ_UNROLL
-        for (int i = 0; i < NREG; i++) {
-            int32x4_t & sum = s[place][i];
+        tsq_unroll<NREG>([&](auto i) TSQ_LAMBDA {
+            const int8x16_t qs = vreinterpretq_s8_u8(q.r[i]);
 #if TSQ_DEPTH == 8
-            sum = vdotq_s32(sum, vreinterpretq_s8_u8(q.r[i]), v_spread64(aq + 8*g));
+            constexpr int lane = decltype(g)::value % 2;
+            s[place][i] = vdotq_s32(s[place][i], qs, vreinterpretq_s8_s64(vdupq_laneq_s64(vreinterpretq_s64_s8(b[g/2]), lane)));
 #else
-            constexpr int word = decltype(g)::value;
-            sum = vdotq_laneq_s32(sum, vreinterpretq_s8_u8(q.r[i]), vld1q_s8((const int8_t *) aq + word/4*16), word % 4);
+            constexpr int lane = decltype(g)::value % 4;
+            s[place][i] = vdotq_laneq_s32(s[place][i], qs, b[g/4], lane);
 #endif
-        }
+        });
     };
 
-    if (nbits == 2) {
+    if constexpr (nbits == 2) {
         constexpr int n = NGROUP/4;
 
         tsq_unroll<n>([&](auto v) TSQ_LAMBDA {
+            TSQ_FENCE();
             const vint q = v_load(codes + v*VECTOR);
             dot(constant<0>(), constant<v + 0*n>(), v_and(q, 0x03));
             dot(constant<1>(), constant<v + 1*n>(), v_and(q, 0x0C));
             dot(constant<2>(), constant<v + 2*n>(), v_and(q, 0x30));
             dot(constant<0>(), constant<v + 3*n>(), v_shift<-6>(q));
         });
-    } else if (nbits == 3) {
+    } else if constexpr (nbits == 3) {
         tsq_unroll<NGROUP/8>([&](auto t) TSQ_LAMBDA {
+            TSQ_FENCE();
             const vint q0 = v_load(codes + (3*t + 0)*VECTOR);
             const vint q1 = v_load(codes + (3*t + 1)*VECTOR);
             const vint q2 = v_load(codes + (3*t + 2)*VECTOR);
@@ -182,14 +201,14 @@ template <int nbits> static TSQ_INLINE int32x4_t tsq_dot_single(const uint8_t * 
         constexpr int n = NGROUP/2;
 
         tsq_unroll<n>([&](auto v) TSQ_LAMBDA {
+            TSQ_FENCE();
             const vint q = v_load(codes + v*VECTOR);
             dot(constant<0>(), constant<v + 0*n>(), v_bits<4, 0, 0>(q));
             dot(constant<1>(), constant<v + 1*n>(), v_bits<4, 4, 0>(q));
         });
     }
 
-    TSQ_UNROLL
-    for (int i = 0; i < NREG; i++) {
+    tsq_unroll<NREG>([&](auto i) TSQ_LAMBDA {
         if (nbits == 2) {
             s[0][i] = vsraq_n_s32(vsraq_n_s32(s[0][i], s[1][i], 2), s[2][i], 4);
         } else if (nbits == 3) {
@@ -197,7 +216,7 @@ template <int nbits> static TSQ_INLINE int32x4_t tsq_dot_single(const uint8_t * 
         } else {
             s[0][i] = vaddq_s32(s[0][i], s[1][i]);
         }
-    }
+    });
 #if TSQ_DEPTH == 8
     return vpaddq_s32(s[0][0], s[0][1]);
 #else
@@ -213,19 +232,21 @@ template <int nbits, int w> static TSQ_INLINE void tsq_tile(const uint8_t * dz, 
 
     float32x4_t d;
     int16x8_t   z;
-    tsq_load_header(dz, nbits, &d, &z);
 
 #if defined(__ARM_FEATURE_DOTPROD)
     if constexpr (w == 1) {
-        float da;
-        memcpy(&da, a, sizeof(da));
-
         int32x4_t sum = vshlq_n_s32(tsq_dot_single<nbits>(codes, aq), 7 - nbits);
-        sum    = vmlal_high_lane_s16(sum, z, vreinterpret_s16_s8(vget_low_s8(v_spread32(as))), 0);
-        acc[0] = vfmaq_n_f32(acc[0], vmulq_f32(vcvtq_f32_s32(sum), d), da);
+
+        TSQ_FENCE();
+        tsq_load_header(dz, nbits, &d, &z);
+        const int8x8_t ds = vld1_s8((const int8_t *) a);
+        sum    = vmlal_high_lane_s16(sum, z, vreinterpret_s16_s8(ds), 2);
+        acc[0] = vfmaq_lane_f32(acc[0], vmulq_f32(vcvtq_f32_s32(sum), d), vreinterpret_f32_s8(ds), 0);
         return;
     }
 #endif
+
+    tsq_load_header(dz, nbits, &d, &z);
 
 #if TSQ_DEPTH == 8
     constexpr int pairs = (w + 1)/2;
@@ -251,7 +272,8 @@ template <int nbits, int w> static TSQ_INLINE void tsq_tile(const uint8_t * dz, 
         sum[2*p + 1] = vmull_high_s16(z2, s2);
     });
 
-    tsq_unpack_block<nbits, 7 - nbits>(codes, [&](auto g, vint q) TSQ_LAMBDA {
+    tsq_unpack_block<nbits, 7 - nbits>(codes, [&](int g, vint q) TSQ_LAMBDA {
+        TSQ_FENCE();
         tsq_unroll<pairs>([&](auto p) TSQ_LAMBDA {
             const int8x16_t b = spread(aq + 8*w*g, p, constant<8>());
             sum[2*p + 0] = vmmlaq_s32(sum[2*p + 0], vreinterpretq_s8_u8(q.r[0]), b);
@@ -274,58 +296,78 @@ template <int nbits, int w> static TSQ_INLINE void tsq_tile(const uint8_t * dz, 
     int32x4_t sum[w];
 
 #if defined(__ARM_FEATURE_DOTPROD)
+    const auto dot = [&](auto c, int8x16_t q, const uint8_t * b) TSQ_LAMBDA {
+        if constexpr (w < 4) {
+            sum[c] = vdotq_s32(sum[c], q, v_spread32(b + 4*c));
+        } else {
+            constexpr int first = tsq_first(w, decltype(c)::value);
+            constexpr int lane  = decltype(c)::value - first;
+            sum[c] = vdotq_laneq_s32(sum[c], q, vld1q_s8((const int8_t *) b + 4*first), lane);
+        }
+    };
+
     // -(z - 64)*sum(a)
     tsq_unroll<w>([&](auto c) TSQ_LAMBDA {
-        sum[c] = vmull_high_laneq_s16(z, sums(c), c % 4*2);
+        constexpr int lane = decltype(c)::value % 4*2;
+        sum[c] = vmull_high_laneq_s16(z, sums(c), lane);
     });
-    tsq_unpack_block<nbits, 7 - nbits>(codes, [&](auto g, vint q) TSQ_LAMBDA {
+    tsq_unpack_block<nbits, 7 - nbits>(codes, [&](int g, vint q) TSQ_LAMBDA {
+        TSQ_FENCE();
         tsq_unroll<w>([&](auto c) TSQ_LAMBDA {
-            constexpr int word = decltype(g)::value*w + decltype(c)::value;
-            sum[c] = vdotq_laneq_s32(sum[c], vreinterpretq_s8_u8(q.r[0]), vld1q_s8((const int8_t *) aq + word/4*16), word % 4);
+            dot(c, vreinterpretq_s8_u8(q.r[0]), aq + 4*w*g);
         });
     });
 #else
+    const auto spread = [&](auto c, const uint8_t * b) TSQ_LAMBDA {
+        if constexpr (w < 4) {
+            return v_spread32(b + 4*c);
+        } else {
+            constexpr int first = tsq_first(w, decltype(c)::value);
+            constexpr int lane  = decltype(c)::value - first;
+            return vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(vld1q_s8((const int8_t *) b + 4*first)), lane));
+        }
+    };
+
     int16x8_t sum01[w], sum23[w];
-    TSQ_UNROLL
-    for (int c = 0; c < w; c++) {
+    tsq_unroll<w>([&](auto c) TSQ_LAMBDA {
         sum01[c] = sum23[c] = vdupq_n_s16(0);
-    }
-    tsq_unpack_block<nbits, 0>(codes, [&](auto g, vint q) TSQ_LAMBDA {
+    });
+    tsq_unpack_block<nbits, 0>(codes, [&](int g, vint q) TSQ_LAMBDA {
+        if (w > 1) {
+            TSQ_FENCE();
+        }
         const int8x16_t qs = vreinterpretq_s8_u8(q.r[0]);
-        TSQ_UNROLL
-        for (int c = 0; c < w; c++) {
-            const int8x16_t b = v_spread32(aq + 4*(g*w + c));
+        tsq_unroll<w>([&](auto c) TSQ_LAMBDA {
+            const int8x16_t b = spread(c, aq + 4*w*g);
             sum01[c] = vmlal_s8     (sum01[c], vget_low_s8(qs), vget_low_s8(b));
             sum23[c] = vmlal_high_s8(sum23[c], qs, b);
-        }
+        });
     });
     tsq_unroll<w>([&](auto c) TSQ_LAMBDA {
+        constexpr int lane = decltype(c)::value % 4*2;
         const int32x4_t qa = vpaddq_s32(vpaddlq_s16(sum01[c]), vpaddlq_s16(sum23[c]));
-        sum[c] = vmlal_high_laneq_s16(vshlq_n_s32(qa, 7 - nbits), z, sums(c), c % 4*2);
+        sum[c] = vmlal_high_laneq_s16(vshlq_n_s32(qa, 7 - nbits), z, sums(c), lane);
     });
 #endif
 
     tsq_unroll<w>([&](auto c) TSQ_LAMBDA {
-        acc[c] = vfmaq_laneq_f32(acc[c], vmulq_f32(vcvtq_f32_s32(sum[c]), d), scales(c), c % 4);
+        constexpr int lane = decltype(c)::value % 4;
+        acc[c] = vfmaq_laneq_f32(acc[c], vmulq_f32(vcvtq_f32_s32(sum[c]), d), scales(c), lane);
     });
 #endif
 }
 
 template <int w> static TSQ_INLINE void tsq_store(float * const * s, const vfloat * acc) {
+    tsq_unroll<w>([&](auto c) TSQ_LAMBDA {
 #if TSQ_DEPTH == 8
-    if (w > 1) {
-        TSQ_UNROLL
-        for (int c = 0; c < w; c++) {
+        if constexpr (w > 1) {
             const vfloat r01 = acc[c/2*2], r23 = acc[c/2*2 + 1];
             vst1q_f32(s[c], c % 2 == 0 ? vuzp1q_f32(r01, r23) : vuzp2q_f32(r01, r23));
+            return;
         }
-        return;
-    }
 #endif
-    TSQ_UNROLL
-    for (int c = 0; c < w; c++) {
         vst1q_f32(s[c], acc[c]);
-    }
+    });
 }
 
 #endif // TSQ_NROWS > 0
