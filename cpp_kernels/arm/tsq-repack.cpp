@@ -97,13 +97,15 @@ static TSQ_INLINE float tsq_amax(const float * x) {
 }
 
 static TSQ_INLINE int tsq_round(const float * x, float id, int8_t * q) {
+    const float32x4_t lowest = vdupq_n_f32(-128.0f); // and what NaN becomes
+
     int16x8_t sum = vdupq_n_s16(0);
     TSQ_UNROLL
     for (int j = 0; j < QK_TSQ; j += 16) {
         int16x4_t h[4];
         TSQ_UNROLL
         for (int k = 0; k < 4; k++) {
-            h[k] = vqmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + j + 4*k), id)));
+            h[k] = vqmovn_s32(vcvtnq_s32_f32(vmaxnmq_f32(vmulq_n_f32(vld1q_f32(x + j + 4*k), id), lowest)));
         }
         const int8x16_t b = vcombine_s8(vqmovn_s16(vcombine_s16(h[0], h[1])), vqmovn_s16(vcombine_s16(h[2], h[3])));
         vst1q_s8(q + j, b);
