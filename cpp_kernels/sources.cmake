@@ -15,7 +15,8 @@ set(TESSERAQ_CPU_SOURCES
 set(TESSERAQ_X86_SOURCES
     tesseraq/x86/q2_0.c
     tesseraq/x86/tsq.c
-    tesseraq/x86/tsq-repack.cpp)
+    tesseraq/x86/tsq-repack.cpp
+    tesseraq/x86/tsq-round.h)
 
 set(TESSERAQ_ARM_SOURCES
     tesseraq/arm/tsq.c

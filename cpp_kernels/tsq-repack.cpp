@@ -130,8 +130,8 @@ void tsq_quantize_panel_generic(const float * GGML_RESTRICT x, void * GGML_RESTR
         for (int j = 0; j < QK_TSQ; j++) {
             amax = fmaxf(amax, fabsf(x[j]));
         }
-        const float d  = amax > TSQ_PANEL_MIN_AMAX ? amax/127.0f : 0.0f;
-        const float id = amax > TSQ_PANEL_MIN_AMAX ? 127.0f/amax : 0.0f;
+        const float d  = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
+        const float id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
 
         int sum = 0;
         for (int j = 0; j < QK_TSQ; j++) {

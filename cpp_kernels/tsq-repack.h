@@ -61,9 +61,6 @@ void tsq_repack(int nbits, int nrows, int64_t nb, const void * GGML_RESTRICT x, 
 //     int8_t   qs[64/TSQ_DEPTH][w][TSQ_DEPTH]
 #define TSQ_PANEL_BLOCK_SIZE (sizeof(float) + 2*sizeof(int16_t) + QK_TSQ)
 
-// the reciprocal of less may be infinite: such blocks are zeros
-#define TSQ_PANEL_MIN_AMAX 1e-36f
-
 // quantize nb blocks of column c of a panel of w columns; y is the panel's first of these blocks
 void tsq_quantize_panel        (const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t nb, int w, int c);
 void tsq_quantize_panel_generic(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t nb, int w, int c);

@@ -169,8 +169,8 @@ void tsq_quantize_panel(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, i
 
     for (int64_t i = 0; i < nb; i++, x += QK_TSQ, out += w*TSQ_PANEL_BLOCK_SIZE) {
         const float amax = tsq_amax(x);
-        const float d    = amax > TSQ_PANEL_MIN_AMAX ? amax/127.0f : 0.0f;
-        const float id   = amax > TSQ_PANEL_MIN_AMAX ? 127.0f/amax : 0.0f;
+        const float d    = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
+        const float id   = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
 
         int8_t q[QK_TSQ];
         const int sum = tsq_round(x, id, q);

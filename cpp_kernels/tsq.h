@@ -18,6 +18,9 @@ extern "C" {
 #define TSQ3_TYPE_ID 501
 #define TSQ4_TYPE_ID 502
 
+// id of the activations that meet them row by row in the CPU backend; no file holds such a tensor
+#define Q8_TSQ_TYPE_ID 510
+
 #define QK_TSQ 64 // weights per block, for all TSQ types
 
 // A block is d, z and codes. d is the scale, E5M3: 2^(e - 24) * (1 + m/8), e = d >> 3, m = d & 7. z is the zero-point, fixed
@@ -86,6 +89,17 @@ static inline void tsq_unpack(const uint8_t * GGML_RESTRICT codes, int nbits, ui
         tsq_unpack_planes(codes + QK_TSQ/4, 1, 2, q);
     }
 }
+
+// Q8_TSQ: activations of a row, 64 numbers of 8 bits with one scale and one sum. Blocks stand in groups of Q8_TSQ_GROUP, a last
+// group has what is left, so that the scales of a group fill a vector and its sums another one. A group of m blocks is
+//     float   d [m]      scale
+//     int16_t s [m][2]   sum of qs times -1 and 1
+//     int8_t  qs[m][64]
+#define Q8_TSQ_GROUP      16
+#define Q8_TSQ_BLOCK_SIZE (sizeof(float) + 2*sizeof(int16_t) + QK_TSQ)
+
+// blocks of activations whose largest magnitude is less are zeros: its reciprocal may be infinite
+#define TSQ_MIN_AMAX 1e-36f
 
 // Quantization
 GGML_API void quantize_row_tsq2_ref(const float * GGML_RESTRICT x, block_tsq2 * GGML_RESTRICT y, int64_t k);

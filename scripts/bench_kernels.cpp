@@ -12,6 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -47,16 +49,22 @@ static std::vector<float> numbers(size_t n) {
     return x;
 }
 
+// memory that begins where a cache line does, as that of upstream's test-quantize-perf
+static std::shared_ptr<char> aligned(size_t size) {
+    char * p = (char *) ::operator new(size, std::align_val_t(64));
+    return std::shared_ptr<char>(p, [](char * q) { ::operator delete(q, std::align_val_t(64)); });
+}
+
 static void add_vec_dot(std::vector<kernel> & kernels, const std::string & name, ggml_type type, vec_dot_t vec_dot) {
     const ggml_type vec_dot_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
 
-    std::vector<char> x(ggml_row_size(type, N)), y(ggml_row_size(vec_dot_type, N));
-    ggml_quantize_chunk(type, numbers(N).data(), x.data(), 0, 1, N, nullptr);
-    ggml_get_type_traits_cpu(vec_dot_type)->from_float(numbers(N).data(), y.data(), N);
+    const std::shared_ptr<char> x = aligned(ggml_row_size(type, N)), y = aligned(ggml_row_size(vec_dot_type, N));
+    ggml_quantize_chunk(type, numbers(N).data(), x.get(), 0, 1, N, nullptr);
+    ggml_get_type_traits_cpu(vec_dot_type)->from_float(numbers(N).data(), y.get(), N);
 
     kernels.push_back({ name, N, [=] {
         float s;
-        vec_dot(N, &s, 0, x.data(), 0, y.data(), 0, 1);
+        vec_dot(N, &s, 0, x.get(), 0, y.get(), 0, 1);
         sink = s;
     }, 1e9 });
 }
@@ -66,8 +74,10 @@ static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
     const ggml_type type = (ggml_type) (TSQ2_TYPE_ID + nbits - 2);
     const int       nb   = N/QK_TSQ;
 
-    std::vector<char> rows(ggml_row_size(type, N)*TSQ_NROWS), buffer(rows.size() + 64), panel(nb*w*TSQ_PANEL_BLOCK_SIZE);
+    std::vector<char> rows(ggml_row_size(type, N)*TSQ_NROWS), panel(nb*w*TSQ_PANEL_BLOCK_SIZE);
     ggml_quantize_chunk(type, numbers((size_t) N*TSQ_NROWS).data(), rows.data(), 0, TSQ_NROWS, N, nullptr);
+    const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
+    tsq_repack(nbits, TSQ_NROWS, nb, rows.data(), x.get());
     for (int c = 0; c < w; c++) {
         tsq_quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
     }
@@ -75,16 +85,11 @@ static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
 
     kernels.push_back({ std::string(ggml_type_name(type)) + "_x" + std::to_string(w), (double) N*TSQ_NROWS*w,
                         [=]() mutable {
-        char * x = buffer.data() + (64 - (uintptr_t) buffer.data() % 64) % 64; // as the buffer type aligns tensors
-        if (!rows.empty()) {
-            tsq_repack(nbits, TSQ_NROWS, nb, rows.data(), x);
-            rows.clear();
-        }
         float * s[TSQ_NCOLS];
         for (int c = 0; c < w; c++) {
             s[c] = out.data() + c*TSQ_NROWS;
         }
-        ggml_gemm_tsq(nbits, N, s, x, panel.data(), w);
+        ggml_gemm_tsq(nbits, N, s, x.get(), panel.data(), w);
         sink = out[0];
     }, 1e9 });
 }

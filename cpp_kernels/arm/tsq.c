@@ -54,53 +54,56 @@ static inline int8x16x4_t tsq_load_codes_neon(const uint8_t * GGML_RESTRICT code
     return q;
 }
 
-// sums of 32 products in four lanes; codes are never above 15, so that pairs of products fit into 16 bits
-static inline int32x4_t tsq_dot32(int8x16_t q0, int8x16_t q1, const int8_t * GGML_RESTRICT a) {
-    const int8x16_t a0 = vld1q_s8(a);
-    const int8x16_t a1 = vld1q_s8(a + 16);
+// sums of 64 products in four lanes; a lane of 16 bits gets 8 of them, which are never above 15*128
+static inline int32x4_t tsq_dot_neon(int8x16x4_t q, const int8_t * GGML_RESTRICT a) {
 #if defined(__ARM_FEATURE_DOTPROD)
-    return vdotq_s32(vdotq_s32(vdupq_n_s32(0), q0, a0), q1, a1);
+    int32x4_t sum = vdotq_s32(vdupq_n_s32(0), q.val[0], vld1q_s8(a));
+    sum = vdotq_s32(sum, q.val[1], vld1q_s8(a + 16));
+    sum = vdotq_s32(sum, q.val[2], vld1q_s8(a + 32));
+    return vdotq_s32(sum, q.val[3], vld1q_s8(a + 48));
 #else
-    int16x8_t p = vmull_s8(vget_low_s8(q0), vget_low_s8(a0));
-    p = vmlal_high_s8(p, q0, a0);
-    p = vmlal_s8     (p, vget_low_s8(q1), vget_low_s8(a1));
-    p = vmlal_high_s8(p, q1, a1);
-    return vpaddlq_s16(p);
+    int16x8_t sum = vdupq_n_s16(0);
+    for (int k = 0; k < 4; k++) {
+        const int8x16_t b = vld1q_s8(a + 16*k);
+        sum = vmlal_s8     (sum, vget_low_s8(q.val[k]), vget_low_s8(b));
+        sum = vmlal_high_s8(sum, q.val[k], b);
+    }
+    return vpaddlq_s16(sum);
 #endif
 }
 
-static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const block_q8_1 * GGML_RESTRICT y) {
+static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y) {
     assert(n % QK_TSQ == 0);
     const int nb = n / QK_TSQ;
 
-    float32x4_t acc0 = vdupq_n_f32(0.0f);
-    float32x4_t acc1 = vdupq_n_f32(0.0f);
-    float       accz = 0.0f; // d*z*s
+    float32x4_t acc  = vdupq_n_f32(0.0f);
+    float       accz = 0.0f; // -d*z*sum(a)
 
-    for (int i = 0; i < nb; i++) {
-        const uint8_t * b = x + i*TSQ_BLOCK_SIZE(nbits);
-        const float     d = tsq_decode_d(b[0]);
-        const float     z = tsq_decode_z(b[1], nbits);
+    for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
+        const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
 
-        const int8x16x4_t q = tsq_load_codes_neon(b + TSQ_CODES, nbits);
+        for (int b = 0; b < m; b++, x += TSQ_BLOCK_SIZE(nbits)) {
+            const int8_t * qa = (const int8_t *) y + 8*m + b*QK_TSQ;
 
-        // one block of 64 weights maps to two Q8_1 blocks
-        const block_q8_1 * GGML_RESTRICT y0 = &y[2*i + 0];
-        const block_q8_1 * GGML_RESTRICT y1 = &y[2*i + 1];
+            float   da;
+            int16_t s;
+            memcpy(&da, y + 4*b,       sizeof(da));
+            memcpy(&s,  y + 4*m + 4*b, sizeof(s));
 
-        const float32x4_t p0 = vcvtq_f32_s32(tsq_dot32(q.val[0], q.val[1], y0->qs));
-        const float32x4_t p1 = vcvtq_f32_s32(tsq_dot32(q.val[2], q.val[3], y1->qs));
+            const float     d = tsq_decode_d(x[0])*da;
+            const int32x4_t p = tsq_dot_neon(tsq_load_codes_neon(x + TSQ_CODES, nbits), qa);
 
-        acc0  = vfmaq_n_f32(acc0, p0, d*GGML_CPU_FP16_TO_FP32(y0->d));
-        acc1  = vfmaq_n_f32(acc1, p1, d*GGML_CPU_FP16_TO_FP32(y1->d));
-        accz += d*z*(GGML_CPU_FP16_TO_FP32(y0->s) + GGML_CPU_FP16_TO_FP32(y1->s));
+            acc   = vfmaq_n_f32(acc, vcvtq_f32_s32(p), d);
+            accz += d*(tsq_decode_z(x[1], nbits)*s);
+        }
+        y += m*Q8_TSQ_BLOCK_SIZE;
     }
 
-    return vaddvq_f32(vaddq_f32(acc0, acc1)) - accz;
+    return vaddvq_f32(acc) + accz;
 }
 #endif
 
-void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+void ggml_vec_dot_tsq2_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
 #if defined(TSQ_VEC_DOT_NEON)
     assert(nrc == 1);
     UNUSED(nrc);
@@ -110,11 +113,11 @@ void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
 
     *s = tsq_vec_dot(n, vx, 2, vy);
 #else
-    ggml_vec_dot_tsq2_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+    ggml_vec_dot_tsq2_q8_tsq_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
 }
 
-void ggml_vec_dot_tsq3_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+void ggml_vec_dot_tsq3_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
 #if defined(TSQ_VEC_DOT_NEON)
     assert(nrc == 1);
     UNUSED(nrc);
@@ -124,11 +127,11 @@ void ggml_vec_dot_tsq3_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
 
     *s = tsq_vec_dot(n, vx, 3, vy);
 #else
-    ggml_vec_dot_tsq3_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+    ggml_vec_dot_tsq3_q8_tsq_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
 }
 
-void ggml_vec_dot_tsq4_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+void ggml_vec_dot_tsq4_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
 #if defined(TSQ_VEC_DOT_NEON)
     assert(nrc == 1);
     UNUSED(nrc);
@@ -138,6 +141,6 @@ void ggml_vec_dot_tsq4_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
 
     *s = tsq_vec_dot(n, vx, 4, vy);
 #else
-    ggml_vec_dot_tsq4_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+    ggml_vec_dot_tsq4_q8_tsq_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
 }

@@ -10,6 +10,8 @@
 
 #if TSQ_NROWS > 0
 
+#include "tesseraq/x86/tsq-round.h"
+
 #if defined(_MSC_VER)
 #define TSQ_INLINE __forceinline
 #define TSQ_LAMBDA
@@ -112,53 +114,6 @@ static TSQ_INLINE void   v_prefetch(const uint8_t * p) { _mm_prefetch((const cha
 #define TSQ_NSUMS(w) (w)
 
 #include "tesseraq/tsq-tile.h"
-
-static TSQ_INLINE float tsq_amax(const float * x) {
-#if TSQ_NROWS == 16
-    const __m512 m0 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x +  0)), _mm512_abs_ps(_mm512_loadu_ps(x + 16)));
-    const __m512 m1 = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + 32)), _mm512_abs_ps(_mm512_loadu_ps(x + 48)));
-    return _mm512_reduce_max_ps(_mm512_max_ps(m0, m1));
-#else
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 m = _mm256_andnot_ps(sign, _mm256_loadu_ps(x));
-    for (int j = 8; j < QK_TSQ; j += 8) {
-        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + j)));
-    }
-    __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
-    h = _mm_max_ss(h, _mm_movehdup_ps(h));
-    return _mm_cvtss_f32(h);
-#endif
-}
-
-static TSQ_INLINE int tsq_round(const float * x, float id, int8_t * q) {
-#if TSQ_NROWS == 16
-    const __m512 mul = _mm512_set1_ps(id);
-    __m512i sum = _mm512_setzero_si512();
-    TSQ_UNROLL
-    for (int j = 0; j < QK_TSQ; j += 16) {
-        const __m128i b = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + j), mul)));
-        _mm_storeu_si128((__m128i *) (q + j), b);
-        sum = _mm512_add_epi32(sum, _mm512_cvtepi8_epi32(b));
-    }
-    return _mm512_reduce_add_epi32(sum);
-#else
-    const __m256 mul = _mm256_set1_ps(id);
-    __m256i sum = _mm256_setzero_si256();
-    for (int j = 0; j < QK_TSQ; j += 16) {
-        const __m256i i0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + j + 0), mul));
-        const __m256i i1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + j + 8), mul));
-        const __m256i w  = _mm256_permute4x64_epi64(_mm256_packs_epi32(i0, i1), 0xD8);
-        const __m128i b  = _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1));
-        _mm_storeu_si128((__m128i *) (q + j), b);
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(b), _mm256_set1_epi16(1)));
-    }
-    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4E));
-    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0xB1));
-    return _mm_cvtsi128_si32(h);
-#endif
-}
 
 static TSQ_INLINE vint v_spread32(const void * p) {
     int32_t x;

@@ -2,7 +2,6 @@
 #include "ggml-common.h"
 
 #include "ggml-cpu-impl.h"
-#include "simd-mappings.h"
 
 #include "tesseraq/tsq.h"
 #include "tesseraq/tsq-cpu.h"
@@ -11,12 +10,43 @@
 
 #define UNUSED GGML_UNUSED
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
-#define TSQ_VEC_DOT_AVX512
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#define TSQ_AVX512
+#elif defined(__AVX2__)
+#define TSQ_AVX2
+#endif
 
-// Codes of a block for vpdpbusd, 64 weights in their order, each times a power of two that is the same for 16 weights: masking
-// planes where they stand saves the shifts, and tsq_unit() takes the powers out of the sum of a whole row.
-static inline __m512i tsq_load_codes_512(const uint8_t * GGML_RESTRICT codes, int nbits) {
+#if defined(TSQ_AVX512) || defined(TSQ_AVX2)
+#define TSQ_SIMD
+
+#include "tesseraq/x86/tsq-round.h"
+
+#if defined(_MSC_VER)
+#define TSQ_INLINE __forceinline
+#define TSQ_UNROLL
+#else
+#define TSQ_INLINE inline __attribute__((always_inline))
+#define TSQ_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// Keeps an array in memory: a number that is loaded into all lanes of a vector costs nothing, out of a register it is a shuffle,
+// of which a kernel has better uses.
+#if defined(__GNUC__)
+#define TSQ_IN_MEMORY(x) __asm__("" : "+m" (x))
+#else
+#define TSQ_IN_MEMORY(x)
+#endif
+
+// A dot product goes by groups of activations: the scales of a group and its sums fill a vector each, the scales and zero-points
+// of the weights are collected into vectors as well, and all that remains for a block is to multiply codes and add the products,
+// times the product of both scales, to a sum that stays spread over the lanes until the row ends. Codes are multiplied where they
+// stand, in some lanes times a power of two; tsq_unit() takes it out of the sum of the row.
+#endif
+
+#if defined(TSQ_AVX512)
+
+// codes of a block, 64 weights in their order, each times a power of two that is the same for 16 weights
+static TSQ_INLINE __m512i tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int nbits) {
     if (nbits == 4) {
         const __m512i mask = _mm512_inserti64x4(_mm512_set1_epi8(0x0F), _mm256_set1_epi8((char) 0xF0), 1);
 
@@ -42,8 +72,8 @@ static inline __m512i tsq_load_codes_512(const uint8_t * GGML_RESTRICT codes, in
     return _mm512_and_si512(_mm512_ternarylogic_epi64(low, _mm512_srlv_epi64(q, shift), h, 0xCA), all);
 }
 
-// what makes 1 of the powers of two of tsq_load_codes_512()
-static inline __m512 tsq_unit(int nbits) {
+// what makes 1 of the powers of two of tsq_load_codes()
+static TSQ_INLINE __m512 tsq_unit(int nbits) {
     const __m128 u0 = _mm_set1_ps(1.0f);
     const __m128 u1 = _mm_set1_ps(nbits == 4 ? 1.0f : 1.0f/4);
     const __m128 u2 = _mm_set1_ps(1.0f/16);
@@ -51,82 +81,120 @@ static inline __m512 tsq_unit(int nbits) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_set_m128(u1, u0)), _mm256_set_m128(u3, u2), 1);
 }
 
-static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const block_q8_1 * GGML_RESTRICT y) {
+// d and z of the m blocks of a group, in the lowest bytes of 16 lanes. Vectors are loaded from every second (TSQ4), third or fourth
+// block on, as many as have their d and z in one, and a permutation fetches these.
+static TSQ_INLINE void tsq_load_heads(const uint8_t * GGML_RESTRICT x, int nbits, int m, __m512i * d, __m512i * z) {
+    const int each = nbits == 2 ? 4 : nbits == 3 ? 3 : 2;
+    const int end  = m*TSQ_BLOCK_SIZE(nbits);
+
+    // 32-bit word of block i of the group in its vector, and the byte in that word; TSQ3's last vector begins earlier so that it
+    // ends with the group
+    const __m512i word = nbits == 2 ? _mm512_set_epi32(13, 9, 4, 0, 13, 9, 4, 0, 13, 9, 4, 0, 13, 9, 4, 0)
+                       : nbits == 3 ? _mm512_set_epi32(9, 13, 6, 0, 13, 6, 0, 13, 6, 0, 13, 6, 0, 13, 6, 0)
+                                    : _mm512_set_epi32(8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0);
+    const __m512i byte = nbits == 3 ? _mm512_set_epi32(2, 0, 2, 0, 0, 2, 0, 0, 2, 0, 0, 2, 0, 0, 2, 0)
+                                    : _mm512_set_epi32(2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0);
+
+    __m512i heads = _mm512_setzero_si512();
+    TSQ_UNROLL
+    for (int i = 0; i < Q8_TSQ_GROUP; i += each) {
+        const int at = nbits == 3 && i == 15 ? 16*TSQ_BLOCK_SIZE(3) - 64 : i*TSQ_BLOCK_SIZE(nbits);
+        if (m < Q8_TSQ_GROUP && at >= end) {
+            break;
+        }
+        const __mmask16 lanes = (__mmask16) (((1u << each) - 1) << i);
+        const __m512i   v     = m == Q8_TSQ_GROUP || end - at >= 64 ? _mm512_loadu_si512(x + at)
+                                                                    : _mm512_maskz_loadu_epi8(~0ULL >> (64 - (end - at)), x + at);
+        heads = _mm512_mask_permutexvar_epi32(heads, lanes, word, v);
+    }
+
+    // the byte of d, then that of z, of each lane to its lowest place
+    const __m512i lane  = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
+    const __m512i low   = _mm512_or_si512(_mm512_add_epi32(lane, byte), _mm512_set1_epi32((int) 0x80808000));
+    *d = _mm512_shuffle_epi8(heads, low);
+    *z = _mm512_shuffle_epi8(heads, _mm512_add_epi32(low, _mm512_set1_epi32(1)));
+}
+
+// one group of m blocks
+static TSQ_INLINE void tsq_dot_group(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, int m, __m512 * acc, __m512 * accz) {
+    const __mmask16 blocks = (__mmask16) ((1u << m) - 1);
+
+    __m512i dx, zx;
+    tsq_load_heads(x, nbits, m, &dx, &zx);
+
+    const __m512  d     = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(dx, 20), _mm512_set1_epi32(103 << 23)));
+    const __m512  scale = _mm512_mul_ps(d, _mm512_maskz_loadu_ps(blocks, y));
+
+    // -(z - 64)*sum(a) as the sum of two 16-bit products
+    const __m512i s = _mm512_maskz_loadu_epi32(blocks, y + 4*m);
+    const __m512i z = _mm512_madd_epi16(_mm512_or_si512(zx, _mm512_set1_epi32(64 << 16)), s);
+    *accz = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(z), *accz);
+
+    float scales[16];
+    _mm512_storeu_ps(scales, scale);
+    TSQ_IN_MEMORY(scales);
+
+    const uint8_t * GGML_RESTRICT codes = x + TSQ_CODES;
+    const uint8_t * GGML_RESTRICT a     = y + 8*m;
+
+#define TSQ_STEP(b, i) do {                                                                                          \
+        const __m512i q = tsq_load_codes(codes + (b)*TSQ_BLOCK_SIZE(nbits), nbits);                                  \
+        const __m512i p = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, _mm512_loadu_si512(a + (b)*QK_TSQ));        \
+        acc[i] = _mm512_fmadd_ps(_mm512_set1_ps(scales[b]), _mm512_cvtepi32_ps(p), acc[i]);                          \
+    } while (0)
+
+    TSQ_UNROLL
+    for (int b = 0; b + 3 < m; b += 4) {
+        TSQ_STEP(b,     0);
+        TSQ_STEP(b + 1, 1);
+        TSQ_STEP(b + 2, 2);
+        TSQ_STEP(b + 3, 3);
+    }
+    for (int b = m / 4 * 4; b < m; b++) {
+        TSQ_STEP(b, 0);
+    }
+#undef TSQ_STEP
+}
+
+static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y) {
     assert(n % QK_TSQ == 0);
     const int nb = n / QK_TSQ;
-
-    const __m512i lane  = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i pair  = _mm512_srli_epi32(lane, 1);
-    const __m512i x_at  = _mm512_mullo_epi32(lane, _mm512_set1_epi32(TSQ_BLOCK_SIZE(nbits)));
-    const __m512i y_at  = _mm512_mullo_epi32(lane, _mm512_set1_epi32(sizeof(block_q8_1)));
-    const __m512  zstep = _mm512_set1_ps((1 << nbits)/128.0f);
 
     __m512 acc[4];
     acc[0] = acc[1] = acc[2] = acc[3] = _mm512_setzero_ps();
     __m512 accz = _mm512_setzero_ps();
 
-    // 8 blocks at a time: their scales fill one vector, two lanes to a block because a block meets two of Q8_1
-    for (int i = 0; i < nb; i += 8) {
-        const uint8_t    * GGML_RESTRICT b = x + (int64_t) i*TSQ_BLOCK_SIZE(nbits);
-        const block_q8_1 * GGML_RESTRICT a = y + (int64_t) i*2;
-        const int m = nb - i < 8 ? nb - i : 8;
-
-        const __mmask16 ma  = (__mmask16) ((1u << 2*m) - 1);
-        const __m256i   dz  = _mm256_mmask_i32gather_epi32(_mm256_setzero_si256(), (__mmask8) ((1u << m) - 1), _mm512_castsi512_si256(x_at), b, 1);
-        const __m512i   dz2 = _mm512_permutexvar_epi32(pair, _mm512_castsi256_si512(dz));
-        const __m512i   ds  = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), ma, y_at, a, 1);
-
-        const __m512i dcode = _mm512_and_si512(dz2, _mm512_set1_epi32(0xFF));
-        const __m512i zcode = _mm512_and_si512(_mm512_srli_epi32(dz2, 8), _mm512_set1_epi32(0xFF));
-
-        const __m512 d  = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(dcode, 20), _mm512_set1_epi32(103 << 23)));
-        const __m512 z  = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(zcode, _mm512_set1_epi32(64))), zstep);
-        const __m512 da = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(ds));
-        const __m512 s  = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(ds, 16)));
-
-        accz = _mm512_fmadd_ps(_mm512_mul_ps(d, z), s, accz);
-
-        const __m512  scale = _mm512_mul_ps(d, da);
-        __m512i at = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-
-#define TSQ_STEP(k) do {                                                                                                       \
-            const __m512i q  = tsq_load_codes_512(b + (k)*TSQ_BLOCK_SIZE(nbits) + TSQ_CODES, nbits);                           \
-            const __m512i qa = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) a[2*(k)].qs)),   \
-                                                  _mm256_loadu_si256((const __m256i *) a[2*(k) + 1].qs), 1);                   \
-            const __m512  p  = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), q, qa));                         \
-            acc[(k) % 4] = _mm512_fmadd_ps(_mm512_permutexvar_ps(at, scale), p, acc[(k) % 4]);                                 \
-            at = _mm512_add_epi32(at, _mm512_set1_epi32(2));                                                                   \
-        } while (0)
-
-        if (m == 8) {
-            TSQ_STEP(0); TSQ_STEP(1); TSQ_STEP(2); TSQ_STEP(3); TSQ_STEP(4); TSQ_STEP(5); TSQ_STEP(6); TSQ_STEP(7);
-        } else {
-            for (int k = 0; k < m; k++) {
-                TSQ_STEP(k);
-            }
-        }
-#undef TSQ_STEP
+    int i = 0;
+    for (; i + Q8_TSQ_GROUP <= nb; i += Q8_TSQ_GROUP) {
+        tsq_dot_group(x, nbits, y, Q8_TSQ_GROUP, acc, &accz);
+        x += Q8_TSQ_GROUP*TSQ_BLOCK_SIZE(nbits);
+        y += Q8_TSQ_GROUP*Q8_TSQ_BLOCK_SIZE;
+    }
+    if (i < nb) {
+        tsq_dot_group(x, nbits, y, nb - i, acc, &accz);
     }
 
-    acc[0] = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
-    return _mm512_reduce_add_ps(_mm512_fmsub_ps(acc[0], tsq_unit(nbits), accz));
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(acc[0], acc[1]), _mm512_add_ps(acc[2], acc[3]));
+    const __m512 z   = _mm512_mul_ps(accz, _mm512_set1_ps((1 << nbits)/128.0f));
+    return _mm512_reduce_add_ps(_mm512_fmadd_ps(sum, tsq_unit(nbits), z));
 }
 
-#elif defined(__AVX2__) && defined(__F16C__)
-#define TSQ_VEC_DOT_AVX2
+#elif defined(TSQ_AVX2)
 
-// sums of 4 neighbouring products, unsigned codes up to 15 times signed activations
-static inline __m256i tsq_mul_sum_us8(__m256i q, __m256i a) {
+// sums of 4 neighbouring products, unsigned codes times signed activations, for both halves of a block
+static TSQ_INLINE __m256i tsq_mul_sum_us8(__m256i q0, __m256i a0, __m256i q1, __m256i a1) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(_mm256_setzero_si256(), q, a);
+    return _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(_mm256_setzero_si256(), q0, a0), q1, a1);
 #elif defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), q, a);
+    return _mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), q0, a0), q1, a1);
 #else
-    return _mm256_madd_epi16(_mm256_set1_epi16(1), _mm256_maddubs_epi16(q, a));
+    // codes up to 7 << 2 or 15 leave room for 4 products in 16 bits
+    const __m256i p = _mm256_add_epi16(_mm256_maddubs_epi16(q0, a0), _mm256_maddubs_epi16(q1, a1));
+    return _mm256_madd_epi16(_mm256_set1_epi16(1), p);
 #endif
 }
 
-static inline __m256 tsq_fmadd(__m256 a, __m256 b, __m256 c) {
+static TSQ_INLINE __m256 tsq_fmadd(__m256 a, __m256 b, __m256 c) {
 #if defined(__FMA__)
     return _mm256_fmadd_ps(a, b, c);
 #else
@@ -134,15 +202,8 @@ static inline __m256 tsq_fmadd(__m256 a, __m256 b, __m256 c) {
 #endif
 }
 
-static inline float tsq_hsum(__m256 x, __m128 y) {
-    y = _mm_add_ps(y, _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1)));
-    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-    y = _mm_add_ss(y, _mm_movehdup_ps(y));
-    return _mm_cvtss_f32(y);
-}
-
-// codes of a block, one to a byte: the first 32 weights and the next 32
-static inline void tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int nbits, __m256i * q0, __m256i * q1) {
+// codes of a block: the first 32 weights and the next 32; those of TSQ2 and TSQ3 times 4 in the upper lane
+static TSQ_INLINE void tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int nbits, __m256i * q0, __m256i * q1) {
     if (nbits == 4) {
         const __m256i m15 = _mm256_set1_epi8(15);
 
@@ -152,69 +213,225 @@ static inline void tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int nbits
         return;
     }
 
-    const __m256i m3     = _mm256_set1_epi8(3);
-    const __m256i shift0 = _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2); // planes 0 and 1
-    const __m256i shift1 = _mm256_setr_epi32(4, 4, 4, 4, 6, 6, 6, 6); // planes 2 and 3
+    const __m256i low = _mm256_setr_epi32(0x03030303, 0x03030303, 0x03030303, 0x03030303, 0x0C0C0C0C, 0x0C0C0C0C, 0x0C0C0C0C, 0x0C0C0C0C);
 
     const __m256i q = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) codes));
-    *q0 = _mm256_and_si256(_mm256_srlv_epi32(q, shift0), m3);
-    *q1 = _mm256_and_si256(_mm256_srlv_epi32(q, shift1), m3);
+    *q0 = _mm256_and_si256(q, low);
+    *q1 = _mm256_and_si256(_mm256_srli_epi16(q, 4), low);
 
     if (nbits == 3) {
-        const __m256i m4      = _mm256_set1_epi8(4);
-        const __m256i shifth0 = _mm256_setr_epi64x(0, 1, 2, 3); // planes 0 to 3 of 8, moved up by 2, down to bit 2
-        const __m256i shifth1 = _mm256_setr_epi64x(2, 3, 4, 5); // planes 4 to 7 of 8, down to bit 2
+        // planes of 8, the first four and the next: up and down to where they complete the low bits
+        const __m256i high = _mm256_setr_epi32(0x04040404, 0x04040404, 0x04040404, 0x04040404, 0x10101010, 0x10101010, 0x10101010, 0x10101010);
 
-        int64_t high;
-        memcpy(&high, codes + QK_TSQ/4, sizeof(high));
-        const __m256i h  = _mm256_set1_epi64x(high);
-        const __m256i h0 = _mm256_srlv_epi64(_mm256_slli_epi64(h, 2), shifth0);
-        const __m256i h1 = _mm256_srlv_epi64(h, shifth1);
-        *q0 = _mm256_or_si256(*q0, _mm256_and_si256(h0, m4));
-        *q1 = _mm256_or_si256(*q1, _mm256_and_si256(h1, m4));
+        int64_t bits;
+        memcpy(&bits, codes + QK_TSQ/4, sizeof(bits));
+        const __m256i h = _mm256_set1_epi64x(bits);
+        *q0 = _mm256_or_si256(*q0, _mm256_and_si256(_mm256_sllv_epi64(h, _mm256_setr_epi64x(2, 1, 2, 1)), high));
+        *q1 = _mm256_or_si256(*q1, _mm256_and_si256(_mm256_srlv_epi64(h, _mm256_setr_epi64x(2, 3, 2, 3)), high));
     }
 }
 
-static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const block_q8_1 * GGML_RESTRICT y) {
+// sums of 4 neighbouring products of a block
+static TSQ_INLINE __m256 tsq_dot_block(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT a) {
+    __m256i q0, q1;
+    tsq_load_codes(x + TSQ_CODES, nbits, &q0, &q1);
+    const __m256i a0 = _mm256_loadu_si256((const __m256i *) (a +  0));
+    const __m256i a1 = _mm256_loadu_si256((const __m256i *) (a + 32));
+    return _mm256_cvtepi32_ps(tsq_mul_sum_us8(q0, a0, q1, a1));
+}
+
+// d and z of a block
+static TSQ_INLINE short tsq_load_head(const uint8_t * GGML_RESTRICT x) {
+    short head;
+    memcpy(&head, x, sizeof(head));
+    return head;
+}
+
+// 8 blocks, their scales at y, sums at s, activations at a
+static TSQ_INLINE void tsq_dot_8(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, const uint8_t * GGML_RESTRICT s,
+                                 const uint8_t * GGML_RESTRICT a, __m256 * acc, __m256 * accz) {
+    const int size = TSQ_BLOCK_SIZE(nbits);
+
+    const __m256i dz = _mm256_cvtepu16_epi32(_mm_setr_epi16(
+        tsq_load_head(x + 0*size), tsq_load_head(x + 1*size), tsq_load_head(x + 2*size), tsq_load_head(x + 3*size),
+        tsq_load_head(x + 4*size), tsq_load_head(x + 5*size), tsq_load_head(x + 6*size), tsq_load_head(x + 7*size)));
+
+    const __m256i code  = _mm256_slli_epi32(_mm256_and_si256(dz, _mm256_set1_epi32(0xFF)), 20);
+    const __m256  d     = _mm256_castsi256_ps(_mm256_add_epi32(code, _mm256_set1_epi32(103 << 23)));
+    const __m256  scale = _mm256_mul_ps(d, _mm256_loadu_ps((const float *) y));
+
+    // -(z - 64)*sum(a) as the sum of two 16-bit products
+    const __m256i z = _mm256_or_si256(_mm256_srli_epi32(dz, 8), _mm256_set1_epi32(64 << 16));
+    *accz = tsq_fmadd(scale, _mm256_cvtepi32_ps(_mm256_madd_epi16(z, _mm256_loadu_si256((const __m256i *) s))), *accz);
+
+    float scales[8];
+    _mm256_storeu_ps(scales, scale);
+    TSQ_IN_MEMORY(scales);
+
+    TSQ_UNROLL
+    for (int b = 0; b < 8; b++) {
+        acc[b % 2] = tsq_fmadd(_mm256_set1_ps(scales[b]), tsq_dot_block(x + b*size, nbits, a + b*QK_TSQ), acc[b % 2]);
+    }
+}
+
+static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y) {
     assert(n % QK_TSQ == 0);
     const int nb = n / QK_TSQ;
 
-    __m256 acc0 = _mm256_setzero_ps();
-    __m256 acc1 = _mm256_setzero_ps();
-    __m128 accz = _mm_setzero_ps(); // lanes 1 and 3: -d*z*s, lanes 0 and 2: not used
+    __m256 acc[2];
+    acc[0] = acc[1] = _mm256_setzero_ps();
+    __m256 accz = _mm256_setzero_ps();
+    float  sumz = 0.0f;
 
-    for (int i = 0; i < nb; i++) {
-        const uint8_t * b = x + i*TSQ_BLOCK_SIZE(nbits);
-        const float     d = tsq_decode_d(b[0]);
-        const float     z = tsq_decode_z(b[1], nbits);
+    for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
+        const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
 
-        // d and s of both Q8_1 blocks at once: {d0, s0, d1, s1} * {d, -d*z, d, -d*z}
-        int32_t ds0, ds1;
-        memcpy(&ds0, &y[2*i + 0], sizeof(ds0));
-        memcpy(&ds1, &y[2*i + 1], sizeof(ds1));
-        const __m128 dz = _mm_setr_ps(d, -d*z, d, -d*z);
-        const __m128 ds = _mm_mul_ps(dz, _mm_cvtph_ps(_mm_setr_epi32(ds0, ds1, 0, 0)));
+        const uint8_t * GGML_RESTRICT s = y + 4*m;
+        const uint8_t * GGML_RESTRICT a = y + 8*m;
 
-        __m256i q0, q1;
-        tsq_load_codes(b + TSQ_CODES, nbits, &q0, &q1);
+        int b = 0;
+        for (; b + 8 <= m; b += 8, x += 8*TSQ_BLOCK_SIZE(nbits)) {
+            tsq_dot_8(x, nbits, y + 4*b, s + 4*b, a + b*QK_TSQ, acc, &accz);
+        }
+        for (; b < m; b++, x += TSQ_BLOCK_SIZE(nbits)) {
+            float   da;
+            int16_t sa[2];
+            memcpy(&da, y + 4*b, sizeof(da));
+            memcpy(sa,  s + 4*b, sizeof(sa));
 
-        const __m256i a0 = _mm256_loadu_si256((const __m256i *) y[2*i + 0].qs);
-        const __m256i a1 = _mm256_loadu_si256((const __m256i *) y[2*i + 1].qs);
-
-        const __m256 p0 = _mm256_cvtepi32_ps(tsq_mul_sum_us8(q0, a0));
-        const __m256 p1 = _mm256_cvtepi32_ps(tsq_mul_sum_us8(q1, a1));
-
-        acc0 = tsq_fmadd(_mm256_broadcastss_ps(ds), p0, acc0);
-        acc1 = tsq_fmadd(_mm256_broadcastss_ps(_mm_movehl_ps(ds, ds)), p1, acc1);
-        accz = _mm_add_ps(accz, ds);
+            const float scale = tsq_decode_d(x[0])*da;
+            acc[0]  = tsq_fmadd(_mm256_set1_ps(scale), tsq_dot_block(x, nbits, a + b*QK_TSQ), acc[0]);
+            sumz   += scale*(x[1]*sa[0] + 64*sa[1]);
+        }
+        y += m*Q8_TSQ_BLOCK_SIZE;
     }
 
-    return tsq_hsum(_mm256_add_ps(acc0, acc1), _mm_blend_ps(accz, _mm_setzero_ps(), 0x5));
+    const float  quarter = nbits == 4 ? 1.0f : 1.0f/4;
+    const float  zstep   = (1 << nbits)/128.0f;
+    const __m256 unit    = _mm256_setr_ps(1.0f, 1.0f, 1.0f, 1.0f, quarter, quarter, quarter, quarter);
+    const __m256 sum     = tsq_fmadd(_mm256_add_ps(acc[0], acc[1]), unit, _mm256_mul_ps(accz, _mm256_set1_ps(zstep)));
+
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    h = _mm_add_ss(h, _mm_movehdup_ps(h));
+    return _mm_cvtss_f32(h) + zstep*sumz;
+}
+
+#endif
+
+#if defined(TSQ_SIMD)
+// d*(q - z) for all codes is exact, so a table and q*d - z*d have the bits of the reference, whatever the order
+static TSQ_INLINE void tsq_dequantize_row(const uint8_t * GGML_RESTRICT x, int nbits, float * GGML_RESTRICT y, int64_t k) {
+    assert(k % QK_TSQ == 0);
+    const int64_t nb = k / QK_TSQ;
+
+    for (int64_t i = 0; i < nb; i++, x += TSQ_BLOCK_SIZE(nbits), y += QK_TSQ) {
+        const float     d     = tsq_decode_d(x[0]);
+        const float     z     = tsq_decode_z(x[1], nbits);
+        const uint8_t * codes = x + TSQ_CODES;
+        const int       width = nbits == 4 ? 4 : 2; // bits of the planes
+
+        // high bits of TSQ3, 16 weights at a time in step with the low ones, and moved up to their place
+        __m128i high = _mm_setzero_si128();
+        if (nbits == 3) {
+            const __m128i h = _mm_loadl_epi64((const __m128i *) (codes + QK_TSQ/4));
+            high = _mm_unpacklo_epi64(h, _mm_srli_epi64(h, 1));
+        }
+
+        TSQ_UNROLL
+        for (int j = 0; j < 8*width; j += 16) { // bytes of a plane
+            const __m128i low = _mm_loadu_si128((const __m128i *) (codes + j));
+#if defined(TSQ_AVX512)
+            // values of the codes, over and over: the higher bits of a lane do not matter
+            const __m512i lane  = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+            const __m512i code  = _mm512_and_si512(lane, _mm512_set1_epi32((1 << nbits) - 1));
+            const __m512  value = _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(code), _mm512_set1_ps(z)), _mm512_set1_ps(d));
+
+            __m512i q = _mm512_cvtepu8_epi32(low);
+            __m512i h = _mm512_slli_epi32(_mm512_cvtepu8_epi32(high), 2);
+            for (int p = 0; p < 8/width; p++) {
+                const __m512i at = nbits == 3 ? _mm512_ternarylogic_epi32(_mm512_set1_epi32(3), q, h, 0xCA) : q;
+                _mm512_storeu_ps(y + p*8*width + j, _mm512_permutexvar_ps(at, value));
+                q = _mm512_srli_epi32(q, width);
+                h = _mm512_srli_epi32(h, width);
+            }
+#else
+            const __m256 scale = _mm256_set1_ps(d);
+            const __m256 shift = _mm256_set1_ps(-(z*d));
+
+            TSQ_UNROLL
+            for (int l = 0; l < 16; l += 8) {
+                __m256i q = _mm256_cvtepu8_epi32(l == 0 ? low  : _mm_srli_si128(low,  8));
+                __m256i h = _mm256_slli_epi32(_mm256_cvtepu8_epi32(l == 0 ? high : _mm_srli_si128(high, 8)), 2);
+                for (int p = 0; p < 8/width; p++) {
+                    __m256i code = _mm256_and_si256(q, _mm256_set1_epi32((1 << width) - 1));
+                    if (nbits == 3) {
+                        code = _mm256_or_si256(code, _mm256_and_si256(h, _mm256_set1_epi32(4)));
+                    }
+                    _mm256_storeu_ps(y + p*8*width + j + l, tsq_fmadd(_mm256_cvtepi32_ps(code), scale, shift));
+                    q = _mm256_srli_epi32(q, width);
+                    h = _mm256_srli_epi32(h, width);
+                }
+            }
+#endif
+        }
+    }
 }
 #endif
 
-void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-#if defined(TSQ_VEC_DOT_AVX512) || defined(TSQ_VEC_DOT_AVX2)
+void quantize_row_q8_tsq(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_SIMD)
+    assert(k % QK_TSQ == 0);
+    const int64_t nb = k / QK_TSQ;
+
+    uint8_t * group = y;
+
+    for (int64_t i = 0; i < nb; i += Q8_TSQ_GROUP) {
+        const int m = nb - i < Q8_TSQ_GROUP ? (int) (nb - i) : Q8_TSQ_GROUP;
+
+        for (int b = 0; b < m; b++, x += QK_TSQ) {
+            const float amax = tsq_amax(x);
+            const float d    = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
+            const float id   = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+
+            const int     sum  = tsq_round(x, id, (int8_t *) group + 8*m + b*QK_TSQ);
+            const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };
+            memcpy(group + 4*b,       &d, sizeof(d));
+            memcpy(group + 4*m + 4*b, s,  sizeof(s));
+        }
+        group += m*Q8_TSQ_BLOCK_SIZE;
+    }
+#else
+    quantize_row_q8_tsq_generic(x, y, k);
+#endif
+}
+
+void ggml_cpu_tsq2_to_fp32(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_SIMD)
+    tsq_dequantize_row(x, 2, y, k);
+#else
+    ggml_cpu_tsq2_to_fp32_generic(x, y, k);
+#endif
+}
+
+void ggml_cpu_tsq3_to_fp32(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_SIMD)
+    tsq_dequantize_row(x, 3, y, k);
+#else
+    ggml_cpu_tsq3_to_fp32_generic(x, y, k);
+#endif
+}
+
+void ggml_cpu_tsq4_to_fp32(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_SIMD)
+    tsq_dequantize_row(x, 4, y, k);
+#else
+    ggml_cpu_tsq4_to_fp32_generic(x, y, k);
+#endif
+}
+
+void ggml_vec_dot_tsq2_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+#if defined(TSQ_SIMD)
     assert(nrc == 1);
     UNUSED(nrc);
     UNUSED(bx);
@@ -223,12 +440,12 @@ void ggml_vec_dot_tsq2_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
 
     *s = tsq_vec_dot(n, vx, 2, vy);
 #else
-    ggml_vec_dot_tsq2_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+    ggml_vec_dot_tsq2_q8_tsq_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
 }
 
-void ggml_vec_dot_tsq3_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-#if defined(TSQ_VEC_DOT_AVX512) || defined(TSQ_VEC_DOT_AVX2)
+void ggml_vec_dot_tsq3_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+#if defined(TSQ_SIMD)
     assert(nrc == 1);
     UNUSED(nrc);
     UNUSED(bx);
@@ -237,12 +454,12 @@ void ggml_vec_dot_tsq3_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
 
     *s = tsq_vec_dot(n, vx, 3, vy);
 #else
-    ggml_vec_dot_tsq3_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+    ggml_vec_dot_tsq3_q8_tsq_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
 }
 
-void ggml_vec_dot_tsq4_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-#if defined(TSQ_VEC_DOT_AVX512) || defined(TSQ_VEC_DOT_AVX2)
+void ggml_vec_dot_tsq4_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+#if defined(TSQ_SIMD)
     assert(nrc == 1);
     UNUSED(nrc);
     UNUSED(bx);
@@ -251,6 +468,6 @@ void ggml_vec_dot_tsq4_q8_1(int n, float * GGML_RESTRICT s, size_t bs, const voi
 
     *s = tsq_vec_dot(n, vx, 4, vy);
 #else
-    ggml_vec_dot_tsq4_q8_1_generic(n, s, bs, vx, bx, vy, by, nrc);
+    ggml_vec_dot_tsq4_q8_tsq_generic(n, s, bs, vx, bx, vy, by, nrc);
 #endif
 }

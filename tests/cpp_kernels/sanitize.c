@@ -1,5 +1,6 @@
 // The TSQ sources on their own, under AddressSanitizer and UndefinedBehaviorSanitizer: every buffer is exactly as large as
-// it must be, inputs are random, extreme and not finite.
+// it must be, inputs are random, extreme and not finite. Whatever has the plain names is compared with the generic reference
+// bit for bit, dot products with a sum in double.
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
@@ -41,26 +42,32 @@ static float value(int kind) {
 
 // the functions of a type
 struct type {
-    size_t block_size;
+    int    nbits;
     void   (*from_float)(const float * x, void * y, int64_t k);
     void   (*to_float)  (const void * x, float * y, int64_t k);
+    void   (*to_fp32)   (const void * x, float * y, int64_t k);
     size_t (*quantize)  (const float * src, void * dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
     void   (*vec_dot)   (int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
     void   (*generic)   (int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
 };
 
-#define TO_FLOAT(name) static void to_float_##name(const void * x, float * y, int64_t k) { dequantize_row_##name(x, y, k); }
-#define TYPE(name) { sizeof(block_##name), quantize_row_##name, to_float_##name, quantize_##name, \
-                     ggml_vec_dot_##name##_q8_1, GENERIC(ggml_vec_dot_##name##_q8_1) }
 #if defined(GGML_CPU_GENERIC)
 #define GENERIC(name) name
 #else
 #define GENERIC(name) name##_generic
 #endif
+#define TO_FLOAT(name) static void to_float_##name(const void * x, float * y, int64_t k) { dequantize_row_##name(x, y, k); }
+#define TYPE(name, nbits) { nbits, quantize_row_##name, to_float_##name, ggml_cpu_##name##_to_fp32, quantize_##name, \
+                            ggml_vec_dot_##name##_q8_tsq, GENERIC(ggml_vec_dot_##name##_q8_tsq) }
 
 TO_FLOAT(tsq2)
 TO_FLOAT(tsq3)
 TO_FLOAT(tsq4)
+
+const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) {
+    (void) type;
+    return NULL;
+}
 
 #if !defined(GGML_CPU_GENERIC) && !defined(__aarch64__)
 // SIMD of stock Q2_0 is ours, but for ARM; its generic kernel is ggml's and not linked here, so the sum is written out
@@ -109,108 +116,188 @@ static int check_q2_0(void) {
 }
 #endif
 
-static const struct type types[] = { TYPE(tsq2), TYPE(tsq3), TYPE(tsq4) };
+static const struct type types[] = { TYPE(tsq2, 2), TYPE(tsq3, 3), TYPE(tsq4, 4) };
 
-// half-precision float of a power of two, 2^-24 to 2^15; below 2^-14 it is denormal
-static uint16_t power(int e) {
-    return (uint16_t) (e < -14 ? 1 << (e + 24) : (e + 15) << 10);
+// kinds of rows and activations of dot products
+enum { RANDOM, LARGEST, LOWEST, SMALLEST, HUGE_SCALES, KINDS };
+
+// activations of a row, not from numbers but as extreme as they may be
+static void fill_activations(uint8_t * y, int nb, int kind) {
+    for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
+        const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
+
+        for (int b = 0; b < m; b++) {
+            const float u = (float) (next() % 1000 + 1)/1000;
+            const float d = kind == SMALLEST ? u*1e-38f : kind == HUGE_SCALES ? u*1e30f : u;
+
+            int sum = 0;
+            for (int j = 0; j < QK_TSQ; j++) {
+                const int q = kind == LARGEST ? 127 : kind == LOWEST ? -128 : (int8_t) next();
+                y[8*m + b*QK_TSQ + j] = (uint8_t) q;
+                sum += q;
+            }
+            const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };
+            memcpy(y + 4*b,       &d, sizeof(d));
+            memcpy(y + 4*m + 4*b, s,  sizeof(s));
+        }
+        y += m*Q8_TSQ_BLOCK_SIZE;
+    }
 }
 
-// random and extreme rows with activations that have a sum: SIMD against a sum in double
-static int check_dot(const struct type * type, int nb) {
-    const int nbits = (int) (type->block_size - TSQ_CODES)*8/QK_TSQ;
+// the dot product, and the sum of the magnitudes of what is added up
+static double exact_dot(const uint8_t * x, int nbits, const uint8_t * y, int nb, double * magnitude) {
+    double sum = 0.0;
+    *magnitude = 0.0;
+    for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
+        const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
 
-    for (int kind = 0; kind < 4; kind++) {
-        uint8_t    * x = malloc(nb*type->block_size);
-        block_q8_1 * a = malloc(2*nb*sizeof(block_q8_1));
-
-        double sum = 0.0, magnitude = 0.0;
-        for (int i = 0; i < nb; i++) {
-            uint8_t * b = x + i*type->block_size;
-            for (size_t j = 0; j < type->block_size; j++) {
-                b[j] = kind == 1 || kind == 2 ? 0xFF : kind == 3 && j == 0 ? 0 : next();
-            }
+        for (int b = 0; b < m; b++, x += TSQ_BLOCK_SIZE(nbits)) {
+            float da;
+            memcpy(&da, y + 4*b, sizeof(da));
             uint8_t q[QK_TSQ];
-            tsq_unpack(b + TSQ_CODES, nbits, q);
-
-            for (int k = 0; k < 2; k++) {
-                block_q8_1 * y = &a[2*i + k];
-
-                // the sum has a scale of its own here, and is a power of two, too: that it is taken from the right place shows
-                const int e = kind == 3 ? -24 + (int) (next() % 8) : (int) (next() % 8) - 4;
-                const int f = kind == 3 ? -24 + (int) (next() % 8) : (int) (next() % 8) + 4;
-                const uint16_t d = power(e), s = power(f);
-                ggml_table_f32_f16[d] = ldexpf(1.0f, e);
-                ggml_table_f32_f16[s] = ldexpf(1.0f, f);
-                memcpy((char *) y,     &d, sizeof(d));
-                memcpy((char *) y + 2, &s, sizeof(s));
-                for (int j = 0; j < QK8_1; j++) {
-                    y->qs[j] = kind == 1 ? 127 : kind == 2 ? -128 : (int8_t) next();
-                    const double v = ldexp(tsq_decode_d(b[0])*q[k*QK8_1 + j]*y->qs[j], e);
-                    sum       += v;
-                    magnitude += fabs(v);
-                }
-                const double v = ldexp(tsq_decode_d(b[0])*tsq_decode_z(b[1], nbits), f);
-                sum       -= v;
-                magnitude += fabs(v);
+            tsq_unpack(x + TSQ_CODES, nbits, q);
+            for (int j = 0; j < QK_TSQ; j++) {
+                const double a = (double) da*(int8_t) y[8*m + b*QK_TSQ + j]*tsq_decode_d(x[0]);
+                const double z = tsq_decode_z(x[1], nbits);
+                sum        += a*(q[j] - z);
+                *magnitude += fabs(a*q[j]) + fabs(a*z);
             }
         }
+        y += m*Q8_TSQ_BLOCK_SIZE;
+    }
+    return sum;
+}
 
-        float s;
-        type->vec_dot(nb*QK_TSQ, &s, 0, x, 0, a, 0, 1);
-        free(x);
-        free(a);
-        if (!(fabs(s - sum) <= 1e-6*magnitude)) {
-            fprintf(stderr, "vec_dot, kind %d, %d blocks: %g, should be %g\n", kind, nb, s, sum);
-            return 1;
+static int check_vec_dot(const struct type * type) {
+    for (int kind = 0; kind < KINDS; kind++) {
+        for (int nb = 1; nb <= 2*Q8_TSQ_GROUP + 3; nb++) {
+            const size_t size = nb*TSQ_BLOCK_SIZE(type->nbits);
+            uint8_t * x = malloc(size);
+            uint8_t * y = malloc(nb*Q8_TSQ_BLOCK_SIZE);
+
+            for (size_t i = 0; i < size; i++) {
+                const int head = i % TSQ_BLOCK_SIZE(type->nbits) < 2;
+                x[i] = kind == LARGEST || kind == LOWEST ? 0xFF : kind == SMALLEST && head ? 0 : (uint8_t) next();
+            }
+            fill_activations(y, nb, kind);
+
+            double magnitude;
+            const double expected = exact_dot(x, type->nbits, y, nb, &magnitude);
+            float simd, generic;
+            type->vec_dot(nb*QK_TSQ, &simd,    0, x, 0, y, 0, 1);
+            type->generic(nb*QK_TSQ, &generic, 0, x, 0, y, 0, 1);
+            free(x);
+            free(y);
+
+            const double tolerance = 1e-6*magnitude + 1e-37;
+            if (!(fabs(simd - expected) <= tolerance) || !(fabs(generic - expected) <= tolerance)) {
+                fprintf(stderr, "vec_dot, kind %d, %d blocks: %g, generic %g, should be %g +- %g\n", kind, nb, simd, generic, expected, tolerance);
+                return 1;
+            }
         }
     }
     return 0;
 }
 
-static int check(const struct type * type) {
+// every scale with every zero-point
+static int check_to_fp32(const struct type * type) {
+    const int nb = 256;
+    const size_t size = nb*TSQ_BLOCK_SIZE(type->nbits);
+    uint8_t * x = malloc(size);
+    float   * a = malloc(nb*QK_TSQ*sizeof(float));
+    float   * b = malloc(nb*QK_TSQ*sizeof(float));
+    int differs = 0;
+
+    for (int d = 0; d < 256; d++) {
+        for (size_t i = 0; i < size; i++) {
+            x[i] = (uint8_t) next();
+        }
+        for (int z = 0; z < nb; z++) {
+            x[z*TSQ_BLOCK_SIZE(type->nbits) + 0] = (uint8_t) d;
+            x[z*TSQ_BLOCK_SIZE(type->nbits) + 1] = (uint8_t) z;
+        }
+        type->to_fp32 (x, a, nb*QK_TSQ);
+        type->to_float(x, b, nb*QK_TSQ);
+        differs |= memcmp(a, b, nb*QK_TSQ*sizeof(float));
+    }
+    free(x);
+    free(a);
+    free(b);
+    return differs != 0;
+}
+
+// activations from numbers: bit for bit, whole rows and rows in parts of whole groups
+static int check_activations(void) {
+    for (int kind = 0; kind < 7; kind++) {
+        for (int nb = 1; nb <= 2*Q8_TSQ_GROUP + 3; nb++) {
+            const size_t size = nb*Q8_TSQ_BLOCK_SIZE;
+            float   * x = malloc(nb*QK_TSQ*sizeof(float));
+            uint8_t * a = malloc(size);
+            uint8_t * b = malloc(size);
+
+            for (int i = 0; i < nb*QK_TSQ; i++) {
+                x[i] = value(kind);
+            }
+            GENERIC(quantize_row_q8_tsq)(x, b, nb*QK_TSQ);
+
+            int differs = 0;
+            for (int nth = 1; nth <= 4; nth++) {
+                memset(a, 0xAA, size);
+                for (int ith = 0; ith < nth; ith++) {
+                    int64_t first = ith*nb/nth, last = (ith + 1)*nb/nth;
+                    ggml_cpu_tsq_whole_groups(GGML_TYPE_Q8_TSQ, nb, &first, &last);
+                    quantize_row_q8_tsq(x + first*QK_TSQ, a + first*Q8_TSQ_BLOCK_SIZE, (last - first)*QK_TSQ);
+                }
+                differs |= memcmp(a, b, size);
+            }
+            free(x);
+            free(a);
+            free(b);
+            if (differs) {
+                fprintf(stderr, "activations, kind %d, %d blocks\n", kind, nb);
+                return 1;
+            }
+        }
+    }
+    return 0;
+}
+
+// quantising numbers of any kind gives finite weights
+static int check_quantize(const struct type * type) {
     for (int kind = 0; kind < 7; kind++) {
         for (int nb = 1; nb <= 9; nb++) {
             const int n = nb*QK_TSQ;
 
-            float      * x = malloc(n*sizeof(float));
-            float      * w = malloc(n*sizeof(float));
-            float      * y = malloc(n*sizeof(float));
-            void       * q = malloc(nb*type->block_size);
-            block_q8_1 * a = malloc(2*nb*sizeof(block_q8_1));
+            float * x = malloc(n*sizeof(float));
+            float * w = malloc(n*sizeof(float));
+            float * y = malloc(n*sizeof(float));
+            void  * q = malloc(nb*TSQ_BLOCK_SIZE(type->nbits));
 
             for (int i = 0; i < n; i++) {
                 x[i] = value(kind);
                 w[i] = fabsf(value(1));
             }
-            for (size_t i = 0; i < 2*nb*sizeof(block_q8_1); i++) {
-                ((uint8_t *) a)[i] = next();
-            }
 
-            type->from_float(x, q, n);
-            type->to_float(q, y, n);
-            type->quantize(x, q, 1, n, w);
-            type->to_float(q, y, n);
-            for (int i = 0; i < n; i++) {
-                if (!isfinite(y[i])) {
-                    fprintf(stderr, "kind %d: weight %d is %f\n", kind, i, y[i]);
-                    return 1;
+            int finite = 1;
+            for (int weighted = 0; weighted < 2; weighted++) {
+                if (weighted) {
+                    type->quantize(x, q, 1, n, w);
+                } else {
+                    type->from_float(x, q, n);
+                }
+                type->to_float(q, y, n);
+                for (int i = 0; i < n; i++) {
+                    finite = finite && isfinite(y[i]);
                 }
             }
-
-            float s;
-            type->vec_dot(n, &s, 0, q, 0, a, 0, 1);
-            type->generic(n, &s, 0, q, 0, a, 0, 1);
-
-            if (check_dot(type, nb)) {
-                return 1;
-            }
-
             free(x);
             free(w);
             free(y);
             free(q);
-            free(a);
+            if (!finite) {
+                fprintf(stderr, "quantize, kind %d, %d blocks: a weight is not finite\n", kind, nb);
+                return 1;
+            }
         }
     }
     return 0;
@@ -222,8 +309,11 @@ int main(void) {
         return 1;
     }
 #endif
+    if (check_activations()) {
+        return 1;
+    }
     for (size_t i = 0; i < sizeof(types)/sizeof(types[0]); i++) {
-        if (check(&types[i])) {
+        if (check_quantize(&types[i]) || check_to_fp32(&types[i]) || check_vec_dot(&types[i])) {
             fprintf(stderr, "type %d of the list failed\n", (int) i);
             return 1;
         }

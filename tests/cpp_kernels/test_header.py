@@ -13,6 +13,9 @@ from tesseraq_gguf.converter.packers import tsq
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.runtime import SourceTree, cache
 
+Q8_TSQ = 510
+"""`ggml_type` of activations, which no file has and Python has no other use for."""
+
 CUSTOM = [t for t in TENSOR_TYPES.values() if t.custom]
 
 
@@ -32,9 +35,17 @@ def test_library_traits(ggml: ctypes.CDLL, t: object) -> None:
 
 
 @pytest.mark.runtime
+def test_activations_have_a_type(ggml: ctypes.CDLL) -> None:
+    assert f"#define Q8_TSQ_TYPE_ID {Q8_TSQ}\n" in (cache.kernels_dir() / "tsq.h").read_text()
+    assert ggml.ggml_type_name(Q8_TSQ) == b"q8_tsq"
+    assert ggml.ggml_blck_size(Q8_TSQ) == tsq.BLOCK
+    assert ggml.ggml_type_size(Q8_TSQ) == 72
+
+
+@pytest.mark.runtime
 def test_other_ids_are_empty(ggml: ctypes.CDLL) -> None:
     ours = [t.id for t in CUSTOM]
-    for i in sorted({*range(43, max(ours) + 1)} - {*ours}):
+    for i in sorted({*range(43, 511)} - {*ours, Q8_TSQ}):
         assert ggml.ggml_type_name(i) is None
         assert ggml.ggml_blck_size(i) == 0
 

@@ -44,6 +44,8 @@ def test_backend_ops(runtime: Runtime, operator: str, at_least: int) -> None:
     output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq[234]")
     for name in NAMES:
         assert len(re.findall(rf"^ *{operator}\(.*{name}.*: OK", output, re.MULTILINE)) >= at_least, name
+        for columns in (1, 2, 8, 32, 512) if operator == "MUL_MAT" else ():
+            assert re.search(rf"type_a={name},type_b=f32,m=64,n={columns},k=1216,.*: OK", output), (name, columns)
     assert "FAIL" not in output
 
 
@@ -66,13 +68,13 @@ def gguf_with_type(path: Path, type_id: int, weights: int = 256) -> Path:
     return path
 
 
-@pytest.mark.parametrize("type_id", [43, 300, 499, 503, 2**31 - 1])
+@pytest.mark.parametrize("type_id", [43, 300, 499, 503, 510, 511, 2**31 - 1])
 def test_unknown_type_ids_are_a_clean_error(runtime: Runtime, tmp_path: Path, type_id: int) -> None:
     bad = gguf_with_type(tmp_path / "bad.gguf", type_id)
     command = [str(runtime.tool("llama-quantize")), str(bad), str(tmp_path / "out.gguf"), "TSQ2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert f"tensor 'blk.0.ffn_up.weight' has invalid ggml type {type_id}. should be in [0, 503)" in result.stderr
+    assert f"tensor 'blk.0.ffn_up.weight' has invalid ggml type {type_id}. should be in [0, 511)" in result.stderr
 
 
 def test_a_row_that_is_no_multiple_of_the_block_is_a_clean_error(runtime: Runtime, tmp_path: Path, bits: int) -> None:
