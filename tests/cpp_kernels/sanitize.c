@@ -8,6 +8,8 @@
 #include "tesseraq/tsq.h"
 #include "tesseraq/tsq-cpu.h"
 
+#include "arch-fallback.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
