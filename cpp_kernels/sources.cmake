@@ -9,10 +9,15 @@ set(TESSERAQ_CPU_SOURCES
     tesseraq/tsq-cpu.c
     tesseraq/tsq-cpu.h
     tesseraq/tsq-repack.cpp
-    tesseraq/tsq-repack.h)
+    tesseraq/tsq-repack.h
+    tesseraq/tsq-tile.h)
 
 set(TESSERAQ_X86_SOURCES
     tesseraq/x86/q2_0.c
     tesseraq/x86/tsq.c
     tesseraq/x86/tsq-repack.cpp
     tesseraq/x86/tsq-round.h)
+
+set(TESSERAQ_ARM_SOURCES
+    tesseraq/arm/tsq.c
+    tesseraq/arm/tsq-repack.cpp)

@@ -223,9 +223,14 @@ static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
                     a = q;
                     continue;
                 }
-                // the column takes its place in a panel: 18 words of each block, every w-th word of the panel's block
-                for (int64_t i = 0; i < nb*18; i++) {
-                    memcpy(panel + 4*(i*w + c), q + 4*i, 4);
+                // the column takes its place in a panel
+                for (int64_t i = 0; i < nb; i++, q += TSQ_PANEL_BLOCK_SIZE) {
+                    uint8_t * out = panel + i*w*TSQ_PANEL_BLOCK_SIZE;
+                    memcpy(out + 4*c,       q,     4);
+                    memcpy(out + 4*w + 4*c, q + 4, 4);
+                    for (int g = 0; g < QK_TSQ/TSQ_DEPTH; g++) {
+                        memcpy(out + 8*w + TSQ_DEPTH*(g*w + c), q + 8 + TSQ_DEPTH*g, TSQ_DEPTH);
+                    }
                 }
             }
             for (int64_t g = g0; g < g1; g++) {

@@ -9,31 +9,38 @@ static inline uint32_t load32(const uint8_t * p) {
     return x;
 }
 
-// 6 vectors of a row out of its 16 groups of 4 codes
+// the vectors of a row out of its 16 words of 4 codes
 static void tsq_repack_codes3(const uint8_t * GGML_RESTRICT codes, uint8_t * GGML_RESTRICT y, int vector) {
+    const int words = TSQ_DEPTH/4; // of a group
+
     uint32_t q[16];
-    for (int g = 0; g < 16; g++) {
-        const uint32_t low  = load32(codes + 4*(g % 4)) >> 2*(g / 4);
-        const uint32_t high = load32(codes + QK_TSQ/4 + 4*(g % 2)) >> (g / 2);
-        q[g] = (low & 0x03030303) | (high & 0x01010101) << 2;
+    for (int i = 0; i < 16; i++) {
+        const uint32_t low  = load32(codes + 4*(i % 4)) >> 2*(i / 4);
+        const uint32_t high = load32(codes + QK_TSQ/4 + 4*(i % 2)) >> (i / 2);
+        q[i] = (low & 0x03030303) | (high & 0x01010101) << 2;
     }
-    for (int t = 0; t < 2; t++) {
-        const uint32_t * p = q + 8*t;
-        const uint32_t out[3] = {
-            p[0] | p[1] << 3 | (p[6] & 0x06060606) << 5,
-            p[2] | p[3] << 3 | (p[7] & 0x06060606) << 5,
-            p[4] | p[5] << 3 | (p[6] & 0x01010101) << 6 | (p[7] & 0x01010101) << 7,
-        };
-        for (int v = 0; v < 3; v++) {
-            memcpy(y + (3*t + v)*vector, &out[v], sizeof(uint32_t));
+    for (int t = 0; t < 2/words; t++) {
+        for (int j = 0; j < words; j++) {
+            uint32_t p[8];
+            for (int i = 0; i < 8; i++) {
+                p[i] = q[(8*t + i)*words + j];
+            }
+            const uint32_t out[3] = {
+                p[0] | p[1] << 3 | (p[6] & 0x06060606) << 5,
+                p[2] | p[3] << 3 | (p[7] & 0x06060606) << 5,
+                p[4] | p[5] << 3 | (p[6] & 0x01010101) << 6 | (p[7] & 0x01010101) << 7,
+            };
+            for (int v = 0; v < 3; v++) {
+                memcpy(y + (3*t + v)*vector + 4*j, &out[v], sizeof(uint32_t));
+            }
         }
     }
 }
 
 void tsq_repack(int nbits, int nrows, int64_t nb, const void * GGML_RESTRICT x, void * GGML_RESTRICT y) {
     const int header = 2*nrows;
-    const int vector = 4*nrows;
-    const int codes  = 2*nbits*vector;
+    const int vector = TSQ_DEPTH*nrows;
+    const int codes  = nrows*nbits*QK_TSQ/8;
 
     for (int r = 0; r < nrows; r++) {
         const uint8_t * in = (const uint8_t *) x + r*nb*TSQ_BLOCK_SIZE(nbits);
@@ -45,29 +52,34 @@ void tsq_repack(int nbits, int nrows, int64_t nb, const void * GGML_RESTRICT x, 
             pair[i % 2*header + r]         = in[0];
             pair[i % 2*header + nrows + r] = in[1];
 
-            uint8_t * out = pair + heads*header + i % 2*codes + 4*r;
+            uint8_t * out = pair + heads*header + i % 2*codes + TSQ_DEPTH*r;
             if (nbits == 3) {
                 tsq_repack_codes3(in + TSQ_CODES, out, vector);
             } else {
-                // 4 neighbouring bytes of a plane are already 4 columns of several groups
-                for (int v = 0; v < 2*nbits; v++) {
-                    memcpy(out + v*vector, in + TSQ_CODES + 4*v, 4);
+                // neighbouring bytes of a plane are already neighbouring columns of several groups
+                for (int v = 0; v < nbits*QK_TSQ/8/TSQ_DEPTH; v++) {
+                    memcpy(out + v*vector, in + TSQ_CODES + TSQ_DEPTH*v, TSQ_DEPTH);
                 }
             }
         }
     }
 }
 
-// code of row r and column 4*g + j, out of the repacked codes of a block
+// groups of columns in a block
+static const int NGROUP = QK_TSQ/TSQ_DEPTH;
+
+// code of row r and column TSQ_DEPTH*g + j, out of the repacked codes of a block
 static int tsq_repacked_code(const uint8_t * codes, int nbits, int nrows, int r, int g, int j) {
-    const uint8_t * q = codes + 4*r + j;
-    const int vector = 4*nrows;
+    const uint8_t * q = codes + TSQ_DEPTH*r + j;
+    const int vector = TSQ_DEPTH*nrows;
 
     if (nbits == 2) {
-        return q[g % 4*vector] >> 2*(g / 4) & 3;
+        const int n = NGROUP/4;
+        return q[g % n*vector] >> 2*(g / n) & 3;
     }
     if (nbits == 4) {
-        return q[g % 8*vector] >> 4*(g / 8) & 15;
+        const int n = NGROUP/2;
+        return q[g % n*vector] >> 4*(g / n) & 15;
     }
     q += g / 8*3*vector;
     g %= 8;
@@ -80,7 +92,7 @@ static int tsq_repacked_code(const uint8_t * codes, int nbits, int nrows, int r,
 void ggml_gemm_tsq_generic(int nbits, int n, float * const * s, const void * GGML_RESTRICT vx, const void * GGML_RESTRICT vy, int w, int nrows) {
     const int nb     = n / QK_TSQ;
     const int header = 2*nrows;
-    const int codes  = 2*nbits*4*nrows;
+    const int codes  = nrows*nbits*QK_TSQ/8;
 
     for (int c = 0; c < w; c++) {
         for (int r = 0; r < nrows; r++) {
@@ -91,16 +103,16 @@ void ggml_gemm_tsq_generic(int nbits, int n, float * const * s, const void * GGM
                 const uint8_t * dz    = pair + i % 2*header;
                 const uint8_t * q     = pair + (i % 2 == 0 && i + 1 == nb ? 1 : 2)*header + i % 2*codes;
                 const uint8_t * panel = (const uint8_t *) vy + (size_t) i*w*TSQ_PANEL_BLOCK_SIZE;
-                const int8_t  * a     = (const int8_t *) panel + 8*w + 4*c;
+                const int8_t  * a     = (const int8_t *) panel + 8*w + TSQ_DEPTH*c;
 
                 float da;
                 memcpy(&da, panel + 4*c, sizeof(da));
 
                 // sum((q - z)*a) in steps of z
                 int sumi = 0;
-                for (int g = 0; g < 16; g++) {
-                    for (int j = 0; j < 4; j++) {
-                        sumi += ((tsq_repacked_code(q, nbits, nrows, r, g, j) << (7 - nbits)) - (dz[nrows + r] - 64))*a[g*4*w + j];
+                for (int g = 0; g < NGROUP; g++) {
+                    for (int j = 0; j < TSQ_DEPTH; j++) {
+                        sumi += ((tsq_repacked_code(q, nbits, nrows, r, g, j) << (7 - nbits)) - (dz[nrows + r] - 64))*a[g*TSQ_DEPTH*w + j];
                     }
                 }
                 sumf = fmaf((float) sumi*(tsq_decode_d(dz[r])/(1 << (7 - nbits))), da, sumf);
@@ -125,7 +137,7 @@ void tsq_quantize_panel_generic(const float * GGML_RESTRICT x, void * GGML_RESTR
         for (int j = 0; j < QK_TSQ; j++) {
             const float v = rintf(x[j]*id);
             const int   q = v >= -128.0f && v <= 127.0f ? (int) v : v > 0.0f ? 127 : -128;
-            out[8*w + j/4*4*w + 4*c + j % 4] = (uint8_t) q;
+            out[8*w + TSQ_DEPTH*(j/TSQ_DEPTH*w + c) + j % TSQ_DEPTH] = (uint8_t) q;
             sum += q;
         }
         const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };

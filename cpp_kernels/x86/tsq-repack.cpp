@@ -100,29 +100,20 @@ static TSQ_INLINE vint   v_dot16(vint s, vint a, vint b)    { return _mm256_add_
 
 #endif
 
-void tsq_quantize_panel(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t nb, int w, int c) {
-    uint8_t * out = (uint8_t *) y;
-
-    for (int64_t i = 0; i < nb; i++, x += QK_TSQ, out += w*TSQ_PANEL_BLOCK_SIZE) {
-        const float amax = tsq_amax(x);
-        const float d    = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
-        const float id   = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
-
-        int8_t q[QK_TSQ];
-        const int sum = tsq_round(x, id, q);
-
-        const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };
-        memcpy(out + 4*c, &d, sizeof(d));
-        memcpy(out + 4*w + 4*c, s, sizeof(s));
-        if (w == 1) {
-            memcpy(out + 8, q, QK_TSQ);
-            continue;
-        }
-        for (int g = 0; g < QK_TSQ/4; g++) {
-            memcpy(out + 8*w + 4*(g*w + c), q + 4*g, 4);
-        }
-    }
+template <int nbits, int at, int up> static TSQ_INLINE vint v_bits(vint a) {
+    return v_and(v_shift<up - at>(a), v_set8(((1 << nbits) - 1) << up));
 }
+
+template <int low, int up> static TSQ_INLINE vint v_bits_high(vint a, vint b) {
+    return v_and(v_mix(v_set8(6 << up), v_shift<up - 5>(a), v_shift<up - low>(b)), v_set8(7 << up));
+}
+
+static TSQ_INLINE vfloat v_zero()                      { return v_setf(0.0f); }
+static TSQ_INLINE void   v_prefetch(const uint8_t * p) { _mm_prefetch((const char *) p, _MM_HINT_T0); }
+
+#define TSQ_NSUMS(w) (w)
+
+#include "tesseraq/tsq-tile.h"
 
 static TSQ_INLINE vint v_spread32(const void * p) {
     int32_t x;
@@ -130,70 +121,6 @@ static TSQ_INLINE vint v_spread32(const void * p) {
     return v_set32(x);
 }
 
-// bytes that a single column asks for ahead of their use
-#ifndef TSQ_AHEAD
-#define TSQ_AHEAD 4096
-#endif
-
-// bytes of a vector
-static const int VECTOR = 4*TSQ_NROWS;
-
-// Calls f(g, q) for the 16 groups of 4 columns of a block. In a code that is q << up, no step is wasted on bringing it down.
-template <int up, typename F> static TSQ_INLINE void tsq_unpack2(const uint8_t * x, F f) {
-    const vint m = v_set8(3 << up);
-
-    TSQ_UNROLL
-    for (int v = 0; v < 4; v++) {
-        const vint q = v_load(x + v*VECTOR);
-        f(v +  0, v_and(v_shift<up - 0>(q), m));
-        f(v +  4, v_and(v_shift<up - 2>(q), m));
-        f(v +  8, v_and(v_shift<up - 4>(q), m));
-        f(v + 12, v_and(v_shift<up - 6>(q), m));
-    }
-}
-
-template <int up, typename F> static TSQ_INLINE void tsq_unpack3(const uint8_t * x, F f) {
-    const vint m = v_set8(7 << up);
-    const vint h = v_set8(6 << up);
-
-    TSQ_UNROLL
-    for (int t = 0; t < 2; t++) {
-        const vint q0 = v_load(x + (3*t + 0)*VECTOR);
-        const vint q1 = v_load(x + (3*t + 1)*VECTOR);
-        const vint q2 = v_load(x + (3*t + 2)*VECTOR);
-        f(8*t + 0, v_and(v_shift<up - 0>(q0), m));
-        f(8*t + 1, v_and(v_shift<up - 3>(q0), m));
-        f(8*t + 2, v_and(v_shift<up - 0>(q1), m));
-        f(8*t + 3, v_and(v_shift<up - 3>(q1), m));
-        f(8*t + 4, v_and(v_shift<up - 0>(q2), m));
-        f(8*t + 5, v_and(v_shift<up - 3>(q2), m));
-        f(8*t + 6, v_and(v_mix(h, v_shift<up - 5>(q0), v_shift<up - 6>(q2)), m));
-        f(8*t + 7, v_and(v_mix(h, v_shift<up - 5>(q1), v_shift<up - 7>(q2)), m));
-    }
-}
-
-template <int up, typename F> static TSQ_INLINE void tsq_unpack4(const uint8_t * x, F f) {
-    const vint m = v_set8(15 << up);
-
-    TSQ_UNROLL
-    for (int v = 0; v < 8; v++) {
-        const vint q = v_load(x + v*VECTOR);
-        f(v + 0, v_and(v_shift<up - 0>(q), m));
-        f(v + 8, v_and(v_shift<up - 4>(q), m));
-    }
-}
-
-template <int nbits, int up, typename F> static TSQ_INLINE void tsq_unpack_block(const uint8_t * x, F f) {
-    if (nbits == 2) {
-        tsq_unpack2<up>(x, f);
-    } else if (nbits == 3) {
-        tsq_unpack3<up>(x, f);
-    } else {
-        tsq_unpack4<up>(x, f);
-    }
-}
-
-// One block of the group with one block of the panel
 template <int nbits, int w> static TSQ_INLINE void tsq_tile(const uint8_t * dz, const uint8_t * codes, const uint8_t * a, vfloat * acc) {
     const uint8_t * as = a  + w*sizeof(float);
     const uint8_t * aq = as + w*2*sizeof(int16_t);
@@ -233,10 +160,8 @@ template <int nbits, int w> static TSQ_INLINE void tsq_tile(const uint8_t * dz, 
                 s1 = v_dot8(s1, v_and(q1, v_set8(0x38)), v_spread32(aq + 4*(8*t + 3)));
                 s0 = v_dot8(s0, v_and(q2, v_set8(0x07)), v_spread32(aq + 4*(8*t + 4)));
                 s1 = v_dot8(s1, v_and(q2, v_set8(0x38)), v_spread32(aq + 4*(8*t + 5)));
-                const vint q6 = v_and(v_mix(v_set8(0xC0), q0, v_shift<-1>(q2)), v_set8(0xE0));
-                const vint q7 = v_and(v_mix(v_set8(0xC0), q1, v_shift<-2>(q2)), v_set8(0xE0));
-                s2 = v_dot8(s2, q6, v_spread32(aq + 4*(8*t + 6)));
-                s2 = v_dot8(s2, q7, v_spread32(aq + 4*(8*t + 7)));
+                s2 = v_dot8(s2, v_bits_high<6, 5>(q0, q2), v_spread32(aq + 4*(8*t + 6)));
+                s2 = v_dot8(s2, v_bits_high<7, 5>(q1, q2), v_spread32(aq + 4*(8*t + 7)));
             }
             sum[0] = v_add(v_add(sum[0], v_shl32(s0, 4)), v_add(v_shl32(s1, 1), v_sra32(s2, 1)));
         } else {
@@ -294,68 +219,10 @@ template <int nbits, int w> static TSQ_INLINE void tsq_tile(const uint8_t * dz, 
     }
 }
 
-template <int nbits, int w> static void tsq_gemm_panel(int n, float * const * s, const uint8_t * x, const uint8_t * a) {
-    const int nb     = n / QK_TSQ;
-    const int header = 2*TSQ_NROWS;
-    const int codes  = 2*nbits*VECTOR;
-    const int column = w*(int) TSQ_PANEL_BLOCK_SIZE;
-
-    vfloat acc[w];
-    TSQ_UNROLL
-    for (int c = 0; c < w; c++) {
-        acc[c] = v_setf(0.0f);
-    }
-
-    for (int i = 0; i < nb/2; i++) {
-        if (w == 1) {
-            // decoding reads every weight once, from memory: ask for it well ahead
-            for (int j = 0; j < 2*(header + codes); j += 64) {
-                _mm_prefetch((const char *) x + TSQ_AHEAD + j, _MM_HINT_T0);
-            }
-        }
-        tsq_tile<nbits, w>(x,          x + 2*header,         a,          acc);
-        tsq_tile<nbits, w>(x + header, x + 2*header + codes, a + column, acc);
-        x += 2*(header + codes);
-        a += 2*column;
-    }
-    if (nb % 2 != 0) {
-        tsq_tile<nbits, w>(x, x + header, a, acc);
-    }
-
+template <int w> static TSQ_INLINE void tsq_store(float * const * s, const vfloat * acc) {
     TSQ_UNROLL
     for (int c = 0; c < w; c++) {
         v_store(s[c], acc[c]);
-    }
-}
-
-template <int nbits> static void tsq_gemm_bits(int n, float * const * s, const uint8_t * x, const uint8_t * a, int w) {
-    switch (w) {
-        case  1: tsq_gemm_panel<nbits,  1>(n, s, x, a); break;
-        case  2: tsq_gemm_panel<nbits,  2>(n, s, x, a); break;
-        case  3: tsq_gemm_panel<nbits,  3>(n, s, x, a); break;
-        case  4: tsq_gemm_panel<nbits,  4>(n, s, x, a); break;
-#if TSQ_NCOLS > 4
-        case  5: tsq_gemm_panel<nbits,  5>(n, s, x, a); break;
-        case  6: tsq_gemm_panel<nbits,  6>(n, s, x, a); break;
-        case  7: tsq_gemm_panel<nbits,  7>(n, s, x, a); break;
-        case  8: tsq_gemm_panel<nbits,  8>(n, s, x, a); break;
-        case  9: tsq_gemm_panel<nbits,  9>(n, s, x, a); break;
-        case 10: tsq_gemm_panel<nbits, 10>(n, s, x, a); break;
-        case 11: tsq_gemm_panel<nbits, 11>(n, s, x, a); break;
-        case 12: tsq_gemm_panel<nbits, 12>(n, s, x, a); break;
-#endif
-        default: GGML_ABORT("a panel has no %d columns", w);
-    }
-}
-
-void ggml_gemm_tsq(int nbits, int n, float * const * s, const void * GGML_RESTRICT vx, const void * GGML_RESTRICT vy, int w) {
-    const uint8_t * x = (const uint8_t *) vx;
-    const uint8_t * a = (const uint8_t *) vy;
-
-    switch (nbits) {
-        case 2:  tsq_gemm_bits<2>(n, s, x, a, w); break;
-        case 3:  tsq_gemm_bits<3>(n, s, x, a, w); break;
-        default: tsq_gemm_bits<4>(n, s, x, a, w); break;
     }
 }
 

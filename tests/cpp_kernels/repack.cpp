@@ -104,7 +104,7 @@ static bool check(int nbits, int nb, int w, int kind) {
                 tsq_unpack(block + TSQ_CODES, nbits, q);
                 memcpy(&da, p + 4*c, sizeof(da));
                 for (int j = 0; j < QK_TSQ; j++) {
-                    const int8_t qa = (int8_t) p[8*w + 4*(j/4*w + c) + j % 4];
+                    const int8_t qa = (int8_t) p[8*w + TSQ_DEPTH*(j/TSQ_DEPTH*w + c) + j % TSQ_DEPTH];
                     const double v  = (double) tsq_decode_d(block[0])*(q[j] - tsq_decode_z(block[1], nbits))*da*qa;
                     sum       += v;
                     magnitude += fabs(v);

@@ -8,6 +8,8 @@
 #include "tesseraq/tsq.h"
 #include "tesseraq/tsq-cpu.h"
 
+#include "arch-fallback.h"
+
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -69,8 +71,8 @@ const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) {
     return NULL;
 }
 
-#if !defined(GGML_CPU_GENERIC)
-// SIMD of stock Q2_0 is ours; its generic kernel is ggml's and not linked here, so the sum is written out
+#if !defined(GGML_CPU_GENERIC) && !defined(__aarch64__)
+// SIMD of stock Q2_0 is ours, but for ARM; its generic kernel is ggml's and not linked here, so the sum is written out
 void ggml_vec_dot_q2_0_q8_0(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
 
 void ggml_vec_dot_q2_0_q8_0_generic(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc) {
@@ -304,7 +306,7 @@ static int check_quantize(const struct type * type) {
 }
 
 int main(void) {
-#if !defined(GGML_CPU_GENERIC)
+#if !defined(GGML_CPU_GENERIC) && !defined(__aarch64__)
     if (check_q2_0()) {
         return 1;
     }
