@@ -81,7 +81,8 @@ static bool check_type(ggml_type type) {
     const double activations = 1e-4; // 8-bit activations
     bool ok = true;
 
-    for (int64_t k : {64, 192, 640}) {
+    // the longest rows are of several groups of activations, which threads share
+    for (int64_t k : {64, 192, 640, 2368}) {
         for (int64_t n : {1, 2, 7, 33}) {
             char name[64];
             snprintf(name, sizeof(name), "mul_mat k=%d n=%d", (int) k, (int) n);
@@ -94,16 +95,18 @@ static bool check_type(ggml_type type) {
         }
     }
 
-    ok &= check("mul_mat_id", activations, [=](ggml_context * ctx, bool quantised) {
-        weights w = make_weights(ctx, type, 192, 32, 4);
-        ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 192, 2, 5);
-        ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 5);
-        fill(x);
-        for (int i = 0; i < 10; i++) {
-            ((int32_t *) ids->data)[i] = (3*i + i/2) % 4;
-        }
-        return ggml_mul_mat_id(ctx, quantised ? w.q : w.f, x, ids);
-    });
+    for (int64_t k : {192, 2368}) {
+        ok &= check("mul_mat_id", activations, [=](ggml_context * ctx, bool quantised) {
+            weights w = make_weights(ctx, type, k, 32, 4);
+            ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, 2, 5);
+            ggml_tensor * ids = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2, 5);
+            fill(x);
+            for (int i = 0; i < 10; i++) {
+                ((int32_t *) ids->data)[i] = (3*i + i/2) % 4;
+            }
+            return ggml_mul_mat_id(ctx, quantised ? w.q : w.f, x, ids);
+        });
+    }
 
     ok &= check("get_rows", 0.0, [=](ggml_context * ctx, bool quantised) {
         weights w = make_weights(ctx, type, 192, 32);
