@@ -140,7 +140,7 @@ def _named_runtime(folder: Path) -> Runtime:
     """The runtime that the environment variable names, if it can work here."""
     runtime = read_runtime(folder)
     if runtime is None:
-        raise RuntimeMissingError(f"{RUNTIME_VARIABLE} names {folder}, which is no runtime: its {MANIFEST} is missing")
+        raise RuntimeMissingError(f"{RUNTIME_VARIABLE} names {folder}, which is no whole runtime")
     here, built_for = this_platform(), runtime.manifest.get("platform")
     if built_for != here:
         raise RuntimeMissingError(

@@ -12,7 +12,7 @@ import pytest
 
 from tesseraq_gguf.runtime import SourceTree, builder, cache, toolchain
 from tesseraq_gguf.runtime.builder import TOOLS
-from tesseraq_gguf.runtime.locate import Runtime
+from tesseraq_gguf.runtime.locate import RUNTIME_VARIABLE, Runtime
 from tesseraq_gguf.runtime.target import Target
 
 
@@ -20,6 +20,7 @@ from tesseraq_gguf.runtime.target import Target
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(folder))
+    monkeypatch.delenv(RUNTIME_VARIABLE, raising=False)
     return folder
 
 
@@ -69,6 +70,8 @@ class FakeMachine:
         monkeypatch.setattr(toolchain, "is_linux_x86", lambda: True)
         programs = toolchain.Toolchain(str(folder / "cmake"), str(folder / "ninja"), "cc", "c++")
         monkeypatch.setattr(toolchain, "find_toolchain", lambda target: programs)
+        self.emulator: list[str] | None = []
+        monkeypatch.setattr(toolchain, "find_emulator", lambda target: self.emulator if target.cross else [])
         monkeypatch.setattr(toolchain, "compiler_version", lambda compiler: "fake 1.0")
 
     def script(self, name: str, body: str) -> None:
