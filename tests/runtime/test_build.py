@@ -213,7 +213,7 @@ def test_every_variant_is_proven_by_itself(machine: FakeMachine, recorder: Recor
     """One that this processor cannot run is kept for others; one that traps although ggml would choose it is not."""
     tool = f"""{SAY_VARIANT}
 case "$chosen" in
-    *-alderlake.so) echo "no CPU backend that runs on this processor was found" >&2; exit 1 ;;
+    *-alderlake.so) echo "Testing 0 devices"; exit 0 ;;
     *-zen4.so) kill -ILL $$ ;;
 esac
 echo "$(ls "$lib"/libggml-cpu-*.so | wc -l) $chosen" >> {machine.folder}/runs
@@ -225,12 +225,12 @@ echo "$(ls "$lib"/libggml-cpu-*.so | wc -l) $chosen" >> {machine.folder}/runs
     assert runtime.manifest["trapped"] == ["zen4"]
     assert recorder.notes == ["this machine traps on variants that it should run; left out: zen4"]
     runs = [line.split()[0] for line in (machine.folder / "runs").read_text().splitlines()]
-    assert runs == ["1", "1"] * 2 + ["3", "3"]
+    assert runs == ["1", "1", "3", "3"]  # two variants by one program each, then both programs with all that are left
 
 
 def test_variant_with_wrong_results_installs_nothing(machine: FakeMachine, recorder: Recorder) -> None:
     machine.prepare(HOST, ["haswell", "x64"], f'{SAY_VARIANT} case "$chosen" in *-haswell.so) exit 1 ;; esac')
-    with pytest.raises(RuntimeBuildError, match=r"test-quantize-fns failed with the variant haswell \(exit code 1\)"):
+    with pytest.raises(RuntimeBuildError, match=r"test-backend-ops failed with the variant haswell \(exit code 1\)"):
         build(portable=True, progress=recorder)
     assert leftovers(machine.home) == []
 
