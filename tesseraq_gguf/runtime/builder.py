@@ -212,6 +212,9 @@ class _Build:
 
     def _compile(self, options: Sequence[str]) -> None:
         self.progress.stage("configuring")
+        # of a build that was stopped: with other compilers, CMake would begin again and forget every other option
+        (self.folder / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "CMakeFiles", ignore_errors=True)
         origin = "@loader_path" if sys.platform == "darwin" and not self.target.cross else "$ORIGIN"
         command = [self.programs.cmake, "-S", str(self.source.llama_cpp), "-B", str(self.folder), "-G", "Ninja"]
         command += options

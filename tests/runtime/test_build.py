@@ -50,6 +50,14 @@ def test_force_builds_again(machine: FakeMachine, recorder: Recorder) -> None:
     assert leftovers(machine.home) == ["cpu"]
 
 
+def test_what_a_stopped_build_was_configured_for_is_forgotten(machine: FakeMachine, recorder: Recorder) -> None:
+    """CMake that finds other compilers in its cache drops all options, and says so in the middle of its log only."""
+    machine.script("cmake", f"[ ! -e {machine.build}/CMakeCache.txt ] && [ ! -e {machine.build}/CMakeFiles ]")
+    (machine.build / "CMakeFiles").mkdir(parents=True)
+    (machine.build / "CMakeCache.txt").touch()
+    build(progress=recorder)
+
+
 def test_damaged_runtime_is_built_again(machine: FakeMachine, recorder: Recorder) -> None:
     runtime = build(progress=recorder)
     runtime.library("llama").unlink()
