@@ -187,6 +187,8 @@ class _Cursor:
         """Skip an array of strings: a vocabulary, so without a call for each."""
         data, last, at = self.data, self.size - 8, self.at
         length = struct.Struct("<Q").unpack_from
+        if 8 * count > self.size - at:
+            self.skip(self.size + 1)
         for _ in range(count):
             if at > last:
                 break
@@ -203,7 +205,7 @@ class _Cursor:
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY:
-            raise _DamagedError(f"is corrupt: metadata '{key}' has the unknown value type {kind}. {_AGAIN}")
+            raise _DamagedError(f"is corrupt: metadata {_quoted(key)} has the unknown value type {kind}. {_AGAIN}")
         element, count = self.number("<I"), self.number("<Q")
         if element in _SCALARS:
             self.skip(struct.calcsize(_SCALARS[element]) * count)
@@ -211,7 +213,7 @@ class _Cursor:
             self.skip_texts(count)
         else:
             raise _DamagedError(
-                f"is corrupt: metadata '{key}' is an array of the unknown value type {element}. {_AGAIN}"
+                f"is corrupt: metadata {_quoted(key)} is an array of the unknown value type {element}. {_AGAIN}"
             )
         return ArrayValue(_TYPE_NAMES[element], count)
 
@@ -247,7 +249,7 @@ def _read_entries(cursor: _Cursor, count: int) -> dict[str, Entry]:
     for _ in range(count):
         key = cursor.text()
         if key in entries:
-            raise _DamagedError(f"is corrupt: metadata '{key}' appears twice. {_AGAIN}")
+            raise _DamagedError(f"is corrupt: metadata {_quoted(key)} appears twice. {_AGAIN}")
         start = cursor.at
         value = cursor.value(cursor.number("<I"), key)
         entries[key] = Entry(value, bytes(cursor.data[start : cursor.at]))
@@ -257,7 +259,7 @@ def _read_entries(cursor: _Cursor, count: int) -> dict[str, Entry]:
 def _alignment(entries: dict[str, Entry]) -> int:
     value = entries["general.alignment"].value if "general.alignment" in entries else 32
     if not isinstance(value, int) or value <= 0 or value & (value - 1):
-        raise _DamagedError(f"is corrupt: general.alignment is {value}, not a power of two. {_AGAIN}")
+        raise _DamagedError(f"is corrupt: general.alignment is {_quoted(value)}, not a power of two. {_AGAIN}")
     return value
 
 
@@ -267,12 +269,12 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[TensorIn
         name = cursor.text()
         dimensions = cursor.number("<I")
         if not 1 <= dimensions <= _MOST_DIMENSIONS or len(name.encode()) > _LONGEST_NAME:
-            raise _DamagedError(f"is corrupt: the header of tensor '{name[:64]}' makes no sense. {_AGAIN}")
+            raise _DamagedError(f"is corrupt: the header of tensor {_quoted(name)} makes no sense. {_AGAIN}")
         shape = tuple(cursor.number("<Q") for _ in range(dimensions))
         infos.append((name, cursor.number("<I"), shape, cursor.number("<Q")))
     for name, times in Counter(info[0] for info in infos).items():
         if times > 1:
-            raise _DamagedError(f"is corrupt: tensor '{name}' appears {times} times. {_AGAIN}")
+            raise _DamagedError(f"is corrupt: tensor {_quoted(name)} appears {times} times. {_AGAIN}")
     base = _padded(cursor.at, alignment)
     expected = 0
     tensors = []
@@ -281,15 +283,15 @@ def _read_tensors(cursor: _Cursor, count: int, alignment: int) -> tuple[TensorIn
         weights = int(np.prod(shape, dtype=object))
         if weights <= 0 or shape[0] % block_weights or offset != expected:
             raise _DamagedError(
-                f"is corrupt: tensor '{name}' cannot be of type {kind} and shape {list(shape)} at offset {offset}. "
-                f"{_AGAIN}"
+                f"is corrupt: tensor {_quoted(name)} cannot be of type {kind} and shape {list(shape)} at offset "
+                f"{offset}. {_AGAIN}"
             )
         size = weights // block_weights * block_bytes
         expected = _padded(offset + size, alignment)
         if base + offset + size > cursor.size:
             raise _DamagedError(
-                f"is truncated: tensor '{name}' ends at byte {base + offset + size:,}, the file at {cursor.size:,}. "
-                f"{_AGAIN}"
+                f"is truncated: tensor {_quoted(name)} ends at byte {base + offset + size:,}, the file at "
+                f"{cursor.size:,}. {_AGAIN}"
             )
         tensors.append(TensorInfo(name, kind, type_id, shape, base + offset, size))
     return tuple(tensors)
@@ -307,10 +309,16 @@ def _type_facts(tensor: str, type_id: int) -> tuple[str, int, int]:
         block_weights, block_bytes = GGML_QUANT_SIZES[stock]
     except (ValueError, KeyError):
         raise _DamagedError(
-            f"has tensor '{tensor}' of type {type_id}, which is known neither to llama.cpp nor to this version of "
-            "tesseraq-gguf: the file is corrupt, or made for another or a newer runtime"
+            f"has tensor {_quoted(tensor)} of type {type_id}, which is known neither to llama.cpp nor to this version "
+            "of tesseraq-gguf: the file is corrupt, or made for another or a newer runtime"
         ) from None
     return stock.name.lower(), int(block_weights), int(block_bytes)
+
+
+def _quoted(value: Any) -> str:
+    """What a file says, for a message: one short line, whatever characters are in it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:76]}…{text[0]}"
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -43,10 +43,13 @@ environment() {
     fi
 }
 
-# Build the runtime unless it is there.
+# Build the runtime for this processor unless it is there.
 runtime() {
-    if ! tesseraq-gguf runtime path > /dev/null 2>&1; then
-        say "building the runtime (some minutes, once)"
-        tesseraq-gguf runtime build > /dev/null
-    fi
+    case "$(tesseraq-gguf runtime path 2> /dev/null)" in
+        */cpu) ;;
+        *)
+            say "building the runtime (some minutes, once)"
+            tesseraq-gguf runtime build > /dev/null
+            ;;
+    esac
 }

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
 from tesseraq_gguf.recipe import FINISHES, INITIALISATIONS, METHODS, PRESETS
+from tesseraq_gguf.runtime.target import CROSS
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -42,6 +43,11 @@ runtime_app = typer.Typer(
 )
 app.add_typer(runtime_app, name="runtime")
 
+Backend = Annotated[str, typer.Option(help="Which devices it is for.")]
+Portable = Annotated[bool, typer.Option("--portable", help="The portable one, and no other.")]
+OfTarget = Annotated[
+    str | None, typer.Option("--target", metavar="TRIPLE", help="The one for another kind of machine.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout and nothing else there.")]
 
 
@@ -316,44 +322,67 @@ def chat(
 
 @runtime_app.command("build")
 def runtime_build(
-    backend: Annotated[str, typer.Option(help="Which devices it is for.")] = "cpu",
+    backend: Backend = "cpu",
+    portable: Annotated[
+        bool,
+        typer.Option(
+            "--portable", help="For every processor of this machine's kind, not for this one's instruction sets."
+        ),
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TRIPLE", help=f"Build for another kind of machine, portable as well: {', '.join(CROSS)}."
+        ),
+    ] = None,
     llama_cpp: Annotated[
         Path | None,
         typer.Option("--llama-cpp", help="Patch and build a copy of this llama.cpp checkout, not the pinned one."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even if it is there.")] = False,
 ) -> None:
-    """Fetch, verify, patch, build and prove the runtime; nothing to do if it is there.
+    """Fetch, verify, patch, build and prove the runtime; nothing to do if it is there. Prints its folder.
 
     It needs a C++ compiler, CMake and Ninja; pip install 'tesseraq-gguf\\[build]' brings the latter two.
+
+    Without options the runtime is as fast as this processor allows, and for this processor. With --portable it holds
+    the CPU backend in several variants, of which every start loads the best. It may be copied: its programs and its
+    Python bindings find each other wherever the folder is. On the other machine they run as they are, or set
+    TESSERAQ_GGUF_RUNTIME to the copy for eval and chat.
 
     \b
     Examples:
       tesseraq-gguf runtime build
+      tesseraq-gguf runtime build --portable
+      tesseraq-gguf runtime build --target aarch64-linux-gnu
       tesseraq-gguf runtime build --llama-cpp ~/src/llama.cpp
     """
     from tesseraq_gguf.runtime import build
 
-    runtime = build(backend, llama_cpp=llama_cpp, force=force)
+    runtime = build(backend, portable=portable, target=target, llama_cpp=llama_cpp, force=force)
     print(runtime.root)
 
 
 @runtime_app.command("path")
-def runtime_path(backend: Annotated[str, typer.Option(help="Which devices it is for.")] = "cpu") -> None:
-    """Print the folder of the runtime; llama.cpp's programs are in its bin/.
+def runtime_path(backend: Backend = "cpu", portable: Portable = False, target: OfTarget = None) -> None:
+    """Print the folder of the runtime that eval and chat use; llama.cpp's programs are in its bin/.
+
+    It is the first of these that is there: the one in the folder that TESSERAQ_GGUF_RUNTIME names, the one for this
+    processor, the portable one.
 
     \b
-    Example:
+    Examples:
       $(tesseraq-gguf runtime path)/bin/llama-bench -m out.gguf
+      cp -a "$(tesseraq-gguf runtime path --portable)" /mnt/stick/runtime
     """
     from tesseraq_gguf.runtime import find_runtime
 
-    print(find_runtime(backend).root)
+    print(find_runtime(backend, portable=portable, target=target).root)
 
 
 @runtime_app.command("info")
 def runtime_info(
-    backend: Annotated[str, typer.Option(help="Which devices it is for.")] = "cpu", as_json: Json = False
+    backend: Backend = "cpu", portable: Portable = False, target: OfTarget = None, as_json: Json = False
 ) -> None:
     """Tell which runtime is needed and which is there: what a bug report should contain.
 
@@ -363,7 +392,7 @@ def runtime_info(
     """
     from tesseraq_gguf.runtime import info
 
-    data = info(backend)
+    data = info(backend, portable=portable, target=target)
     if as_json:
         _print_json(data)
         return

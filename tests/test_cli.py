@@ -200,7 +200,11 @@ BAD = [
     ("chat good.gguf -p hello --temperature -1", "--temperature"),
     ("runtime build --backend abacus", "unknown backend 'abacus'"),
     ("runtime build --llama-cpp a-folder", "not a llama.cpp checkout"),
+    ("runtime build --target vax", "unknown target 'vax'. Known targets: aarch64-linux-gnu"),
     ("runtime path --backend abacus", "abacus"),
+    ("runtime path --portable --backend abacus", "run: tesseraq-gguf runtime build --portable"),
+    ("runtime path --target vax", "unknown target 'vax'"),
+    ("runtime info --target vax", "unknown target 'vax'"),
 ]
 
 

@@ -7,6 +7,8 @@ import json
 import struct
 import subprocess
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -183,21 +185,97 @@ def test_not_gguf_at_all(tmp_path):
         inspect(tmp_path)
 
 
-@settings(max_examples=300, deadline=None)
-@given(data=st.data())
-def test_damaged_bytes_never_crash(tmp_path_factory, data):
-    path = _file(tmp_path_factory.mktemp("damaged") / "m.gguf")
+NUMBERS = [0, 1, 8, 9, 10, 31, 32, 127, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
+
+
+def _overwrite(content: bytearray, at: int, end: int, data: bytes) -> None:
+    content[at : at + len(data)] = data
+
+
+def _insert(content: bytearray, at: int, end: int, data: bytes) -> None:
+    content[at:at] = data
+
+
+def _delete(content: bytearray, at: int, end: int, data: bytes) -> None:
+    del content[at:end]
+
+
+def _repeat(content: bytearray, at: int, end: int, data: bytes) -> None:
+    content[at:at] = content[at:end]
+
+
+def _cut(content: bytearray, at: int, end: int, data: bytes) -> None:
+    del content[at:]
+
+
+_little = st.tuples(st.sampled_from(NUMBERS), st.sampled_from([1, 2, 4, 8])).map(
+    lambda pair: (pair[0] % 2 ** (8 * pair[1])).to_bytes(pair[1], "little")
+)
+_mutations = st.lists(
+    st.tuples(
+        st.sampled_from([_overwrite, _overwrite, _overwrite, _insert, _delete, _repeat, _cut]),
+        st.integers(0, 600),
+        st.integers(1, 64),
+        st.one_of(_little, _little, st.binary(min_size=1, max_size=12)),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=500, deadline=5000)
+@given(mutations=_mutations)
+def test_a_damaged_file_is_read_or_refused_in_one_line(tmp_path_factory, mutations):
+    """Numbers that cannot be, pieces too many or too few, any bytes: no other error, no hang, little memory."""
+    path = _file(tmp_path_factory.getbasetemp() / "damaged.gguf")
     content = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    for mutate, at, length, data in mutations:
+        at = min(at, len(content))
+        mutate(content, at, at + length, data)
     path.write_bytes(content)
+    tracemalloc.start()
     try:
         found = inspect(path)
     except FileFormatError as error:
-        assert "\n" not in str(error)
+        assert len(str(error).splitlines()) == 1
+        assert str(error).isprintable()
+        assert len(str(error)) < 500 + len(str(path))
     else:
         json.dumps(found.to_json())
         _shown(render(found))
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 20e6
+
+
+def test_an_array_of_texts_longer_than_the_file_costs_nothing(tmp_path):
+    path = _file(tmp_path / "m.gguf", entries=[_entry("a.b", 9, struct.pack("<IQ", 8, 1 << 60) + bytes(32 << 20))])
+    begin = time.monotonic()
+    with pytest.raises(FileFormatError, match="truncated"):
+        open_gguf(path)
+    assert time.monotonic() - begin < 1
+
+
+def test_names_that_are_no_names_cannot_disturb_a_terminal(tmp_path):
+    """What a file calls its entries and tensors comes from strangers: no escapes, no second line, no end of it."""
+    nasty = "a\n\x1b[31m" + "b" * 1000
+    for changes in (
+        {"entries": [_entry(nasty, 77, b"")]},
+        {"entries": [_entry(nasty, 9, struct.pack("<IQ", 9, 1))]},
+        {"entries": [_entry(nasty, 0, b"0"), _entry(nasty, 0, b"0")]},
+        {"entries": [_entry("general.alignment", 8, _text(nasty))]},
+        {"tensors": [(nasty, (8,), 0, 32)]},
+        {"tensors": [(nasty[:50], (8,), 777, 32)]},
+        {"tensors": [(nasty[:50], (63,), 500, 32)]},
+        {"tensors": [(nasty[:50], (1 << 40,), 0, 32)]},
+        {"tensors": [(nasty[:50], (8,), 0, 32)] * 2},
+    ):
+        path = _file(tmp_path / "m.gguf", **changes)
+        with pytest.raises(FileFormatError) as caught:
+            open_gguf(path)
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_needs_no_runtime_and_no_torch(tmp_path):

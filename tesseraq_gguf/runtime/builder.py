@@ -1,7 +1,7 @@
 """Build, prove and install a runtime: libraries, tools and Python bindings of the patched llama.cpp.
 
-A runtime appears under its final name only when it is whole and its programs have run on this machine. Nothing in the
-build touches the network, apart from fetching the pinned source once.
+A runtime appears under its final name only when it is whole and its programs have run: on this machine, or under qemu
+if it is for another kind. Nothing in the build touches the network, apart from fetching the pinned source once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,10 +27,11 @@ from filelock import FileLock
 from tesseraq_gguf.errors import RuntimeBuildError, UsageError
 from tesseraq_gguf.runtime import cache, pin, toolchain
 from tesseraq_gguf.runtime.load import LIBRARY_VARIABLE
-from tesseraq_gguf.runtime.locate import MANIFEST, Runtime, read_runtime
+from tesseraq_gguf.runtime.locate import MANIFEST, Runtime, read_runtime, this_platform
 from tesseraq_gguf.runtime.progress import Reporter, RichReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
-from tesseraq_gguf.runtime.toolchain import InstructionSet, Toolchain
+from tesseraq_gguf.runtime.target import Target
+from tesseraq_gguf.runtime.toolchain import Toolchain
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {"cpu": ("-DGGML_METAL=OFF",)}
 """CMake options by backend."""
@@ -61,6 +63,12 @@ _OPTIONS = (
     "-DLLAMA_BUILD_NUMBER=0",
 )
 
+_PORTABLE_OPTIONS = ("-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON")
+"""The CPU backend in variants, each a library of its own that ggml may load."""
+
+_NO_VARIANT = "Testing 0 devices"
+"""What test-backend-ops says, and is content with, where no variant can be loaded."""
+
 _PROOFS = (
     ("test-quantize-fns",),
     (
@@ -77,9 +85,15 @@ _PROOFS = (
 """Programs that must succeed before a runtime is installed; quick, and wide enough to meet the instructions in use."""
 
 
+_PROOFS_OF_VARIANTS = _PROOFS[1:]
+"""What is run with each variant by itself: test-quantize-fns takes minutes under qemu, and once will do."""
+
+
 def build(
     backend: str = "cpu",
     *,
+    portable: bool = False,
+    target: str | None = None,
     llama_cpp: Path | None = None,
     force: bool = False,
     jobs: int | None = None,
@@ -89,6 +103,8 @@ def build(
 
     Args:
         backend: which devices it runs on; only `cpu` so far.
+        portable: for every processor of this machine's kind, not for the instruction sets of this one.
+        target: for another kind of machine, by its triple; always portable.
         llama_cpp: an existing llama.cpp checkout to copy and patch instead of the pinned one.
         force: build even if it is there.
         jobs: compilers at a time; by default one per processor this process may use.
@@ -96,60 +112,74 @@ def build(
 
     Raises:
         RuntimeBuildError: something is missing or failed; the message is one line, and names the log if there is one.
-        UsageError: an unknown backend, or `llama_cpp` is no llama.cpp checkout.
+        UsageError: an unknown backend or target, or `llama_cpp` is no llama.cpp checkout.
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend '{backend}'. Known backends: {', '.join(BACKENDS)}")
+    wanted = Target(backend, portable, target)
     key = cache.checkout_key(_checkout(llama_cpp)) if llama_cpp else cache.current_key()
-    installed = read_runtime(cache.cache_dir() / key / backend)
+    installed = read_runtime(cache.cache_dir() / key / wanted.name)
     if installed and not force:
         return installed
     with contextlib.ExitStack() as stack:
         reporter = progress or stack.enter_context(RichReporter())
-        programs = toolchain.find_toolchain()
+        programs = toolchain.find_toolchain(wanted)
         source = ensure_source(reporter, llama_cpp=llama_cpp)
         home = source.llama_cpp.parent.parent
-        stack.enter_context(FileLock(home / f"{backend}.lock"))
-        installed = read_runtime(home / backend)
+        stack.enter_context(FileLock(home / f"{wanted.name}.lock"))
+        installed = read_runtime(home / wanted.name)
         if installed and not force:
             return installed
-        work = _Build(backend, source, home, programs, jobs or _processors(), reporter)
-        return work.run(checkout=llama_cpp)
+        kind = _PortableBuild if wanted.portable else _Build
+        return kind(wanted, source, home, programs, jobs or _processors(), reporter).run(checkout=llama_cpp)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One way to configure a build.
+
+    Attributes:
+        options: CMake options of its own.
+        facts: what the manifest says of it.
+    """
+
+    options: Sequence[str]
+    facts: Mapping[str, Any]
 
 
 class _Build:
-    """One build of one backend, in the folder of its key."""
+    """One build of one target, in the folder of its key: for the instruction sets of this machine."""
 
     def __init__(
-        self, backend: str, source: SourceTree, home: Path, programs: Toolchain, jobs: int, progress: Reporter
+        self, target: Target, source: SourceTree, home: Path, programs: Toolchain, jobs: int, progress: Reporter
     ):
-        self.backend = backend
+        self.target = target
         self.source = source
         self.home = home
-        self.folder = home / f"build-{backend}"
-        self.log = home / f"build-{backend}.log"
+        self.folder = home / f"build-{target.name}"
+        self.log = home / f"build-{target.name}.log"
         self.programs = programs
         self.jobs = jobs
         self.progress = progress
 
     def run(self, checkout: Path | None) -> Runtime:
-        """Compile with the best instruction sets that run here, prove, install."""
+        """Compile by the best plan whose programs run, prove, install."""
         self.log.write_text("")
-        for sets in self._candidates():
-            options = ["-DGGML_NATIVE=ON"] if sets is None else toolchain.native_options(sets)
+        for plan in self._plans():
+            options = [*_OPTIONS, *BACKENDS[self.target.backend], *plan.options]
             self._compile(options)
-            with tempfile.TemporaryDirectory(dir=self.home, prefix=f"{self.backend}-") as temporary:
-                stage = Path(temporary) / self.backend
+            with tempfile.TemporaryDirectory(dir=self.home, prefix=f"{self.target.name}-") as temporary:
+                stage = Path(temporary) / self.target.name
                 self._collect(stage)
-                system_info = self._prove(Runtime(stage, {}))
-                if system_info is None:
+                proof = self._prove(Runtime(stage, self._origin(checkout)), Path(temporary))
+                if proof is None:
                     self.progress.note(
                         "what was built traps on this machine; building again with fewer instruction sets"
                     )
                     continue
-                manifest = self._manifest(sets, options, system_info, checkout)
+                manifest = self._origin(checkout) | {"cmake_options": options, **plan.facts, **proof}
                 (stage / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-                final = self.home / self.backend
+                final = self.home / self.target.name
                 if final.exists():
                     final.rename(Path(temporary) / "old")
                 stage.rename(final)
@@ -157,7 +187,13 @@ class _Build:
             return Runtime(final, manifest)
         raise RuntimeBuildError(f"even the plainest build traps on this machine; the full log is {self.log}")
 
-    def _candidates(self) -> Iterator[list[InstructionSet] | None]:
+    def _plans(self) -> Iterator[_Plan]:
+        """Ways to build, best first."""
+        for sets in self._candidates():
+            options = ["-DGGML_NATIVE=ON"] if sets is None else toolchain.native_options(sets)
+            yield _Plan(options, {"instruction_sets": None if sets is None else [each.name for each in sets]})
+
+    def _candidates(self) -> Iterator[list[toolchain.InstructionSet] | None]:
         """Instruction sets to try, best first; None leaves the choice to ggml."""
         if not toolchain.is_linux_x86() or self.programs.cc is None:
             yield None
@@ -176,9 +212,12 @@ class _Build:
 
     def _compile(self, options: Sequence[str]) -> None:
         self.progress.stage("configuring")
-        origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+        # of a build that was stopped: with other compilers, CMake would begin again and forget every other option
+        (self.folder / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "CMakeFiles", ignore_errors=True)
+        origin = "@loader_path" if sys.platform == "darwin" and not self.target.cross else "$ORIGIN"
         command = [self.programs.cmake, "-S", str(self.source.llama_cpp), "-B", str(self.folder), "-G", "Ninja"]
-        command += [*_OPTIONS, *BACKENDS[self.backend], *options]
+        command += options
         command += [f"-DCMAKE_MAKE_PROGRAM={self.programs.ninja}", f"-DCMAKE_INSTALL_RPATH={origin};{origin}/../lib"]
         command += [f"-DLLAMA_BUILD_COMMIT={cache.kernels_hash()}"]
         if self.programs.cc and self.programs.cxx:
@@ -229,33 +268,47 @@ class _Build:
         lib, bin_, python = stage / "lib", stage / "bin", stage / "python"
         for folder in (lib, bin_, python):
             folder.mkdir(parents=True)
+        windows = sys.platform == "win32" and not self.target.cross
         built = self.folder / "bin"
         for path in sorted(built.iterdir()):
             if re.search(r"\.(so|dylib|dll)(\.|$)|\.dylib$", path.name):
                 shutil.copy(path, lib / path.name, follow_symlinks=False)
-                if sys.platform == "win32":
+                if windows:
                     shutil.copy(path, bin_ / path.name)
-        suffix = ".exe" if sys.platform == "win32" else ""
+        suffix = ".exe" if windows else ""
         for tool in TOOLS:
             shutil.copy(built / (tool + suffix), bin_ / (tool + suffix))
         shutil.copytree(self.source.bindings, python / "llama_cpp")
         # not every module of the bindings looks at LLAMA_CPP_LIB_PATH; this is where the others look
         beside = python / "llama_cpp" / "lib"
-        if sys.platform == "win32":
+        if windows:
             shutil.copytree(lib, beside)
         else:
             beside.symlink_to(Path("..", "..", "lib"), target_is_directory=True)
 
-    def _prove(self, runtime: Runtime) -> str | None:
-        """Run what was built. Returns what llama.cpp says about its instruction sets; None if the machine trapped."""
+    def _prove(self, runtime: Runtime, scratch: Path) -> dict[str, Any] | None:
+        """Run what was built. Returns what the manifest says of it; None if the machine trapped."""
         self.progress.stage("proving that it runs")
-        for name, *arguments in _PROOFS:
-            code, _ = self._try([str(runtime.tool(name)), *arguments])
-            if _is_trap(code):
-                return None
+        code, tool, _ = self._run_proofs(runtime)
+        if not _is_trap(code):
             if code:
-                raise self._failure(f"{name} failed on the new runtime (exit code {code})")
-        code, output = self._try(
+                raise self._failure(f"{tool} failed on the new runtime (exit code {code})")
+            code, system_info = self._import_bindings(runtime)
+        return None if _is_trap(code) else {"system_info": system_info}
+
+    def _run_proofs(
+        self, runtime: Runtime, emulator: Sequence[str] = (), proofs: Sequence[Sequence[str]] = _PROOFS
+    ) -> tuple[int, str, str]:
+        """Run the proofs until one fails. Returns its exit code, its name, and all that it said."""
+        for name, *arguments in proofs:
+            code, out, err = self._try([*emulator, str(runtime.tool(name)), *arguments])
+            if code:
+                break
+        return code, name, out + err
+
+    def _import_bindings(self, runtime: Runtime) -> tuple[int, str]:
+        """Import llama_cpp. Returns the exit code, and what llama.cpp says about its instruction sets."""
+        code, out, _ = self._try(
             [
                 sys.executable,
                 "-c",
@@ -263,37 +316,99 @@ class _Build:
             ],
             {"PYTHONPATH": str(runtime.python), LIBRARY_VARIABLE: str(runtime.lib)},
         )
-        if _is_trap(code):
-            return None
-        if code:
+        if code and not _is_trap(code):
             raise self._failure(f"llama_cpp cannot be imported on the new runtime (exit code {code})")
-        return output.strip().splitlines()[-1] if output.strip() else ""
+        return code, out.strip().splitlines()[-1] if out.strip() else ""
 
-    def _try(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str]:
+    def _try(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+        """Run a program that was built. Returns its exit code, stdout and stderr."""
         result = subprocess.run(
             command, env={**os.environ, **(environment or {})}, capture_output=True, text=True, errors="replace"
         )
         with self.log.open("a") as log:
             print("$", *command, file=log)
             log.write(result.stdout + result.stderr)
-        return result.returncode, result.stdout
+        return result.returncode, result.stdout, result.stderr
 
-    def _manifest(
-        self, sets: list[InstructionSet] | None, options: Sequence[str], system_info: str, checkout: Path | None
-    ) -> dict[str, Any]:
+    def _origin(self, checkout: Path | None) -> dict[str, Any]:
+        """What the manifest says whatever was built."""
+        cross = self.target.cross
         return {
             "key": self.source.key,
             "version": pin.VERSION,
             "kernels_hash": cache.kernels_hash(),
             "checkout": str(checkout) if checkout else None,
-            "backend": self.backend,
-            "platform": f"{platform.system()} {platform.machine()}",
-            "instruction_sets": None if sets is None else [each.name for each in sets],
-            "cmake_options": [*_OPTIONS, *BACKENDS[self.backend], *options],
+            "backend": self.target.backend,
+            "portable": self.target.portable,
+            "target": self.target.triple,
+            "platform": f"{cross.system} {cross.processor}" if cross else this_platform(),
             "compiler": toolchain.compiler_version(self.programs.cxx),
             "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+
+class _PortableBuild(_Build):
+    """A build for every processor of a kind: each variant of the CPU backend that can run here is proven by itself."""
+
+    def _plans(self) -> Iterator[_Plan]:
+        cross = self.target.cross
+        left_out = toolchain.variants_left_out(self.programs.cc, cross.processor if cross else platform.machine())
+        options = [*_PORTABLE_OPTIONS, f"-DTESSERAQ_VARIANTS_LEFT_OUT={';'.join(left_out)}"]
+        if cross:
+            options += [f"-DCMAKE_SYSTEM_NAME={cross.system}", f"-DCMAKE_SYSTEM_PROCESSOR={cross.processor}"]
+        yield _Plan(options, {"instruction_sets": None, "variants_left_out": left_out})
+
+    def _prove(self, runtime: Runtime, scratch: Path) -> dict[str, Any] | None:
+        emulator = toolchain.find_emulator(self.target)
+        if emulator is None:
+            needed = self.target.cross.emulator if self.target.cross else ""
+            self.progress.note(f"not proven: there is no {needed} to run it (apt install qemu-user)")
+            return {"variants": runtime.variants, "proven": [], "trapped": [], "chosen": None, "system_info": None}
+        proven: list[str] = []
+        trapped: list[str] = []
+        for number, variant in enumerate(runtime.variants):
+            self.progress.stage(f"proving that {variant} runs")
+            alone = _with_one_variant(runtime, variant, scratch / f"alone-{number}")
+            code, tool, said = self._run_proofs(alone, emulator, _PROOFS_OF_VARIANTS)
+            shutil.rmtree(alone.root)
+            if _is_trap(code):
+                trapped.append(variant)
+            elif code:
+                raise self._failure(f"{tool} failed with the variant {variant} (exit code {code})")
+            elif _NO_VARIANT not in said:
+                proven.append(variant)
+        if trapped:
+            # ggml goes by what a processor says of itself, and would choose them again
+            self.progress.note(f"this machine traps on variants that it should run; left out: {', '.join(trapped)}")
+            for variant in trapped:
+                runtime.variant(variant).unlink()
+        if not proven:
+            raise RuntimeBuildError(f"no variant of the CPU backend runs on this machine; the full log is {self.log}")
+        self.progress.stage("proving that it runs")
+        code, tool, said = self._run_proofs(runtime, emulator)
+        chosen = re.search(r"loaded CPU backend from .*ggml-cpu-(\S+)\.(?:so|dll)", said)
+        if code or chosen is None:
+            raise self._failure(f"{tool} failed on the new runtime (exit code {code})")
+        system_info = None if self.target.cross else self._import_bindings(runtime)[1]
+        return {
+            "variants": runtime.variants,
+            "proven": proven,
+            "trapped": trapped,
+            "chosen": chosen[1],
             "system_info": system_info,
         }
+
+
+def _with_one_variant(runtime: Runtime, variant: str, folder: Path) -> Runtime:
+    """Libraries and tools of a runtime in another folder, by hard links, with one variant of the CPU backend only."""
+    others = {runtime.variant(name) for name in runtime.variants if name != variant}
+
+    def ignored(parent: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(parent, name) in others]
+
+    for part in ("lib", "bin"):
+        shutil.copytree(runtime.root / part, folder / part, symlinks=True, ignore=ignored, copy_function=os.link)
+    return Runtime(folder, runtime.manifest)
 
 
 def _checkout(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
     <cache>/<key>/source/         patched llama.cpp and llama_cpp, read-only by habit
     <cache>/<key>/cpu/            an installed runtime: lib, bin, python, manifest.json
+    <cache>/<key>/cpu-portable/   one for every processor of this kind; cpu-aarch64-linux-gnu/ for another kind
     <cache>/<key>/build-cpu/      CMake's build folder, removed when the runtime is installed
     <cache>/<key>/build-cpu.log   what CMake and the compilers said
 

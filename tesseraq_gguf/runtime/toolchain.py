@@ -1,4 +1,7 @@
-"""What a build needs from the machine: CMake, Ninja, compilers, and instruction sets that really run."""
+"""What a build needs from the machine: CMake, Ninja, compilers, and instruction sets that really run.
+
+For another kind of machine: compilers named by its triple, and qemu to run what they made.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,12 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tesseraq_gguf.errors import RuntimeBuildError
+from tesseraq_gguf.runtime.target import Target
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,11 @@ class Toolchain:
     cxx: str | None
 
 
-def find_toolchain() -> Toolchain:
+def find_toolchain(target: Target | None = None) -> Toolchain:
     """Look the programs up, on PATH and among the scripts of this Python.
+
+    Args:
+        target: what is to be built; another kind of machine has compilers of its own.
 
     Raises:
         RuntimeBuildError: one is missing; the message says how to get it.
@@ -39,6 +46,13 @@ def find_toolchain() -> Toolchain:
             f"{' and '.join(missing)} not found; run: pip install {' '.join(missing)} "
             "(or: pip install 'tesseraq-gguf[build]')"
         )
+    if target and target.cross:
+        compilers = _find(f"{target.triple}-gcc"), _find(f"{target.triple}-g++")
+        if not compilers[0] or not compilers[1]:
+            raise RuntimeBuildError(
+                f"no C and C++ compiler for {target.triple} found; install them (apt install {target.cross.packages})"
+            )
+        return Toolchain(cmake, ninja, *compilers)
     if sys.platform == "win32":
         return Toolchain(cmake, ninja, None, None)
     cc = os.environ.get("CC") or _find("cc") or _find("gcc") or _find("clang")
@@ -51,6 +65,20 @@ def find_toolchain() -> Toolchain:
         )
         raise RuntimeBuildError(f"no C and C++ compiler found; install one ({hint})")
     return Toolchain(cmake, ninja, cc, cxx)
+
+
+def find_emulator(target: Target) -> list[str] | None:
+    """The head of a command that runs a target's programs here: empty for this machine, None if qemu is missing.
+
+    Their libraries are looked for where the cross-compilers have theirs, or where QEMU_LD_PREFIX says.
+    """
+    if target.cross is None:
+        return []
+    emulator = _find(target.cross.emulator) or _find(f"{target.cross.emulator}-static")
+    if emulator is None:
+        return None
+    prefix = Path("/usr", str(target.triple))
+    return [emulator, "-L", str(prefix)] if prefix.is_dir() and "QEMU_LD_PREFIX" not in os.environ else [emulator]
 
 
 def compiler_version(compiler: str | None) -> str:
@@ -169,6 +197,45 @@ X86_INSTRUCTION_SETS = (
 AMX is left out: virtual machines name it and trap on it, some of them only on another host, and none of our types
 needs it.
 """
+
+
+NEVER_BUILT = ("sapphirerapids",)
+"""Variants of ggml's CPU backend that portable runtimes leave out.
+
+All that this one has and `zen4` has not is AMX. ggml would choose it on every machine that names AMX, and virtual
+machines name it and trap on it.
+"""
+
+VARIANT_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "cooperlake": ("-mavx512bf16",),
+    "zen4": ("-mavx512bf16",),
+    "alderlake": ("-mavxvnni",),
+    "armv8.2_3": ("-march=armv8.2-a+dotprod+fp16+sve",),
+    "armv8.6_1": ("-march=armv8.6-a+dotprod+fp16+sve+i8mm",),
+    "armv8.6_2": ("-march=armv8.6-a+dotprod+fp16+sve+i8mm+sve2",),
+    "armv9.2_1": ("-march=armv9.2-a+dotprod+fp16+sve+i8mm+sme",),
+    "armv9.2_2": ("-march=armv9.2-a+dotprod+fp16+sve+i8mm+sve2+sme",),
+}
+"""Flags by variant that compilers of the last years do not know; GCC 12 lacks SME, for one."""
+
+
+def variants_left_out(cc: str | None, processor: str) -> list[str]:
+    """Names of the variants that a portable runtime goes without: never built, or unknown to this compiler.
+
+    Args:
+        cc: the C compiler; None if CMake finds it, which then has to know them all.
+        processor: what the runtime is for, as `platform.machine()` says it.
+    """
+    arm = processor.lower() in {"aarch64", "arm64"}
+    of_processor = [name for name in VARIANT_FLAGS if name.startswith("armv") == arm]
+    unknown = [name for name in of_processor if cc and not _accepts(cc, VARIANT_FLAGS[name])]
+    return unknown if arm else [*NEVER_BUILT, *unknown]
+
+
+def _accepts(cc: str, flags: Sequence[str]) -> bool:
+    """Whether a compiler knows these flags."""
+    command = [*cc.split(), *flags, "-fsyntax-only", "-x", "c", "-"]
+    return subprocess.run(command, input="int x;\n", text=True, capture_output=True).returncode == 0
 
 
 def is_linux_x86() -> bool:

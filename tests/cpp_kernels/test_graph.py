@@ -57,7 +57,9 @@ def instructions(request: pytest.FixtureRequest) -> list[str]:
     return [f"-m{name}" for name in wanted]
 
 
-def run_sanitized(source: SourceTree, program: Path, command: list[str], units: list[str], options: list[str]) -> str:
+def run_sanitized(
+    source: SourceTree, program: Path, command: list[str], units: list[str], options: list[str], *arguments: str
+) -> str:
     """Compile a program of this folder with units of our sources under sanitizers, and run it."""
     src = source.llama_cpp / "ggml" / "src"
     folders = [src.parent / "include", src, src / "ggml-cpu"]
@@ -65,8 +67,8 @@ def run_sanitized(source: SourceTree, program: Path, command: list[str], units: 
     warnings = ["-Wall", "-Wextra", "-Wno-unused-function"]
     sources = [*HERE.glob(f"{program.name}.c*"), *(src / "tesseraq" / unit for unit in units)]
     flags = [*SANITIZE, *warnings, *options, *include]
-    subprocess.run([*command, *flags, *map(str, sources), "-lm", "-o", str(program)], check=True)
-    result = subprocess.run([str(program)], capture_output=True, text=True)
+    subprocess.run([*command, *flags, *map(str, sources), "-lm", "-lstdc++", "-o", str(program)], check=True)
+    result = subprocess.run([str(program), *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

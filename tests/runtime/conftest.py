@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ import pytest
 
 from tesseraq_gguf.runtime import SourceTree, builder, cache, toolchain
 from tesseraq_gguf.runtime.builder import TOOLS
-from tesseraq_gguf.runtime.locate import Runtime
+from tesseraq_gguf.runtime.locate import RUNTIME_VARIABLE, Runtime
+from tesseraq_gguf.runtime.target import Target
 
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(folder))
+    monkeypatch.delenv(RUNTIME_VARIABLE, raising=False)
     return folder
 
 
@@ -52,6 +55,7 @@ class FakeMachine:
         self._monkeypatch = monkeypatch
         self.home = cache.cache_dir() / cache.current_key()
         self.build = self.home / "build-cpu"
+        self.libraries = [Runtime(Path(), {}).library("llama").name]
         self.script("cmake", 'echo configured "$@"')
         self.set_tool("exit 0")
         bindings = folder / "llama_cpp"
@@ -65,7 +69,9 @@ class FakeMachine:
         monkeypatch.setattr(toolchain, "probe_instruction_sets", lambda cc: (list(toolchain.X86_INSTRUCTION_SETS), []))
         monkeypatch.setattr(toolchain, "is_linux_x86", lambda: True)
         programs = toolchain.Toolchain(str(folder / "cmake"), str(folder / "ninja"), "cc", "c++")
-        monkeypatch.setattr(toolchain, "find_toolchain", lambda: programs)
+        monkeypatch.setattr(toolchain, "find_toolchain", lambda target: programs)
+        self.emulator: list[str] | None = []
+        monkeypatch.setattr(toolchain, "find_emulator", lambda target: self.emulator if target.cross else [])
         monkeypatch.setattr(toolchain, "compiler_version", lambda compiler: "fake 1.0")
 
     def script(self, name: str, body: str) -> None:
@@ -77,12 +83,18 @@ class FakeMachine:
         """What every built program does; the fake ninja makes them."""
         self.script("tool", body)
         copies = "\n".join(f'cp "{self.folder / "tool"}" "$dir/{name}"' for name in TOOLS)
-        library = Runtime(Path(), {}).library("llama").name
+        libraries = "\n".join(f': > "$dir/{name}"' for name in self.libraries)
         self.script(
             "ninja",
-            f'dir="{self.build}/bin"\nmkdir -p "$dir"\necho "[1/2] one"\n'
-            f'{copies}\n: > "$dir/{library}"\necho "[2/2] two"',
+            f'dir="{self.build}/bin"\nmkdir -p "$dir"\necho "[1/2] one"\n{copies}\n{libraries}\necho "[2/2] two"',
         )
+
+    def prepare(self, target: Target, variants: Sequence[str], tool: str = "exit 0") -> None:
+        """Build another target: CPU backends by the names of their variants, and what every program does."""
+        self.build = self.home / f"build-{target.name}"
+        self.libraries = ["libllama.so", *(f"libggml-cpu-{name}.so" for name in variants)]
+        self._monkeypatch.setattr(toolchain, "variants_left_out", lambda cc, processor: [f"too-new-for-{processor}"])
+        self.set_tool(tool)
 
 
 @pytest.fixture
@@ -94,10 +106,10 @@ def machine(empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return FakeMachine(folder, monkeypatch)
 
 
-def install_fake(key: str, **manifest: Any) -> Path:
+def install_fake(key: str, name: str = "cpu", **manifest: Any) -> Path:
     """Put something that looks like a runtime into the cache."""
-    root = cache.cache_dir() / key / "cpu"
-    library = Runtime(root, {}).library("llama")
+    root = cache.cache_dir() / key / name
+    library = Runtime(root, manifest).library("llama")
     library.parent.mkdir(parents=True)
     library.touch()
     (root / "manifest.json").write_text(json.dumps(manifest))
