@@ -20,4 +20,5 @@ set(TESSERAQ_X86_SOURCES
 
 set(TESSERAQ_ARM_SOURCES
     tesseraq/arm/tsq.c
-    tesseraq/arm/tsq-repack.cpp)
+    tesseraq/arm/tsq-repack.cpp
+    tesseraq/arm/tsq-round.h)

@@ -4,6 +4,8 @@
 
 #if TSQ_NROWS > 0
 
+#include "tesseraq/arm/tsq-round.h"
+
 #include <arm_neon.h>
 
 #define TSQ_INLINE inline __attribute__((always_inline))
@@ -86,33 +88,6 @@ static TSQ_INLINE void   v_prefetch(const uint8_t *) {} // left to the processor
 #endif
 
 #include "tesseraq/tsq-tile.h"
-
-static TSQ_INLINE float tsq_amax(const float * x) {
-    float32x4_t m = vabsq_f32(vld1q_f32(x));
-    TSQ_UNROLL
-    for (int j = 4; j < QK_TSQ; j += 4) {
-        m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(x + j)));
-    }
-    return vmaxnmvq_f32(m);
-}
-
-static TSQ_INLINE int tsq_round(const float * x, float id, int8_t * q) {
-    const float32x4_t lowest = vdupq_n_f32(-128.0f); // and what NaN becomes
-
-    int16x8_t sum = vdupq_n_s16(0);
-    TSQ_UNROLL
-    for (int j = 0; j < QK_TSQ; j += 16) {
-        int16x4_t h[4];
-        TSQ_UNROLL
-        for (int k = 0; k < 4; k++) {
-            h[k] = vqmovn_s32(vcvtnq_s32_f32(vmaxnmq_f32(vmulq_n_f32(vld1q_f32(x + j + 4*k), id), lowest)));
-        }
-        const int8x16_t b = vcombine_s8(vqmovn_s16(vcombine_s16(h[0], h[1])), vqmovn_s16(vcombine_s16(h[2], h[3])));
-        vst1q_s8(q + j, b);
-        sum = vpadalq_s8(sum, b);
-    }
-    return vaddvq_s16(sum);
-}
 
 template <int i> using constant = std::integral_constant<int, i>;
 

@@ -12,10 +12,15 @@
 #define UNUSED GGML_UNUSED
 
 #if defined(__ARM_NEON) && defined(__aarch64__)
-#define TSQ_VEC_DOT_NEON
+#define TSQ_NEON
+
+#include "tesseraq/arm/tsq-round.h"
+
+#define TSQ_INLINE inline __attribute__((always_inline))
+#define TSQ_UNROLL _Pragma("GCC unroll 16")
 
 // the codes of a block, 64 weights in their order
-static inline int8x16x4_t tsq_load_codes_neon(const uint8_t * GGML_RESTRICT codes, int nbits) {
+static TSQ_INLINE int8x16x4_t tsq_load_codes(const uint8_t * GGML_RESTRICT codes, int nbits) {
     uint8x16_t q0, q1, q2, q3;
 
     if (nbits == 4) {
@@ -55,7 +60,7 @@ static inline int8x16x4_t tsq_load_codes_neon(const uint8_t * GGML_RESTRICT code
 }
 
 // sums of 64 products in four lanes; a lane of 16 bits gets 8 of them, which are never above 15*128
-static inline int32x4_t tsq_dot_neon(int8x16x4_t q, const int8_t * GGML_RESTRICT a) {
+static TSQ_INLINE int32x4_t tsq_dot_block(int8x16x4_t q, const int8_t * GGML_RESTRICT a) {
 #if defined(__ARM_FEATURE_DOTPROD)
     int32x4_t sum = vdotq_s32(vdupq_n_s32(0), q.val[0], vld1q_s8(a));
     sum = vdotq_s32(sum, q.val[1], vld1q_s8(a + 16));
@@ -91,7 +96,7 @@ static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbit
             memcpy(&s,  y + 4*m + 4*b, sizeof(s));
 
             const float     d = tsq_decode_d(x[0])*da;
-            const int32x4_t p = tsq_dot_neon(tsq_load_codes_neon(x + TSQ_CODES, nbits), qa);
+            const int32x4_t p = tsq_dot_block(tsq_load_codes(x + TSQ_CODES, nbits), qa);
 
             acc   = vfmaq_n_f32(acc, vcvtq_f32_s32(p), d);
             accz += d*(tsq_decode_z(x[1], nbits)*s);
@@ -101,10 +106,89 @@ static inline float tsq_vec_dot(int n, const uint8_t * GGML_RESTRICT x, int nbit
 
     return vaddvq_f32(acc) + accz;
 }
+
+// 4 weights from their codes
+static TSQ_INLINE void tsq_store_weights(float * GGML_RESTRICT y, int16x4_t q, float32x4_t d, float32x4_t zd) {
+    vst1q_f32(y, vfmaq_f32(zd, vcvtq_f32_s32(vmovl_s16(q)), d));
+}
+
+// d*(q - z) for all codes is exact, so q*d - z*d has the bits of the reference
+static TSQ_INLINE void tsq_dequantize_row(const uint8_t * GGML_RESTRICT x, int nbits, float * GGML_RESTRICT y, int64_t k) {
+    assert(k % QK_TSQ == 0);
+    const int64_t nb = k / QK_TSQ;
+
+    for (int64_t i = 0; i < nb; i++, x += TSQ_BLOCK_SIZE(nbits), y += QK_TSQ) {
+        const float       scale = tsq_decode_d(x[0]);
+        const float32x4_t d     = vdupq_n_f32(scale);
+        const float32x4_t zd    = vdupq_n_f32(-(tsq_decode_z(x[1], nbits)*scale));
+        const int8x16x4_t q     = tsq_load_codes(x + TSQ_CODES, nbits);
+
+        TSQ_UNROLL
+        for (int j = 0; j < 4; j++) {
+            const int16x8_t h0 = vmovl_s8(vget_low_s8(q.val[j]));
+            const int16x8_t h1 = vmovl_high_s8(q.val[j]);
+            tsq_store_weights(y + 16*j +  0, vget_low_s16 (h0), d, zd);
+            tsq_store_weights(y + 16*j +  4, vget_high_s16(h0), d, zd);
+            tsq_store_weights(y + 16*j +  8, vget_low_s16 (h1), d, zd);
+            tsq_store_weights(y + 16*j + 12, vget_high_s16(h1), d, zd);
+        }
+    }
+}
 #endif
 
+void quantize_row_q8_tsq(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_NEON)
+    assert(k % QK_TSQ == 0);
+    const int64_t nb = k / QK_TSQ;
+
+    uint8_t * group = y;
+
+    for (int64_t i = 0; i < nb; i += Q8_TSQ_GROUP) {
+        const int m = nb - i < Q8_TSQ_GROUP ? (int) (nb - i) : Q8_TSQ_GROUP;
+
+        for (int b = 0; b < m; b++, x += QK_TSQ) {
+            const float amax = tsq_amax(x);
+            const float d    = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
+            const float id   = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+
+            const int     sum  = tsq_round(x, id, (int8_t *) group + 8*m + b*QK_TSQ);
+            const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };
+            memcpy(group + 4*b,       &d, sizeof(d));
+            memcpy(group + 4*m + 4*b, s,  sizeof(s));
+        }
+        group += m*Q8_TSQ_BLOCK_SIZE;
+    }
+#else
+    quantize_row_q8_tsq_generic(x, y, k);
+#endif
+}
+
+void ggml_cpu_tsq2_to_fp32(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_NEON)
+    tsq_dequantize_row(x, 2, y, k);
+#else
+    ggml_cpu_tsq2_to_fp32_generic(x, y, k);
+#endif
+}
+
+void ggml_cpu_tsq3_to_fp32(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_NEON)
+    tsq_dequantize_row(x, 3, y, k);
+#else
+    ggml_cpu_tsq3_to_fp32_generic(x, y, k);
+#endif
+}
+
+void ggml_cpu_tsq4_to_fp32(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+#if defined(TSQ_NEON)
+    tsq_dequantize_row(x, 4, y, k);
+#else
+    ggml_cpu_tsq4_to_fp32_generic(x, y, k);
+#endif
+}
+
 void ggml_vec_dot_tsq2_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-#if defined(TSQ_VEC_DOT_NEON)
+#if defined(TSQ_NEON)
     assert(nrc == 1);
     UNUSED(nrc);
     UNUSED(bx);
@@ -118,7 +202,7 @@ void ggml_vec_dot_tsq2_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const v
 }
 
 void ggml_vec_dot_tsq3_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-#if defined(TSQ_VEC_DOT_NEON)
+#if defined(TSQ_NEON)
     assert(nrc == 1);
     UNUSED(nrc);
     UNUSED(bx);
@@ -132,7 +216,7 @@ void ggml_vec_dot_tsq3_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const v
 }
 
 void ggml_vec_dot_tsq4_q8_tsq(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
-#if defined(TSQ_VEC_DOT_NEON)
+#if defined(TSQ_NEON)
     assert(nrc == 1);
     UNUSED(nrc);
     UNUSED(bx);
