@@ -19,6 +19,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 typedef void (*vec_dot_t)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
 
 extern "C" void ggml_vec_dot_q2_0_q8_0_generic(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
@@ -98,7 +102,12 @@ static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
 // bytes per second that threads read together
 static double read_rate(int n_threads) {
     const size_t n = (size_t) 64 << 20; // 512 MiB
-    std::vector<uint64_t> data(n, 1);
+    // in large pages, as repacked weights are
+    uint64_t * data = (uint64_t *) aligned_alloc(2 << 20, n*sizeof(uint64_t));
+#if defined(__linux__)
+    madvise(data, n*sizeof(uint64_t), MADV_HUGEPAGE);
+#endif
+    std::fill(data, data + n, 1);
     double best = 1e9;
     for (int turn = 0; turn < 10; turn++) {
         std::vector<std::thread> threads;
@@ -119,6 +128,7 @@ static double read_rate(int n_threads) {
         }
         best = std::min(best, now() - start);
     }
+    free(data);
     return n*sizeof(uint64_t)/best;
 }
 

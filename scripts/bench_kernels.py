@@ -7,9 +7,11 @@ import ctypes
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tesseraq_gguf.runtime import Runtime, SourceTree, ensure_source, find_runtime
+from tesseraq_gguf.runtime.locate import read_runtime
 from tesseraq_gguf.runtime.toolchain import X86_INSTRUCTION_SETS, find_toolchain
 
 HERE = Path(__file__).resolve().parent
@@ -27,6 +30,9 @@ WIDTH, INNER, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 4
 """A Llama of 7 billion weights, with four of its layers."""
 
 PROMPT, GENERATE = 512, 64
+
+QUIET = 0.05
+"""Share of the processors' time that other programs may take on a machine that counts as quiet."""
 
 IN_CACHE = (
     ("TSQ2 row by row", "tsq2", "tq2_0", "TQ2_0", 1.0),
@@ -157,14 +163,53 @@ def ratios(rows: Sequence[tuple[str, str, float, float]]) -> list[str]:
     )
 
 
+def restricted(variant: str, folder: Path) -> Runtime:
+    """A copy of the portable runtime that has one variant of the CPU backend, so that ggml cannot choose another."""
+    copy = folder / "runtime"
+    shutil.copytree(find_runtime(portable=True).root, copy, symlinks=True)
+    kept = f"libggml-cpu-{variant}.so"
+    if not (copy / "lib" / kept).is_file():
+        raise SystemExit(f"error: the portable runtime has no variant {variant}")
+    for library in (copy / "lib").glob("libggml-cpu-*"):
+        if library.name != kept:
+            library.unlink()
+    runtime = read_runtime(copy)
+    assert runtime
+    return runtime
+
+
+def model_table(models: Mapping[str, Mapping[str, float]], read: float, peak: float) -> list[str]:
+    """Rates of models, and their shares of what is read and multiplied at most; `peak` 0 leaves the latter out."""
+    return table(
+        ("type", "prompt, tokens/s", "of the int8 peak", "decoding, tokens/s", "of the bandwidth"),
+        [
+            (
+                name,
+                f"{m['prompt']:.1f}",
+                f"{m['prompt'] * m['weights'] / peak:.0%}" if peak else "",
+                f"{m['decoding']:.1f}",
+                f"{m['decoding'] * m['bytes'] / read:.0%}",
+            )
+            for name, m in models.items()
+        ],
+    )
+
+
 def report(
     kernels: Mapping[str, float],
     models: Mapping[str, Mapping[str, float]],
+    other: Mapping[str, Mapping[str, float]],
     options: argparse.Namespace,
     machine: Sequence[str],
 ) -> str:
     """The text of docs/performance.md."""
-    command = " ".join(["scripts/bench_kernels", *(["--kernels"] if not models else [])])
+    command = " ".join(
+        [
+            "scripts/bench_kernels",
+            *(["--kernels"] if not models else []),
+            *([f"--variant {options.variant}"] if other else []),
+        ]
+    )
     lines = ["# Performance", "", f"Written by `{command}`.", "", *machine, ""]
     lines += ["## Kernels", ""]
     lines += [
@@ -197,26 +242,18 @@ def report(
             f"{options.threads} cores {peak / 1e9:.0f}·10⁹ products of int8 a second.",
             "",
         ]
-        lines += table(
-            ("type", "prompt, tokens/s", "of the int8 peak", "decoding, tokens/s", "of the bandwidth"),
-            [
-                (
-                    name,
-                    f"{m['prompt']:.1f}",
-                    f"{m['prompt'] * m['weights'] / peak:.0%}" if peak else "",
-                    f"{m['decoding']:.1f}",
-                    f"{m['decoding'] * m['bytes'] / read:.0%}",
-                )
-                for name, m in models.items()
-            ],
-        )
+        lines += model_table(models, read, peak)
         for title, what, pairs in (("Decoding", "decoding", DECODING), ("Prompts", "prompt", PROMPTS)):
             found = [(a, b, models[a][what] / models[b][what], goal) for a, b, goal in pairs if {a, b} <= models.keys()]
             lines += [f"{title}:", "", *ratios(found)]
+    if other:
+        lines += [f"## The same models, with the instructions of `{options.variant}`", ""]
+        lines += ["A copy of the portable runtime with this one variant of the CPU backend.", ""]
+        lines += model_table(other, kernels["read"], 0.0)
     return "\n".join(lines).rstrip() + "\n"
 
 
-def describe(runtime: Runtime, threads: int, load: float) -> list[str]:
+def describe(runtime: Runtime, busy: float) -> list[str]:
     """The machine, and whether it was quiet."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
@@ -226,20 +263,39 @@ def describe(runtime: Runtime, threads: int, load: float) -> list[str]:
         f"{datetime.date.today()}, {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores; "
         f"instructions: {sets}."
     ]
-    if load > 0.5:
+    if busy > QUIET:
         lines += [
             "",
-            f"**The machine was not quiet** (load average {load:.1f} before the start): ratios of kernels hold, since "
-            "all take turns and the best",
-            "turn counts; absolute rates and whole models are lower bounds at best.",
+            f"**The machine was not quiet** ({busy:.0%} of its processors' time went elsewhere before the start): ",
+            "ratios of kernels hold, since all take turns and the best turn counts; absolute rates and whole models",
+            "are lower bounds at best.",
         ]
     return lines
+
+
+def busy_share(seconds: float = 3.0) -> float:
+    """Share of the processors' time that other programs take; on Linux over some seconds, elsewhere from the load."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return min(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+    def idle_and_all() -> tuple[int, int]:
+        ticks = [int(n) for n in stat.read_text().split("\n", 1)[0].split()[1:9]]
+        return ticks[3] + ticks[4], sum(ticks)
+
+    idle, total = idle_and_all()
+    time.sleep(seconds)
+    idle_later, total_later = idle_and_all()
+    return 1 - (idle_later - idle) / max(1, total_later - total)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", action="store_true", help="kernels only, no models")
+    parser.add_argument(
+        "--variant", metavar="NAME", help="also the models with one variant of the portable runtime, such as haswell"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3, help="turns of every model")
     parser.add_argument("--layers", type=int, default=LAYERS)
@@ -249,15 +305,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md")
     options = parser.parse_args()
 
-    os.environ["OMP_WAIT_POLICY"] = "passive"  # threads that spin are slow on a machine with other work
-    load = os.getloadavg()[0]
+    busy = busy_share()
+    # threads that spin at barriers are slow beside other work, and threads that sleep there are slow without
+    os.environ["OMP_WAIT_POLICY"] = "passive" if busy > QUIET else "active"
     runtime, source = find_runtime(), ensure_source()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        older = restricted(options.variant, folder) if options.variant else None
         compile_kernels(runtime, source, folder / "bench_kernels")
         kernels = measure_kernels(folder / "bench_kernels", options.threads)
         models = {} if options.kernels else measure_models(runtime, source, options, folder)
-    text = report(kernels, models, options, describe(runtime, options.threads, load))
+        other = {}
+        if older:
+            (folder / "other").mkdir()
+            other = measure_models(older, source, options, folder / "other")
+    text = report(kernels, models, other, options, describe(runtime, busy))
     print(text)
     options.out.write_text(text)
 
