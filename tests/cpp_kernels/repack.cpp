@@ -21,7 +21,7 @@ static const int ROWS = TSQ_NROWS > 0 ? TSQ_NROWS : 4;
 static std::mt19937 rng(0);
 
 // kinds of blocks and activations
-enum { RANDOM, LARGEST, SMALLEST, ZEROS, NOT_FINITE, KINDS };
+enum { RANDOM, LARGEST, SMALLEST, ZEROS, TIES, NOT_FINITE, KINDS };
 
 static std::vector<uint8_t> make_rows(int nbits, int nb, int kind) {
     std::vector<uint8_t> x(ROWS*nb*TSQ_BLOCK_SIZE(nbits));
@@ -40,6 +40,7 @@ static std::vector<float> make_activations(int n, int w, int kind) {
             case LARGEST:    v = v > 0.0f ? 1e4f : -1e4f; break;
             case SMALLEST:   v *= 1e-37f;                 break;
             case ZEROS:      v  = 0.0f;                   break;
+            case TIES:       v  = rng() % 4 ? ((int) (rng() % 507) - 253)/2.0f : 127.0f; break; // halfway, where the scale is 1
             case NOT_FINITE: v  = rng() % 64 == 0 ? (rng() % 2 ? INFINITY : NAN) : v; break;
         }
     }

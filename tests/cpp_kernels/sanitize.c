@@ -29,6 +29,9 @@ static uint32_t next(void) {
     return state >> 8;
 }
 
+// kinds of numbers: the last gives blocks with a scale of 1, in which half of the numbers are halfway between two integers
+enum { VALUES = 8 };
+
 static float value(int kind) {
     const float u = (float) next()/(1 << 24) - 0.5f;
     switch (kind) {
@@ -38,7 +41,8 @@ static float value(int kind) {
         case 3:  return u*1e-38f;
         case 4:  return next() % 8 ? u : NAN;
         case 5:  return next() % 8 ? u : INFINITY;
-        default: return next() % 8 ? u : -INFINITY;
+        case 6:  return next() % 8 ? u : -INFINITY;
+        default: return next() % 4 ? ((int) (next() % 507) - 253)/2.0f : 127.0f;
     }
 }
 
@@ -230,7 +234,7 @@ static int check_to_fp32(const struct type * type) {
 
 // activations from numbers: bit for bit, whole rows and rows in parts of whole groups
 static int check_activations(void) {
-    for (int kind = 0; kind < 7; kind++) {
+    for (int kind = 0; kind < VALUES; kind++) {
         for (int nb = 1; nb <= 2*Q8_TSQ_GROUP + 3; nb++) {
             const size_t size = nb*Q8_TSQ_BLOCK_SIZE;
             float   * x = malloc(nb*QK_TSQ*sizeof(float));
@@ -266,7 +270,7 @@ static int check_activations(void) {
 
 // quantising numbers of any kind gives finite weights
 static int check_quantize(const struct type * type) {
-    for (int kind = 0; kind < 7; kind++) {
+    for (int kind = 0; kind < VALUES; kind++) {
         for (int nb = 1; nb <= 9; nb++) {
             const int n = nb*QK_TSQ;
 
