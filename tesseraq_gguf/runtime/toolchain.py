@@ -77,8 +77,9 @@ def find_emulator(target: Target) -> list[str] | None:
     emulator = _find(target.cross.emulator) or _find(f"{target.cross.emulator}-static")
     if emulator is None:
         return None
+    command = [emulator, "-cpu", target.cross.emulated]
     prefix = Path("/usr", str(target.triple))
-    return [emulator, "-L", str(prefix)] if prefix.is_dir() and "QEMU_LD_PREFIX" not in os.environ else [emulator]
+    return [*command, "-L", str(prefix)] if prefix.is_dir() and "QEMU_LD_PREFIX" not in os.environ else command
 
 
 def compiler_version(compiler: str | None) -> str:

@@ -295,7 +295,7 @@ def test_missing_cross_compiler(monkeypatch: pytest.MonkeyPatch, empty_cache: Pa
 def test_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, **o: "/x/" + name if name == "qemu-aarch64-static" else None)
     monkeypatch.setenv("QEMU_LD_PREFIX", "/elsewhere")
-    assert toolchain.find_emulator(ARM) == ["/x/qemu-aarch64-static"]
+    assert toolchain.find_emulator(ARM) == ["/x/qemu-aarch64-static", "-cpu", "max,sve-max-vq=2"]
     assert toolchain.find_emulator(HOST) == []
     monkeypatch.setattr(shutil, "which", lambda name, **o: None)
     assert toolchain.find_emulator(ARM) is None
