@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models.decoder import LoadedBlock
@@ -37,3 +38,24 @@ def loss_of(problem: BlockProblem, tensors) -> float:
     with torch.no_grad():
         weights = {name: problem.grids[name].dequantize(t) for name, t in tensors.items()}
         return float(problem.loss(weights, torch.arange(len(problem.inputs))))
+
+
+class _Block(nn.Module):
+    """An MLP of `width` channels and `inner` between."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width)
+        self.up = nn.Linear(width, inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
+
+
+def mlp_problem(tensor_type: str, width: int, inner: int) -> BlockProblem:
+    """Return a small block, fed with channels that depend on each other, as a problem."""
+    torch.manual_seed(7)
+    block = LoadedBlock(0, "layers.0.", _Block(width, inner).requires_grad_(False))
+    hidden = torch.randn(8, 32, 24) @ torch.randn(24, width) + 0.1 * torch.randn(8, 32, width)
+    return as_problem(block, hidden, tensor_type)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import as_problem, loss_of
-from torch import nn
+from problems import loss_of, mlp_problem
 
 from tesseraq_gguf.grids import GRIDS, grid_of
 from tesseraq_gguf.grids.grid import through
@@ -13,35 +12,14 @@ from tesseraq_gguf.methods.flexround import FullDivisor, flexround
 from tesseraq_gguf.methods.lrq import LowRankDivisor, capped, lrq
 from tesseraq_gguf.methods.scaled_rounding import ScaledMatrix
 from tesseraq_gguf.methods.start import Nearest, Start
-from tesseraq_gguf.models.decoder import LoadedBlock
 
 WIDTH = 256
 
 
-class _Block(nn.Module):
-    """An MLP that widens, so that no matrix is square."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
-        self.down = nn.Linear(2 * WIDTH, WIDTH, bias=False)
-
-    def forward(self, x):
-        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
-
-
 @pytest.fixture
 def problem_on():
-    """Return a function that gives a small block, fed with channels that depend on each other, as a problem."""
-
-    def make(tensor_type):
-        torch.manual_seed(7)
-        block = LoadedBlock(0, "layers.0.", _Block().requires_grad_(False))
-        hidden = torch.randn(8, 32, 24) @ torch.randn(24, WIDTH) + 0.1 * torch.randn(8, 32, WIDTH)
-        return as_problem(block, hidden, tensor_type)
-
-    return make
+    """Return a function that gives a small block, none of whose matrices is square, as a problem."""
+    return lambda tensor_type: mlp_problem(tensor_type, WIDTH, 2 * WIDTH)
 
 
 @pytest.fixture
