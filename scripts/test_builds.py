@@ -221,7 +221,8 @@ from llama_cpp import Llama
 llama = Llama({str(model)!r}, verbose=False, n_ctx=64)
 llama("the quick", max_tokens=8, temperature=0)
 print(llama.n_tokens > 0)  # random weights may have nothing to say
-mapped = {{line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "libggml" in line or "libllama" in line}}
+paths = (line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps"))
+mapped = {{path for path in paths if "libggml" in path or "libllama" in path}}
 print(*sorted(mapped), sep="\\n")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
