@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 from tesseraq_gguf.converter.packers import packer_of
 from tesseraq_gguf.converter.tensor_types import tensor_type
@@ -54,16 +53,20 @@ def random_arrays(name: str, rows: int, blocks: int, seed: int) -> dict[str, Arr
 
 @st.composite
 def valid_arrays(draw: st.DrawFn, name: str) -> dict[str, Array]:
+    """One to four rows of one to three blocks: each array without a pattern, or one value all over with some others in it.
+
+    A value drawn for every code would be more than hypothesis takes for one example of a super-block.
+    """
     rows, blocks = draw(st.integers(1, 4)), draw(st.integers(1, 3))
-    columns = blocks * tensor_type(name).block_weights
-    arrays = {}
-    for key, (width, top) in LAYOUTS[name].items():
-        shape = (rows, columns // width)
-        if top is None:
-            elements = st.floats(width=16, allow_nan=False, allow_infinity=False)
-            arrays[key] = draw(hnp.arrays(np.float16, shape, elements=elements))
-        else:
-            arrays[key] = draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, top)))
+    arrays = random_arrays(name, rows, blocks, draw(st.integers(0, 1 << 32)))
+    for key, (_, top) in LAYOUTS[name].items():
+        if draw(st.booleans()):
+            halves = st.floats(width=16, allow_nan=False, allow_infinity=False)
+            elements = halves if top is None else st.integers(0, top)
+            arrays[key].fill(draw(elements))
+            places = st.integers(0, arrays[key].size - 1)
+            for place, value in draw(st.dictionaries(places, elements, max_size=8)).items():
+                arrays[key].flat[place] = value
     return arrays
 
 
