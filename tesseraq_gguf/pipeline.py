@@ -352,9 +352,9 @@ def _method(recipe: Recipe, width: int) -> Method:
     """Put a method together from what a recipe names, for a model with so many channels."""
     steps = len(SOFT_SHARE) * recipe.settings.steps
     if recipe.method == "lrq":
-        return lrq(steps, recipe.rank or max(1, width // PAPER_SHARE))
+        return lrq(steps, recipe.settings.batch, recipe.rank or max(1, width // PAPER_SHARE))
     if recipe.method == "flexround":
-        return flexround(steps)
+        return flexround(steps, recipe.settings.batch)
     if recipe.method == "gptq":
         return AsItStarts(GPTQ())
     if recipe.method == "awq":

@@ -54,6 +54,6 @@ def capped(rank: int, rows: int, columns: int) -> int:
     return max(1, min(rank, (rows * columns - 1) // (rows + columns)))
 
 
-def lrq(steps: int, rank: int) -> ScaledRounding:
-    """Return the method with so many Adam steps per block."""
-    return ScaledRounding(lambda weight, generator: LowRankDivisor(weight, rank, generator), RATES, steps)
+def lrq(steps: int, batch: int, rank: int) -> ScaledRounding:
+    """Return the method with so many Adam steps per block, of `batch` samples each."""
+    return ScaledRounding(lambda weight, generator: LowRankDivisor(weight, rank, generator), RATES, steps, batch)
