@@ -21,6 +21,7 @@ from rich.text import Text
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
 from tesseraq_gguf.recipe import FINISHES, INITIALISATIONS, METHODS, PRESETS
 from tesseraq_gguf.runtime.target import CROSS
+from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -142,6 +143,21 @@ def convert(
         str,
         typer.Option(help="What shares a scale: group, the type's own; or channel, a whole row, as in some papers."),
     ] = "group",
+    activations: Annotated[
+        str,
+        typer.Option(
+            help=f"Learn for activations rounded so: {', '.join(SCHEMES)}. "
+            "The runtime rounds them in its own way; eval --simulate measures the file with this one."
+        ),
+    ] = SCHEMES[0],
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-bits",
+            help=f"Learn for keys and values of so many bits: {', '.join(map(str, KEY_VALUE_BITS))}.",
+            show_default="not rounded",
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -195,7 +211,7 @@ def convert(
     from tesseraq_gguf.progress import ConvertProgress
     from tesseraq_gguf.recipe import Recipe
 
-    _refuse_conflicts(context, type, method)
+    _refuse_conflicts(context, type, method, ranges=activations.endswith("-static"))
     embedding = tensor_type(embedding_type or ("q8_0" if _learns(type) else type))
     recipe = Recipe(
         model=model,
@@ -206,6 +222,8 @@ def convert(
         finish=finish,
         rank=rank,
         granularity=granularity,
+        activations=activations,
+        kv_bits=kv_bits,
         preset=preset,
         calibration=calibration,
         samples=samples,
@@ -245,6 +263,19 @@ def evaluate(
         Path | None,
         typer.Option("--reference", help="A GGUF file to compare answers with, usually the same model in 16 bits."),
     ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate", help="Measure in torch, with activations rounded as the file's matrices were learned for."
+        ),
+    ] = False,
+    activations: Annotated[
+        str | None,
+        typer.Option(help=f"With --simulate: round so instead: {', '.join(SCHEMES)}.", show_default="the file's own"),
+    ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option("--kv-bits", help="With --simulate and --activations: bits of keys and values.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a GGUF file: perplexity on a text, and divergence from a reference file.
@@ -252,18 +283,35 @@ def evaluate(
     llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler divergence
     (0 is best) and how often both files agree on the most likely next token.
 
+    With --simulate torch does the work, slowly, and rounds activations in a scheme that llama.cpp does not have.
+
     \b
     Examples:
       tesseraq-gguf eval out.gguf --text valid.txt
       tesseraq-gguf eval out.gguf --text valid.txt --chunks 20 --reference f16.gguf --json
+      tesseraq-gguf eval out.gguf --text valid.txt --simulate --activations a8 --kv-bits 8
     """
-    from tesseraq_gguf.evaluation import evaluate as run
+    for name, value in (("--activations", activations), ("--kv-bits", kv_bits)):
+        if value is not None and not simulate:
+            raise UsageError(f"{name} has a meaning with --simulate only: llama.cpp rounds activations in its own way")
+    if kv_bits is not None and activations is None:
+        raise UsageError(
+            "--kv-bits belongs to a scheme: give --activations as well, none if it is keys and values alone"
+        )
 
     def measure() -> Any:
         with _chunk_bar() as watch:
+            if simulate:
+                from tesseraq_gguf.simulation import simulate as run_in_torch
+
+                scheme = None if activations is None else scheme_of(activations, kv_bits)
+                _quieten_transformers()
+                return run_in_torch(file, text, ctx, chunks, reference, scheme, watch=watch)
+            from tesseraq_gguf.evaluation import evaluate as run
+
             return run(file, text, ctx, chunks, reference, watch)
 
-    result = _with_runtime(measure)
+    result = measure() if simulate else _with_runtime(measure)
     if as_json:
         _print_json(result.to_json())
         return
@@ -409,15 +457,28 @@ def _learns(type: str) -> bool:
     return tensor_type(type).name not in ("f32", "f16", "bf16")
 
 
-def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
-    """Refuse options that the chosen type or method would ignore."""
+def _refuse_conflicts(context: typer.Context, type: str, method: str, ranges: bool) -> None:
+    """Refuse options that the chosen type or method would ignore; `ranges` says if these need calibration text."""
     given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
-        ignored = ["method", *learning, "granularity", "output_type", "work_dir", "fresh", "seed", "device"]
+        ignored = [
+            "method",
+            *learning,
+            "granularity",
+            "activations",
+            "kv_bits",
+            "output_type",
+            "work_dir",
+            "fresh",
+            "seed",
+            "device",
+        ]
         reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"
+        if ranges:
+            ignored, reason = ["init", "finish", "rank", "preset"], "--method rtn learns nothing"
     elif method != "tesseraq":
         ignored = ["init", *(["rank"] if method != "lrq" else [])]
         reason = f"--method {method} knows one way"

@@ -99,7 +99,7 @@ def evaluate(
         raise UsageError(
             f"{reference} cannot be the reference of {file}: its vocabulary has {other:,} tokens, not {vocabulary:,}"
         )
-    _check_text(text)
+    check_text(text)
     run = PerplexityRun(find_runtime().tool(TOOL), text, ctx, chunks, vocabulary, watch)
     if reference is None:
         perplexity, error = run.perplexity(file)
@@ -125,7 +125,12 @@ def vocabulary_size(file: Path) -> int:
     return int(count)
 
 
-def _check_text(text: Path) -> None:
+def check_text(text: Path) -> None:
+    """Refuse what is no text file that can be read.
+
+    Raises:
+        UsageError: it is missing, a folder, empty, or cannot be read.
+    """
     if text.is_dir():
         raise UsageError(f"the text {text} is a folder, not a text file")
     try:

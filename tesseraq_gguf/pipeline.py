@@ -37,6 +37,7 @@ from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
+from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
 from tesseraq_gguf.work_directory import EMBEDDINGS, FINAL, WorkDirectory, finished_block
 
@@ -140,11 +141,12 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, types | outside)
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
     with WorkDirectory(folder, identity, recipe.fresh) as work:
-        resumed = 0
+        resumed, ranges = 0, dict[str, Range]()
         for result in _results(recipe, decoder, types, outside, calibration, autocast, work, progress):
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
+            ranges |= result.ranges
             progress.block(result, len(decoder))
         if recipe.finish == "distill" and calibration:
             _finish(recipe, decoder, calibration, autocast, work, progress)
@@ -154,7 +156,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             recipe.out,
             work.files(len(decoder), recipe.finish != "none"),
             embedding_type=recipe.embedding_type if tensor_type(recipe.embedding_type).plain else "q8_0",
-            metadata=_metadata(recipe, target.file_type, calibration),
+            metadata=_metadata(recipe, target.file_type, calibration, ranges),
             say=progress.note,
             progress=progress.advance,
             tree=tree,
@@ -255,10 +257,8 @@ def _results(
         yield from round_blocks(decoder, types, work.finished, recipe.granularity)
         return
     stored = [work.finished(index) for index in range(len(decoder))]
-    if all(s is not None for s in stored):
-        for index, s in enumerate(stored):
-            assert s is not None
-            yield BlockResult(index, *s, seconds=0.0, resumed=True)
+    if None not in stored:
+        yield from (result for result in stored if result is not None)
         return
     del stored
     walk = Reconstruction(
@@ -269,6 +269,7 @@ def _results(
         autocast=autocast,
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
         granularity=recipe.granularity,
+        activations=recipe.scheme,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
@@ -355,6 +356,8 @@ def _method(recipe: Recipe, width: int) -> Method:
         return lrq(steps, recipe.settings.batch, recipe.rank or max(1, width // PAPER_SHARE))
     if recipe.method == "flexround":
         return flexround(steps, recipe.settings.batch)
+    if recipe.method == "rtn":  # only comes here with activations whose ranges are measured
+        return AsItStarts(Nearest())
     if recipe.method == "gptq":
         return AsItStarts(GPTQ())
     if recipe.method == "awq":
@@ -394,6 +397,7 @@ def _identity(
         "init": recipe.init,
         "rank": recipe.rank,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
+        "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
         "type": sorted(set(types.values())),
         "matrices": len(types),
         # the last pass works on blocks of any run: it may be added, or repeated with other settings
@@ -403,7 +407,7 @@ def _identity(
     }
 
 
-def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None) -> Metadata:
+def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None, ranges: Mapping[str, Range]) -> Metadata:
     settings = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
     if recipe.rank:
         settings["rank"] = recipe.rank
@@ -412,6 +416,8 @@ def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None) -
         "tesseraq.method": _name(recipe),
         "tesseraq.recipe": json.dumps(settings if calibration else {"seed": recipe.seed}),
     }
+    if recipe.scheme.rounds:
+        entries[ACTIVATIONS_KEY] = to_metadata(recipe.scheme, ranges)
     if calibration:
         entries["tesseraq.calibration"] = f"{calibration.name} {calibration.fingerprint()}"
     return entries
@@ -421,6 +427,7 @@ def _name(recipe: Recipe) -> str:
     """What the file says of how it was made."""
     init = f" from {recipe.init}" if recipe.method == "tesseraq" and recipe.init != "auto" else ""
     init += " per channel" if recipe.granularity == "channel" else ""
+    init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""
     return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.schemes import ActivationScheme, scheme_of
 
 METHODS = ("tesseraq", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
 """Methods by name: those that learn the rounding, then those to compare with."""
@@ -68,6 +69,8 @@ class Recipe:
         finish: the last pass over the whole model, one of `FINISHES`.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
+        activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
+        kv_bits: bits of keys and values while learning; None leaves them.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
@@ -88,6 +91,8 @@ class Recipe:
     finish: str = "none"
     rank: int | None = None
     granularity: str = "group"
+    activations: str = "none"
+    kv_bits: int | None = None
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -111,6 +116,8 @@ class Recipe:
         _check("initialisation", self.init, INITIALISATIONS)
         _check("finish", self.finish, FINISHES)
         _check("granularity", self.granularity, GRANULARITIES)
+        if self.scheme.rounds and self.finish != "none":
+            raise UsageError("--finish learns with activations as they are: it is not possible with rounded ones")
         if self.granularity == "channel" and self.finish != "none":
             raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
         if self.rank is not None and self.rank < 1:
@@ -127,6 +134,11 @@ class Recipe:
         return replace(preset, samples=self.samples or preset.samples, length=self.seqlen or preset.length)
 
     @property
+    def scheme(self) -> ActivationScheme:
+        """How activations are rounded while learning."""
+        return scheme_of(self.activations, self.kv_bits)
+
+    @property
     def learns(self) -> bool:
         """Whether anything is learned or rounded block by block: True for types with a grid."""
         from tesseraq_gguf.grids import GRIDS
@@ -136,7 +148,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
-        return self.learns and self.method != "rtn"
+        return self.learns and (self.method != "rtn" or self.scheme.static)
 
 
 def _check(what: str, name: str, known: tuple[str, ...]) -> None:
