@@ -19,7 +19,7 @@ from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation import Evaluation, Watch, check_text
 from tesseraq_gguf.inspection import inspect, open_gguf
-from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
+from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.source import expand
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, ActivationScheme, Range, from_metadata
 
