@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tesseraq_gguf.errors import EvaluationError, FileFormatError, UsageError
-from tesseraq_gguf.inspection import inspect, open_gguf
+from tesseraq_gguf.inspection import Inspection, inspect, open_gguf
 from tesseraq_gguf.runtime.locate import BUILD_COMMAND, find_runtime
 
 Watch = Callable[[str, int, int], None]
@@ -89,17 +89,8 @@ def evaluate(
         EvaluationError: llama-perplexity failed, or the disk has no room.
     """
     file, text = Path(file), Path(text)
-    if ctx < _SMALLEST_CONTEXT:
-        raise UsageError(f"--ctx must be at least {_SMALLEST_CONTEXT} tokens, not {ctx}")
-    if chunks is not None and chunks < 1:
-        raise UsageError(f"--chunks must be at least 1, not {chunks}")
-    facts = inspect(file)
+    facts = check_request(file, text, ctx, chunks, reference)
     vocabulary = vocabulary_size(file)
-    if reference is not None and (other := vocabulary_size(Path(reference))) != vocabulary:
-        raise UsageError(
-            f"{reference} cannot be the reference of {file}: its vocabulary has {other:,} tokens, not {vocabulary:,}"
-        )
-    check_text(text)
     run = PerplexityRun(find_runtime().tool(TOOL), text, ctx, chunks, vocabulary, watch)
     if reference is None:
         perplexity, error = run.perplexity(file)
@@ -110,6 +101,27 @@ def evaluate(
             run.save_logits(Path(reference), logits)
             perplexity, error, divergence, agreement = run.compare(file, logits)
     return Evaluation(perplexity, error, divergence, agreement, facts.bytes, facts.bpw)
+
+
+def check_request(file: Path, text: Path, ctx: int, chunks: int | None, reference: Path | str | None) -> Inspection:
+    """Refuse what cannot be measured, and return what is in the file. Arguments are those of `evaluate`.
+
+    Raises:
+        FileFormatError: a GGUF file is missing or damaged.
+        UsageError: the text cannot be read, or a number or a reference cannot be meant.
+    """
+    if ctx < _SMALLEST_CONTEXT:
+        raise UsageError(f"--ctx must be at least {_SMALLEST_CONTEXT} tokens, not {ctx}")
+    if chunks is not None and chunks < 1:
+        raise UsageError(f"--chunks must be at least 1, not {chunks}")
+    facts = inspect(file)
+    vocabulary = vocabulary_size(file)
+    if reference is not None and (other := vocabulary_size(Path(reference))) != vocabulary:
+        raise UsageError(
+            f"{reference} cannot be the reference of {file}: its vocabulary has {other:,} tokens, not {vocabulary:,}"
+        )
+    _check_text(text)
+    return facts
 
 
 def vocabulary_size(file: Path) -> int:
@@ -125,12 +137,7 @@ def vocabulary_size(file: Path) -> int:
     return int(count)
 
 
-def check_text(text: Path) -> None:
-    """Refuse what is no text file that can be read.
-
-    Raises:
-        UsageError: it is missing, a folder, empty, or cannot be read.
-    """
+def _check_text(text: Path) -> None:
     if text.is_dir():
         raise UsageError(f"the text {text} is a folder, not a text file")
     try:

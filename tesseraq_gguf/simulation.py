@@ -17,8 +17,8 @@ from torch import Tensor
 from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.evaluation import Evaluation, Watch, check_text
-from tesseraq_gguf.inspection import inspect, open_gguf
+from tesseraq_gguf.evaluation import Evaluation, Watch, check_request
+from tesseraq_gguf.inspection import open_gguf
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.source import expand
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, ActivationScheme, Range, from_metadata
@@ -52,11 +52,11 @@ def simulate(
     Raises:
         FileFormatError: a GGUF file is missing or damaged.
         ModelError: transformers cannot read it.
-        UsageError: the text is missing or too short, or the scheme needs ranges that the file has not.
+        UsageError: the text is missing or too short, a number or a reference cannot be meant, or the scheme needs
+            ranges that the file has not.
     """
     file, text = Path(file), Path(text)
-    check_text(text)
-    facts = inspect(file)
+    facts = check_request(file, text, ctx, chunks, reference)
     scheme, ranges = _scheme(file, scheme)
     device = device or torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="tesseraq-simulate-") as folder:
