@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
-from tesseraq_gguf.recipe import FINISHES, INITIALISATIONS, METHODS, PRESETS
+from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, METHODS, PRESETS
+from tesseraq_gguf.rules import read_rules, size_of
 from tesseraq_gguf.runtime.target import CROSS
 from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
 
@@ -128,6 +129,35 @@ def convert(
             "With f16, bf16 or f32 nothing is learned.",
         ),
     ] = "tsq2",
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="Give matrices whose name in the checkpoint matches another type; may be given often, the last wins.",
+        ),
+    ] = None,
+    tensor_types: Annotated[
+        Path | None, typer.Option("--tensor-types", metavar="FILE", help="The same from a file, one rule in a line.")
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bpw",
+            help="Choose each matrix's type so that the blocks take so many bits per weight; OUT.types tells which.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="SIZE",
+            help="Choose types, the embedding's too unless it is given, so that the file is no larger (200M, 1.5G, …).",
+        ),
+    ] = None,
+    candidates: Annotated[
+        str, typer.Option("--candidates", metavar="TYPES", help="Types that a target chooses from.")
+    ] = ",".join(CANDIDATES),
     method: Annotated[str, typer.Option("--method", help=f"How to learn: {', '.join(METHODS)}.")] = METHODS[0],
     init: Annotated[
         str, typer.Option("--init", help=f"What tesseraq begins at: {', '.join(INITIALISATIONS)}.")
@@ -205,18 +235,26 @@ def convert(
       tesseraq-gguf convert Qwen/Qwen3-0.6B qwen.gguf --calibration wikitext2
       tesseraq-gguf convert ./my-model my-model.gguf --preset best --device cuda
       tesseraq-gguf convert demo rounded.gguf --method rtn
+      tesseraq-gguf convert demo mixed.gguf --target-bpw 2.75
+      tesseraq-gguf convert demo down.gguf --type tsq2 --tensor-type mlp.down_proj=tsq3
       tesseraq-gguf convert demo reference.gguf --type f16
     """
-    from tesseraq_gguf.converter.tensor_types import tensor_type
+    from tesseraq_gguf.converter.tensor_types import tensor_type as type_named
     from tesseraq_gguf.progress import ConvertProgress
     from tesseraq_gguf.recipe import Recipe
 
-    _refuse_conflicts(context, type, method, ranges=activations.endswith("-static"))
-    embedding = tensor_type(embedding_type or ("q8_0" if _learns(type) else type))
+    budget = target_bpw is not None or target_size is not None
+    _refuse_conflicts(context, type, method, calibrates=budget or activations.endswith("-static"), budget=budget)
+    default = "q8_0" if target_size is None else AUTO
+    embedding = embedding_type or (default if _learns(type) else type)
     recipe = Recipe(
         model=model,
         out=out,
         type=type,
+        rules=_rules(tensor_types, tensor_type or []),
+        target_bpw=target_bpw,
+        target_size=None if target_size is None else size_of(target_size),
+        candidates=tuple(type_named(name.strip()).name for name in candidates.split(",")),
         method=method,
         init=init,
         finish=finish,
@@ -229,8 +267,8 @@ def convert(
         samples=samples,
         seqlen=seqlen,
         device=device,
-        embedding_type=embedding.name,
-        output_type=tensor_type(output_type).name if output_type else None,
+        embedding_type=embedding if embedding == AUTO else type_named(embedding).name,
+        output_type=type_named(output_type).name if output_type else None,
         work_dir=work_dir,
         fresh=fresh,
         seed=seed,
@@ -457,8 +495,26 @@ def _learns(type: str) -> bool:
     return tensor_type(type).name not in ("f32", "f16", "bf16")
 
 
-def _refuse_conflicts(context: typer.Context, type: str, method: str, ranges: bool) -> None:
-    """Refuse options that the chosen type or method would ignore; `ranges` says if these need calibration text."""
+def _rules(file: Path | None, given: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Rules REGEX=TYPE of a file, then those given; the last that matches wins."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UsageError(f"the rules {file} cannot be read: {reason}") from None
+    return read_rules([*lines, *given])
+
+
+def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates: bool, budget: bool) -> None:
+    """Refuse options that the chosen type or method would ignore.
+
+    Args:
+        context: of the command.
+        type: the type of the blocks' matrices.
+        method: how they are learned.
+        calibrates: whether there is something to measure on calibration text, whatever the method.
+        budget: whether types are chosen within one.
+    """
     given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
@@ -477,13 +533,17 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, ranges: bo
         reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"
-        if ranges:
+        if calibrates:
             ignored, reason = ["init", "finish", "rank", "preset"], "--method rtn learns nothing"
     elif method != "tesseraq":
         ignored = ["init", *(["rank"] if method != "lrq" else [])]
         reason = f"--method {method} knows one way"
     else:
         ignored, reason = ["rank"], "--rank is lrq's alone"
+    if "candidates" in given and not budget:
+        raise UsageError("--candidates are for --target-bpw and --target-size: there is no target")
+    if "type" in given and budget:
+        raise UsageError("--type gives all matrices one type, a target chooses among --candidates: give one of them")
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")

@@ -124,6 +124,16 @@ class WorkDirectory:
         file = self._file(name)
         return load_tensors(file) if file.is_file() else None
 
+    def keep_note(self, name: str, text: str) -> None:
+        """Write a text under a name."""
+        with temporary_sibling(self.folder / f"{name}.txt") as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def note(self, name: str) -> str | None:
+        """Return the text kept under a name, or None."""
+        file = self.folder / f"{name}.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
     def files(self, blocks: int, finish: bool) -> list[Path]:
         """Return the files that hold the result.
 
