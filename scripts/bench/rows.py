@@ -90,7 +90,7 @@ AUTOROUND_BITS = 2 + (16 + 2) / 64
 
 def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
-    return [*_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_rounding_rows()]
+    return [*_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_budget_rows(), *_rounding_rows()]
 
 
 def _references() -> Iterator[Row]:
@@ -161,6 +161,15 @@ def _our_rows() -> Iterator[Row]:
             yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
             note = "made when the preset took 256 sequences, and 200 steps for the last pass"
             yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more, note=note)
+
+
+def _budget_rows() -> Iterator[Row]:
+    """Types chosen within a budget, against one type for all: their rounding is GPTQ's, as cheap as it is good."""
+    for bits in ("2.75",):
+        command = ("{cli}", "convert", "{plain_model}", "{out}", "--target-bpw", bits, "--embedding-type", "q8_0",
+                   "--method", "gptq", "--preset", "{preset}", "--calibration", "{calibration}")  # fmt: skip
+        note = "types chosen among TSQ2, TSQ3 and TSQ4 by what each matrix costs the model's answers"
+        yield Row(f"ours-budget-{bits}-gptq", OURS, f"GPTQ, `--target-bpw {bits}`", None, False, (command,), note=note)
 
 
 def _rounding_rows() -> Iterator[Row]:
