@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit. Bugs, and nothing else, show a traceback."""
     # before torch is imported: OpenMP threads that spin while they wait stall when the machine does anything else
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # no pool of processes for the few functions that torch.compile is given
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

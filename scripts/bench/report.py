@@ -63,7 +63,7 @@ def _rounding_cells(row: Row, result: Result) -> tuple[str, ...]:
         "" if row.method == "RTN" else str(row.samples),
         f"{result.variables:,}" if result.variables else "",
         f"{result.peak_bytes / 1e9:.2f} GB" if result.peak_bytes else "",
-        f"{result.perplexity:.2f} ± {result.perplexity_error:.2f}",
+        _perplexity(result),
         f"{result.kld:.4f}",
         f"{result.kept[0]:.2f} ± {result.kept[1]:.2f}",
         f"{result.kept[2]:.4f}",
@@ -207,19 +207,22 @@ def _place(axes: Any, figure: Any, labels: Sequence[tuple[Result, str, str]], po
 
 
 def _cells(row: Row, result: Result) -> tuple[str, ...]:
-    perplexity = (
-        f"{result.perplexity:.2f} ± {result.perplexity_error:.2f}" if sane(result) else f"{result.perplexity:.0f}"
-    )
     return (
         row.family + (" (padded)" if row.padded else ""),
         row.method,
         _type(row),
         f"{result.bits:.2f}",
-        perplexity,
+        _perplexity(result),
         f"{result.kld:.4f}",
         f"{100 * result.top1:.1f} %",
         "" if row.family == REFERENCE else _time(result),
     )
+
+
+def _perplexity(result: Result) -> str:
+    if not sane(result):
+        return f"{result.perplexity:.0f}"
+    return f"{result.perplexity:.2f}" + ("" if result.perplexity_error is None else f" ± {result.perplexity_error:.2f}")
 
 
 def _type(row: Row) -> str:

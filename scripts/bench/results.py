@@ -25,7 +25,7 @@ class Result:
         types: how many block matrices there are of each type.
         embedding: type of the embedding.
         perplexity: on the evaluation text.
-        perplexity_error: its standard error.
+        perplexity_error: its standard error; None if it was lost.
         kld: mean Kullback-Leibler divergence from the 16-bit model, in nats.
         top1: share of places where both find the same token most likely.
         seconds: wall time that making the file took.
@@ -42,7 +42,7 @@ class Result:
     types: dict[str, int]
     embedding: str
     perplexity: float
-    perplexity_error: float
+    perplexity_error: float | None
     kld: float
     top1: float
     seconds: float

@@ -159,7 +159,7 @@ def _our_rows() -> Iterator[Row]:
             # as many sequences as a text of 386 leaves to learn on when a last pass holds some out
             note = "its blocks come from a run that was stopped before its last pass; times are nearly right"
             yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
-            note = "made when the preset took 256 sequences, and 200 steps for the last pass"
+            note = "its 363 sequences are those of the row above; blocks and last pass were made in two runs"
             yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more, note=note)
 
 

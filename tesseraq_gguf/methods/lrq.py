@@ -50,7 +50,7 @@ class LowRankDivisor:
     def log(self) -> Tensor:
         """S, float32 [out, in]."""
         left, right, row, column = self.variables
-        return left @ right + row + column
+        return torch.addmm(column, left, right) + row
 
 
 def capped(rank: int, rows: int, columns: int) -> int:
