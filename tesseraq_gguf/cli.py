@@ -237,41 +237,72 @@ def convert(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The GGUF file to measure.")],
-    text: Annotated[Path, typer.Option("--text", help="A plain text file that the model was not learned on.")],
-    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk.")] = 512,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A plain text file that the model was not learned on.")
+    ] = None,
+    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk of the text.")] = 512,
     chunks: Annotated[int | None, typer.Option("--chunks", help="Measure so many chunks. By default all.")] = None,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="A GGUF file to compare answers with, usually the same model in 16 bits."),
+        typer.Option("--reference", help="A GGUF file to compare with on the text, usually the same model in 16 bits."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,…",
+            help="Tasks of lm-evaluation-harness: names, patterns, .yaml files, or folders of these with a slash.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask so many items of each task. By default all.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each item.", show_default="what the task says, mostly 0")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a GGUF file: perplexity on a text, and divergence from a reference file.
+    """Measure a GGUF file: perplexity on a text, divergence from a reference file, and answers to tasks.
 
-    llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler divergence
-    (0 is best) and how often both files agree on the most likely next token.
+    For --text, llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler
+    divergence (0 is best) and how often both files agree on the most likely next token.
+
+    For --tasks, lm-evaluation-harness asks the model in our runtime; pip install 'tesseraq-gguf\\[tasks]' brings it.
+    Tasks with a name fetch their data from the Hugging Face hub.
 
     \b
     Examples:
       tesseraq-gguf eval out.gguf --text valid.txt
       tesseraq-gguf eval out.gguf --text valid.txt --chunks 20 --reference f16.gguf --json
+      tesseraq-gguf eval out.gguf --tasks arc_easy,hellaswag --limit 200
+      tesseraq-gguf eval out.gguf --tasks scripts/tasks/everyday.yaml --shots 3
     """
-    from tesseraq_gguf.evaluation import evaluate as run
+    given = _given(context)
+    if text is None and tasks is None:
+        raise UsageError("nothing to measure on: give --text, --tasks, or both")
+    for needed, options in {"text": ("ctx", "chunks", "reference"), "tasks": ("limit", "shots")}.items():
+        if needed not in given and (useless := [name for name in options if name in given]):
+            raise UsageError(f"--{useless[0]} has no meaning without --{needed}")
 
-    def measure() -> Any:
-        with _chunk_bar() as watch:
-            return run(file, text, ctx, chunks, reference, watch)
+    def measure() -> dict[str, Any]:
+        with _bar() as watch:
+            return _measure(file, text, ctx, chunks, reference, tasks, limit, shots, watch)
 
-    result = _with_runtime(measure)
+    found = _with_runtime(measure)
     if as_json:
-        _print_json(result.to_json())
+        _print_json(found)
         return
-    print(f"perplexity      {result.perplexity:.4f} ± {result.perplexity_error:.4f}")
-    if result.kld is not None:
-        print(f"KL divergence   {result.kld:.5f}")
-        print(f"same top token  {100 * result.top1_agreement:.2f} %")
-    print(f"size            {_size(result.bytes)}, {result.bpw:.3f} bits per weight")
+    if text is not None:
+        print(f"perplexity      {found['perplexity']:.4f} ± {found['perplexity_error']:.4f}")
+    if reference is not None:
+        print(f"KL divergence   {found['kld']:.5f}")
+        print(f"same top token  {100 * found['top1_agreement']:.2f} %")
+    print(f"size            {_size(found['bytes'])}, {found['bpw']:.3f} bits per weight")
+    if tasks is not None:
+        _print_tasks(found["tasks"])
+        if found["truncated"]:
+            _print_line(
+                f"{found['truncated']} requests were longer than the context and lost their beginning", "yellow"
+            )
 
 
 @app.command()
@@ -402,6 +433,65 @@ def runtime_info(
         print(f"{name:<26}{'-' if shown in (None, '') else shown}")
 
 
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that the user gave."""
+    return {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+
+
+def _measure(
+    file: Path,
+    text: Path | None,
+    ctx: int,
+    chunks: int | None,
+    reference: Path | None,
+    tasks: str | None,
+    limit: int | None,
+    shots: int | None,
+    watch: Callable[[str, int, int], None],
+) -> dict[str, Any]:
+    """Measure a file on a text, on tasks, or on both; the keys are those of `--json`."""
+    from tesseraq_gguf.evaluation import evaluate as evaluate_on_text
+    from tesseraq_gguf.inspection import inspect
+    from tesseraq_gguf.runtime import find_runtime
+
+    facts = inspect(file)
+    found: dict[str, Any] = {}
+    loaded = None
+    if tasks is not None:
+        from tesseraq_gguf.tasks import evaluate_tasks, load_tasks
+
+        # whatever is wrong with the tasks is said before a text takes its minutes
+        find_runtime()
+        watch("loading the tasks", 0, 0)
+        loaded = load_tasks(tasks.split(","), shots)
+        watch("loading the tasks", 1, 1)
+    if text is not None:
+        found |= evaluate_on_text(
+            file, text, ctx, chunks, reference, lambda what, done, all: watch(f"measuring the {what}", done, all)
+        ).to_json()
+    if loaded is not None:
+        found |= {"bytes": facts.bytes, "bpw": facts.bpw} | evaluate_tasks(file, loaded, limit, watch).to_json()
+    return found
+
+
+def _print_tasks(results: list[dict[str, Any]]) -> None:
+    """Print a table of tasks and figures."""
+    from rich.table import Table
+
+    table = Table("task", "metric")
+    for heading in ("value", "stderr", "items", "shots"):
+        table.add_column(heading, justify="right")
+    before = None
+    for row in results:
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        shots = "" if row["shots"] is None else str(row["shots"])
+        name = "" if row["task"] == before else row["task"]
+        table.add_row(Text(name), Text(metric), f"{row['value']:.4f}", error, f"{row['items']:,}", shots)
+        before = row["task"]
+    Console().print(table)
+
+
 def _learns(type: str) -> bool:
     """Whether something is learned in a type: only floats hold a model as it is."""
     from tesseraq_gguf.converter.tensor_types import tensor_type
@@ -411,7 +501,7 @@ def _learns(type: str) -> bool:
 
 def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
     """Refuse options that the chosen type or method would ignore."""
-    given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+    given = _given(context)
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
         ignored = ["method", *learning, "granularity", "output_type", "work_dir", "fresh", "seed", "device"]
@@ -445,19 +535,19 @@ def _with_runtime(action: Callable[[], _T]) -> _T:
 
 
 @contextmanager
-def _chunk_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over the chunks on stderr, if that is a terminal."""
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, if that is a terminal, for each thing that is counted; a total of 0 is not known."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # of now: what libraries print may be swallowed meanwhile
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def watch(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(f"measuring the {what}", total=total)
-            bar.update(tasks[what], completed=done)
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
 
         yield watch
 
