@@ -111,7 +111,7 @@ def load_tasks(wanted: Sequence[str], shots: int | None = None) -> LoadedTasks:
     names = [name for name in wanted if not _is_path(name)]
     with _quiet():
         manager = _manager(files, bool(names))
-        specs = [str(file.absolute()) for file in files]
+        specs = [_spec(file) for file in files]
         specs += [match for name in names for match in _match(manager, name)]
         random.seed(_SEED)
         np.random.seed(_EXAMPLES_SEED)
@@ -180,6 +180,12 @@ def _declares(file: Path, keys: str) -> bool:
     return re.search(rf"^(?:{keys})\s*:", text, re.MULTILINE) is not None
 
 
+def _spec(file: Path) -> str:
+    """What to call a task file for the harness: by its path, but a group, which it misreads there, by its name."""
+    group = re.search(r"""^group\s*:\s*['"]?([^'"#\s]+)""", file.read_text("utf-8", "replace"), re.MULTILINE)
+    return group[1] if group else str(file.absolute())
+
+
 def _manager(files: Sequence[Path], names: bool) -> Any:
     """lm-evaluation-harness's index of tasks. Its own thousands are read, for seconds, only where they are needed."""
     try:
@@ -230,6 +236,19 @@ def _results(found: dict[str, Any]) -> Iterator[TaskResult]:
                 stderr=float(error) if isinstance(error, numbers.Real) else None,
                 items=int(figures.get("sample_len", 0)),
                 shots=found["n-shot"].get(task),
+            )
+        _check_metrics(task, figures, found["configs"].get(task, {}))
+
+
+def _check_metrics(task: str, figures: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse a task that names a metric without a figure: the harness leaves out what it does not know."""
+    if config.get("process_results"):
+        return  # it decides itself
+    for metric in config.get("metric_list") or []:
+        name = metric["metric"]
+        if isinstance(name, str) and not any(key.startswith(f"{name},") for key in figures):
+            raise EvaluationError(
+                f"the task {task} names the metric '{name}', which lm-evaluation-harness does not have"
             )
 
 

@@ -1,4 +1,4 @@
-"""Reads `everyday.jsonl` from beside this file, for `everyday.yaml`: a path in YAML would count from the current folder."""
+"""Reads `everyday.jsonl` for `everyday.yaml`, from beside this file: paths in YAML count from the current folder."""
 
 import json
 from pathlib import Path
