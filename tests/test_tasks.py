@@ -40,9 +40,8 @@ def requests(pairs):
 @pytest.fixture(scope="module")
 def pair(make_model, tmp_path_factory):  # noqa: F811
     """Return a function: our model and the harness's own of transformers, for a kind of tiny model, in 32 bits."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from tesseraq_gguf.harness import RuntimeLM
 
