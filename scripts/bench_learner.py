@@ -57,7 +57,7 @@ TESSERAQ: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
 }
 """Sequences (None: all) and fields of `TesseraQ`, by what a setting is called."""
 
-FACTORS = (0.1, 0.3, 1.0, 3.0)
+FACTORS = (0.3, 1.0, 3.0, 10.0)
 """Learning rates of LRQ and FlexRound, for each that `ScaledRounding.rate` takes."""
 
 Setting = tuple["int | None", Method]

@@ -31,6 +31,10 @@ class Result:
         seconds: wall time that making the file took.
         cpu_seconds: processor time that it took, of all threads; says more on a machine that does other things too.
             None if it was made in several runs that were not timed alike.
+        peak_bytes: the most memory that making it took; None if that was not measured.
+        variables: how many numbers were learned at once, in the largest block; None where nothing is learned.
+        kept: perplexity, its error, divergence and agreement on the kept part of the calibration text, for rows of the
+            study of rounding.
     """
 
     key: str
@@ -43,6 +47,9 @@ class Result:
     top1: float
     seconds: float
     cpu_seconds: float | None
+    peak_bytes: int | None = None
+    variables: int | None = None
+    kept: tuple[float, float, float, float] | None = None
 
 
 def result_key(row: Row, setting: Mapping[str, Any]) -> str:

@@ -35,4 +35,4 @@ class FullDivisor:
 
 def flexround(steps: int, batch: int) -> ScaledRounding:
     """Return the method with so many Adam steps per block, of `batch` samples each."""
-    return ScaledRounding(lambda weight, _: FullDivisor(weight), RATES, steps, batch)
+    return ScaledRounding(lambda weight, _: FullDivisor(weight), RATES, steps=steps, batch=batch)

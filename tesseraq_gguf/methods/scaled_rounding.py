@@ -11,7 +11,6 @@ The gradient with respect to S is -W/exp(S) where the code is not clamped: large
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -53,8 +52,8 @@ class ScaledRounding:
 
     Attributes:
         divisor: makes S for a matrix.
-        rates: learning rates for the paper's 5000 steps, by bits of a code; other types take the nearest. With fewer
-            steps they grow with the root of the ratio.
+        rates: learning rates for the paper's 5000 steps, by bits of a code; other types take the nearest.
+        growth: exponent with which the rates grow by the ratio of 5000 to `steps`.
         steps: Adam steps of a block; the rate falls to 0 as a cosine.
         batch: samples of a step.
         ranges: gives s1 and z to begin at.
@@ -62,6 +61,7 @@ class ScaledRounding:
 
     divisor: MakeDivisor
     rates: Mapping[int, float]
+    growth: float = 0.5
     steps: int = PAPER_STEPS
     batch: int = 2
     ranges: Initialisation = field(default_factory=Nearest)
@@ -89,7 +89,7 @@ class ScaledRounding:
     def rate(self, bits: int) -> float:
         """Learning rate at first, for codes of so many bits."""
         nearest = min(self.rates, key=lambda known: abs(known - bits))
-        return self.rates[nearest] * math.sqrt(PAPER_STEPS / self.steps)
+        return self.rates[nearest] * (PAPER_STEPS / self.steps) ** self.growth
 
 
 class ScaledMatrix:
