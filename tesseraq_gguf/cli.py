@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,6 +23,9 @@ from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, ME
 from tesseraq_gguf.rules import read_rules, size_of
 from tesseraq_gguf.runtime.target import CROSS
 from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
+
+if TYPE_CHECKING:
+    from tesseraq_gguf.tasks import LoadedTasks
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -295,13 +298,27 @@ def convert(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The GGUF file to measure.")],
-    text: Annotated[Path, typer.Option("--text", help="A plain text file that the model was not learned on.")],
-    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk.")] = 512,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A plain text file that the model was not learned on.")
+    ] = None,
+    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk of the text.")] = 512,
     chunks: Annotated[int | None, typer.Option("--chunks", help="Measure so many chunks. By default all.")] = None,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="A GGUF file to compare answers with, usually the same model in 16 bits."),
+        typer.Option("--reference", help="A GGUF file to compare with on the text, usually the same model in 16 bits."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,…",
+            help="Tasks of lm-evaluation-harness: names, patterns, .yaml files, or folders of these with a slash.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask so many items of each task. By default all.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each item.", show_default="what the task says, mostly 0")
     ] = None,
     simulate: Annotated[
         bool,
@@ -318,10 +335,13 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a GGUF file: perplexity on a text, and divergence from a reference file.
+    """Measure a GGUF file: perplexity on a text, divergence from a reference file, and answers to tasks.
 
-    llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler divergence
-    (0 is best) and how often both files agree on the most likely next token.
+    For --text, llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler
+    divergence (0 is best) and how often both files agree on the most likely next token.
+
+    For --tasks, lm-evaluation-harness asks the model in our runtime; pip install 'tesseraq-gguf\\[tasks]' brings it.
+    Tasks with a name fetch their data from the Hugging Face hub.
 
     With --simulate torch does the work, slowly, and rounds activations in a scheme that llama.cpp does not have.
 
@@ -330,7 +350,17 @@ def evaluate(
       tesseraq-gguf eval out.gguf --text valid.txt
       tesseraq-gguf eval out.gguf --text valid.txt --chunks 20 --reference f16.gguf --json
       tesseraq-gguf eval out.gguf --text valid.txt --simulate --activations a8 --kv-bits 8
+      tesseraq-gguf eval out.gguf --tasks arc_easy,hellaswag --limit 200
+      tesseraq-gguf eval out.gguf --tasks scripts/tasks/everyday.yaml --shots 3
     """
+    given = _given(context)
+    if text is None and tasks is None:
+        raise UsageError("nothing to measure on: give --text, --tasks, or both")
+    for needed, options in {"text": ("ctx", "chunks", "reference", "simulate"), "tasks": ("limit", "shots")}.items():
+        if needed not in given and (useless := [name for name in options if name in given]):
+            raise UsageError(f"--{useless[0]} has no meaning without --{needed}")
+    if simulate and tasks is not None:
+        raise UsageError("--simulate is for a text alone: tasks run in llama.cpp, so give --tasks a command of its own")
     for name, value in (("--activations", activations), ("--kv-bits", kv_bits)):
         if value is not None and not simulate:
             raise UsageError(f"{name} has a meaning with --simulate only: llama.cpp rounds activations in its own way")
@@ -339,27 +369,48 @@ def evaluate(
             "--kv-bits belongs to a scheme: give --activations as well, none if it is keys and values alone"
         )
 
-    def measure() -> Any:
-        with _chunk_bar() as watch:
-            if simulate:
-                from tesseraq_gguf.simulation import simulate as run_in_torch
+    def on_text(path: Path, watch: Callable[[str, int, int], None]) -> Any:
+        if simulate:
+            from tesseraq_gguf.simulation import simulate as run_in_torch
 
-                scheme = None if activations is None else scheme_of(activations, kv_bits)
-                _quieten_transformers()
-                return run_in_torch(file, text, ctx, chunks, reference, scheme, watch=watch)
-            from tesseraq_gguf.evaluation import evaluate as run
+            scheme = None if activations is None else scheme_of(activations, kv_bits)
+            _quieten_transformers()
+            return run_in_torch(file, path, ctx, chunks, reference, scheme, watch=watch)
+        from tesseraq_gguf.evaluation import evaluate as run
 
-            return run(file, text, ctx, chunks, reference, watch)
+        return run(file, path, ctx, chunks, reference, watch)
 
-    result = measure() if simulate else _with_runtime(measure)
+    def measure() -> dict[str, Any]:
+        from tesseraq_gguf.inspection import inspect
+
+        found: dict[str, Any] = {}
+        facts = inspect(file)
+        with _bar() as watch:
+            loaded = None if tasks is None else _load_tasks(tasks, shots, watch)
+            if text is not None:
+                found |= on_text(text, lambda what, done, all: watch(f"measuring the {what}", done, all)).to_json()
+            if loaded is not None:
+                from tesseraq_gguf.tasks import evaluate_tasks
+
+                found |= {"bytes": facts.bytes, "bpw": facts.bpw} | evaluate_tasks(file, loaded, limit, watch).to_json()
+        return found
+
+    found = measure() if simulate else _with_runtime(measure)
     if as_json:
-        _print_json(result.to_json())
+        _print_json(found)
         return
-    print(f"perplexity      {result.perplexity:.4f} ± {result.perplexity_error:.4f}")
-    if result.kld is not None:
-        print(f"KL divergence   {result.kld:.5f}")
-        print(f"same top token  {100 * result.top1_agreement:.2f} %")
-    print(f"size            {_size(result.bytes)}, {result.bpw:.3f} bits per weight")
+    if text is not None:
+        print(f"perplexity      {found['perplexity']:.4f} ± {found['perplexity_error']:.4f}")
+    if found.get("kld") is not None:
+        print(f"KL divergence   {found['kld']:.5f}")
+        print(f"same top token  {100 * found['top1_agreement']:.2f} %")
+    print(f"size            {_size(found['bytes'])}, {found['bpw']:.3f} bits per weight")
+    if tasks is not None:
+        _print_tasks(found["tasks"])
+        if found["truncated"]:
+            _print_line(
+                f"{found['truncated']} requests were longer than the context and lost their beginning", "yellow"
+            )
 
 
 @app.command()
@@ -490,6 +541,41 @@ def runtime_info(
         print(f"{name:<26}{'-' if shown in (None, '') else shown}")
 
 
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that the user gave."""
+    return {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+
+
+def _load_tasks(tasks: str, shots: int | None, watch: Callable[[str, int, int], None]) -> LoadedTasks:
+    """Load tasks before a text takes its minutes: what is wrong with them, or with the runtime, is said first."""
+    from tesseraq_gguf.runtime import find_runtime
+    from tesseraq_gguf.tasks import load_tasks
+
+    find_runtime()
+    watch("loading the tasks", 0, 0)
+    loaded = load_tasks(tasks.split(","), shots)
+    watch("loading the tasks", 1, 1)
+    return loaded
+
+
+def _print_tasks(results: list[dict[str, Any]]) -> None:
+    """Print a table of tasks and figures."""
+    from rich.table import Table
+
+    table = Table("task", "metric")
+    for heading in ("value", "stderr", "items", "shots"):
+        table.add_column(heading, justify="right")
+    before = None
+    for row in results:
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        shots = "" if row["shots"] is None else str(row["shots"])
+        name = "" if row["task"] == before else row["task"]
+        table.add_row(Text(name), Text(metric), f"{row['value']:.4f}", error, f"{row['items']:,}", shots)
+        before = row["task"]
+    Console().print(table)
+
+
 def _learns(type: str) -> bool:
     """Whether something is learned in a type: only floats hold a model as it is."""
     from tesseraq_gguf.converter.tensor_types import tensor_type
@@ -517,7 +603,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
         calibrates: whether there is something to measure on calibration text, whatever the method.
         budget: whether types are chosen within one.
     """
-    given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+    given = _given(context)
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
         ignored = [
@@ -568,19 +654,19 @@ def _with_runtime(action: Callable[[], _T]) -> _T:
 
 
 @contextmanager
-def _chunk_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over the chunks on stderr, if that is a terminal."""
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, if that is a terminal, for each thing that is counted; a total of 0 is not known."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # of now: what libraries print may be swallowed meanwhile
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def watch(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(f"measuring the {what}", total=total)
-            bar.update(tasks[what], completed=done)
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
 
         yield watch
 
