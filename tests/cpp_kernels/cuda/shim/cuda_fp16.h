@@ -47,6 +47,8 @@ inline half   __high2half(half2 h) { return h.y; }
 inline half2  __halves2half2(half x, half y) { return half2(x, y); }
 inline half2  __hmul2(half2 a, half2 b) { return half2(half(a.x*b.x), half(a.y*b.y)); }
 inline half2  __hadd2(half2 a, half2 b) { return half2(half(a.x + b.x), half(a.y + b.y)); }
+inline half   __hmax(half a, half b) { return half(std::max<float>(a, b)); }
 inline half2  __hmax2(half2 a, half2 b) { return half2(half(std::max<float>(a.x, b.x)), half(std::max<float>(a.y, b.y))); }
 inline half2  operator*(half2 a, half2 b) { return __hmul2(a, b); }
 inline half2  operator+(half2 a, half2 b) { return __hadd2(a, b); }
+inline half2 & operator+=(half2 & a, half2 b) { return a = a + b; }
