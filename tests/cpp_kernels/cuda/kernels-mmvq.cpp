@@ -1,7 +1,7 @@
 // mmvq.cu: quantize_q8_1 and mul_mat_vec_q as they are launched, against sums in double precision over the same activations
 
 #include "mmvq.cu"
-#include "quantize.cu"
+#include "quantize.cuh"
 
 #include "kernels.h"
 

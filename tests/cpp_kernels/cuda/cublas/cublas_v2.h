@@ -20,6 +20,7 @@ enum cublasMath_t { CUBLAS_TF32_TENSOR_OP_MATH };
 enum cublasComputeType_t { CUBLAS_COMPUTE_16F, CUBLAS_COMPUTE_32F };
 enum cublasGemmAlgo_t { CUBLAS_GEMM_DEFAULT_TENSOR_OP };
 
+const char *   cublasGetStatusString(cublasStatus_t);
 cublasStatus_t cublasCreate(cublasHandle_t *);
 cublasStatus_t cublasDestroy(cublasHandle_t);
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t);

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -30,11 +31,10 @@ struct dim3 {
 namespace emulator {
 
 constexpr int    warp       = 32;
-constexpr size_t stack_size = 256*1024;
+constexpr size_t stack_size = 128*1024;
 
 struct fiber {
     ucontext_t        context;
-    std::vector<char> stack;
     uint3             thread;
     bool              done;
     uint64_t          lane_value[4]; // what this lane shows to the others
@@ -42,6 +42,15 @@ struct fiber {
     int               barriers;      // barriers it has reached
     void *            fake_stack;
 };
+
+// stack of the fiber of a thread, for one block after the other
+inline char * stack_of(size_t thread) {
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    while (stacks.size() <= thread) {
+        stacks.emplace_back(new char[stack_size]);
+    }
+    return stacks[thread].get();
+}
 
 struct block {
     dim3                    grid, dim;
@@ -152,9 +161,8 @@ inline void run_block(block & b) {
         f.lane_steps = 0;
         f.barriers   = 0;
         f.fake_stack = nullptr;
-        f.stack.resize(stack_size);
         getcontext(&f.context);
-        f.context.uc_stack.ss_sp   = f.stack.data();
+        f.context.uc_stack.ss_sp   = stack_of(i);
         f.context.uc_stack.ss_size = stack_size;
         f.context.uc_link          = nullptr;
         makecontext(&f.context, (void (*)()) entry, 0);
@@ -166,7 +174,7 @@ inline void run_block(block & b) {
             if (!f.done) {
 #if defined(__SANITIZE_ADDRESS__)
                 void * fake_stack = nullptr;
-                __sanitizer_start_switch_fiber(&fake_stack, f.stack.data(), stack_size);
+                __sanitizer_start_switch_fiber(&fake_stack, stack_of(b.current), stack_size);
 #endif
                 swapcontext(&b.scheduler, &f.context);
 #if defined(__SANITIZE_ADDRESS__)
