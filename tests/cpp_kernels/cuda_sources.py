@@ -1,7 +1,7 @@
 """Files of ggml's CUDA backend, made ready for tests: for the host compiler, and with our types alone.
 
-The patched files themselves are compiled, ours and upstream's, so that tests see the hooks as well. What is changed in a
-copy is written here, and nothing else is.
+The patched files themselves are compiled, ours and upstream's, so that tests see the hooks as well. What is changed in
+a copy is written here, and nothing else is.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def include_paths(source: SourceTree) -> list[str]:
 
 
 def our_types_only(text: str) -> str:
-    """A file whose switches know our types alone, where they know them by our list: the others take minutes to compile."""
+    """A file whose switches know our types alone, where they know them by our list: the others take minutes."""
     return _OTHER_TYPES.sub(r"\1\2", text)
 
 
 def for_host(text: str) -> str:
-    """A file for the host compiler: launches, shared memory and the instructions of tensor cores become calls of the emulator."""
+    """A file for the host compiler: launches, shared memory and tensor cores' instructions become calls of the emulator."""
     text = _LAUNCH.sub(r"emulator::launch(EMULATED(\1), \2)(", text)
     text = _SHARED.sub(r"int * \1 = (int *) emulator::running->shared.data();", text)
     text = _LDMATRIX.sub(r"emulator::ldmatrix<\1>(xi, \2);", text)

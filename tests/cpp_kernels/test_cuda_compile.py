@@ -1,7 +1,7 @@
 """CUDA kernels without a GPU: every file that we touch compiles for every generation of devices, and nothing spills.
 
-Of the files that all types share, other types' kernels are left out where they take long: `mmvq.cu` is compiled with our
-types alone, of MMQ the kernels with the largest tiles. `scripts/test_builds cuda` compiles everything.
+Of the files that all types share, other types' kernels are left out where they take long: `mmvq.cu` is compiled with
+our types alone, of MMQ the kernels with the largest tiles. `scripts/test_builds cuda` compiles everything.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ UNITS = ("convert.cu", "getrows.cu", "mmvq.cu", "mmq.cu", "ggml-cuda.cu", "mmq-l
 KERNELS = {"mmvq.cu": ("mul_mat_vec_q", 39), "mmq-largest.cu": ("mul_mat_q", 3)}
 """Files whose kernels must not spill: a part of their names, and how many there are.
 
-MMVQ has, for each type, 3 kernels for one column (plain, fused, and for short rows, fused or not: one less where two are the
-same), 7 for more columns, and 2 for experts.
+MMVQ has, for each type, 4 kernels for one column (for long rows and short ones, fused with a gate or not), 7 for more
+columns, and 2 for experts.
 """
 
 

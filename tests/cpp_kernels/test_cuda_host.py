@@ -1,4 +1,4 @@
-"""CUDA kernels without a GPU: compiled for the host, and run under an emulator of thread blocks, against the C reference."""
+"""CUDA kernels without a GPU: compiled for the host, under an emulator of thread blocks, against the C reference."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPTIONS = ("-std=c++17", "-O1", "-g1", "-w", "-fsanitize=address,undefined", "-f
 
 
 def build(source: SourceTree, folder: Path, parts: Sequence[str], capability: int, first: Sequence[str] = ()) -> Path:
-    """Compile the program with some parts, and return it. Folders in `first` are looked at for headers before all others."""
+    """Compile the program with some parts, and return it. Folders in `first` are looked at for headers first."""
     copy = copy_for_host(source, folder)
     program = folder / "kernels"
     include = [*(f"-I{path}" for path in first), f"-I{HERE}", f"-I{HERE / 'shim'}", f"-I{HERE / 'cublas'}", f"-I{copy}"]
