@@ -49,7 +49,8 @@ template <ggml_type type, int J, bool fallback, int nbits> static __device__ __f
     const int kbx  = txi / qi;
     const int kqsx = txi % qi;
 
-#pragma unroll
+    // not all at once: the sums of the product stay in registers meanwhile
+#pragma unroll 4
     for (int i0 = 0; i0 < I; i0 += nrows*nwarps) {
         int i = i0 + threadIdx.y*nrows + threadIdx.x/threads_per_row;
 
