@@ -22,3 +22,9 @@ set(TESSERAQ_ARM_SOURCES
     tesseraq/arm/tsq.c
     tesseraq/arm/tsq-repack.cpp
     tesseraq/arm/tsq-round.h)
+
+# by their whole path: the CUDA backend is made in another folder
+set(TESSERAQ_CUDA_SOURCES
+    ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq2.cu
+    ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq3.cu
+    ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq4.cu)

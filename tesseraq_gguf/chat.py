@@ -163,7 +163,9 @@ def load(file: Path) -> Model:
     header = open_gguf(file)
     trained = header.get(f"{header.get('general.architecture')}.context_length", CONTEXT)
     try:
-        model: Model = llama_cpp.Llama(model_path=str(file), n_ctx=min(int(trained), CONTEXT), verbose=False)
+        model: Model = llama_cpp.Llama(
+            model_path=str(file), n_ctx=min(int(trained), CONTEXT), n_gpu_layers=-1, verbose=False
+        )
     except (ValueError, AssertionError) as error:
         raise FileFormatError(f"llama.cpp cannot load {file}: {error or 'it gives no reason'}") from error
     return model

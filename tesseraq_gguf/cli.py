@@ -48,7 +48,7 @@ runtime_app = typer.Typer(
 )
 app.add_typer(runtime_app, name="runtime")
 
-Backend = Annotated[str, typer.Option(help="Which devices it is for.")]
+Backend = Annotated[str, typer.Option(help="Which devices it is for: cpu, or cuda for NVIDIA's GPUs as well.")]
 Portable = Annotated[bool, typer.Option("--portable", help="The portable one, and no other.")]
 OfTarget = Annotated[
     str | None, typer.Option("--target", metavar="TRIPLE", help="The one for another kind of machine.")
@@ -478,6 +478,15 @@ def runtime_build(
         Path | None,
         typer.Option("--llama-cpp", help="Patch and build a copy of this llama.cpp checkout, not the pinned one."),
     ] = None,
+    cuda_arch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cuda-arch",
+            metavar="ARCH",
+            help="With --backend cuda: compile for this architecture (89, 90-virtual); may be repeated. "
+            "By default for this machine's GPUs, or for all since Turing.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build even if it is there.")] = False,
 ) -> None:
     """Fetch, verify, patch, build and prove the runtime; nothing to do if it is there. Prints its folder.
@@ -489,16 +498,29 @@ def runtime_build(
     Python bindings find each other wherever the folder is. On the other machine they run as they are, or set
     TESSERAQ_GGUF_RUNTIME to the copy for eval and chat.
 
+    With --backend cuda it runs on NVIDIA's GPUs as well. That takes nvcc and cuBLAS, of a CUDA toolkit or of NVIDIA's
+    wheels (pip install nvidia-cuda-nvcc nvidia-cuda-cccl nvidia-cublas). eval and chat use it if TESSERAQ_GGUF_RUNTIME
+    names its folder.
+
     \b
     Examples:
       tesseraq-gguf runtime build
       tesseraq-gguf runtime build --portable
       tesseraq-gguf runtime build --target aarch64-linux-gnu
+      tesseraq-gguf runtime build --backend cuda
+      tesseraq-gguf runtime build --backend cuda --cuda-arch 86 --cuda-arch 89
       tesseraq-gguf runtime build --llama-cpp ~/src/llama.cpp
     """
     from tesseraq_gguf.runtime import build
 
-    runtime = build(backend, portable=portable, target=target, llama_cpp=llama_cpp, force=force)
+    runtime = build(
+        backend,
+        portable=portable,
+        target=target,
+        llama_cpp=llama_cpp,
+        cuda_architectures=cuda_arch or (),
+        force=force,
+    )
     print(runtime.root)
 
 

@@ -25,7 +25,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from tesseraq_gguf.errors import RuntimeBuildError, UsageError
-from tesseraq_gguf.runtime import cache, pin, toolchain
+from tesseraq_gguf.runtime import cache, cuda, pin, toolchain
 from tesseraq_gguf.runtime.load import LIBRARY_VARIABLE
 from tesseraq_gguf.runtime.locate import MANIFEST, Runtime, read_runtime, this_platform
 from tesseraq_gguf.runtime.progress import Reporter, RichReporter
@@ -33,8 +33,8 @@ from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.runtime.target import Target
 from tesseraq_gguf.runtime.toolchain import Toolchain
 
-BACKENDS: Mapping[str, tuple[str, ...]] = {"cpu": ("-DGGML_METAL=OFF",)}
-"""CMake options by backend."""
+BACKENDS: Mapping[str, tuple[str, ...]] = {"cpu": ("-DGGML_METAL=OFF",), "cuda": ("-DGGML_METAL=OFF",)}
+"""CMake options by backend; those of CUDA depend on what is found. Each backend comes with that of the CPU."""
 
 TOOLS = (
     "llama-perplexity",
@@ -69,19 +69,12 @@ _PORTABLE_OPTIONS = ("-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_AL
 _NO_VARIANT = "Testing 0 devices"
 """What test-backend-ops says, and is content with, where no variant can be loaded."""
 
-_PROOFS = (
-    ("test-quantize-fns",),
-    (
-        "test-backend-ops",
-        "test",
-        "-b",
-        "CPU",
-        "-o",
-        "MUL_MAT",
-        "-p",
-        r"type_a=(tsq2|tsq3|tsq4|q8_0|f16|bf16),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]",
-    ),
+_PRODUCTS = (
+    *("-o", "MUL_MAT"),
+    *("-p", r"type_a=(tsq2|tsq3|tsq4|q8_0|f16|bf16),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]"),
 )
+
+_PROOFS = (("test-quantize-fns",), ("test-backend-ops", "test", "-b", "CPU", *_PRODUCTS))
 """Programs that must succeed before a runtime is installed; quick, and wide enough to meet the instructions in use."""
 
 
@@ -95,6 +88,7 @@ def build(
     portable: bool = False,
     target: str | None = None,
     llama_cpp: Path | None = None,
+    cuda_architectures: Sequence[str] = (),
     force: bool = False,
     jobs: int | None = None,
     progress: Reporter | None = None,
@@ -102,36 +96,53 @@ def build(
     """Return the runtime of this version and these patches, building and installing it if it is not there.
 
     Args:
-        backend: which devices it runs on; only `cpu` so far.
+        backend: which devices it runs on: `cpu`, or `cuda` for NVIDIA's GPUs and the processor.
         portable: for every processor of this machine's kind, not for the instruction sets of this one.
         target: for another kind of machine, by its triple; always portable.
         llama_cpp: an existing llama.cpp checkout to copy and patch instead of the pinned one.
+        cuda_architectures: GPUs to compile for, as CMake spells them (`89`, `90-virtual`); by default those of this
+            machine, or all since Turing if it has none. A runtime for others than are asked for is built again.
         force: build even if it is there.
         jobs: compilers at a time; by default one per processor this process may use.
         progress: told what happens; by default a progress bar on stderr.
 
     Raises:
         RuntimeBuildError: something is missing or failed; the message is one line, and names the log if there is one.
-        UsageError: an unknown backend or target, or `llama_cpp` is no llama.cpp checkout.
+        UsageError: an unknown backend, target or architecture, or `llama_cpp` is no llama.cpp checkout.
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend '{backend}'. Known backends: {', '.join(BACKENDS)}")
     wanted = Target(backend, portable, target)
+    if cuda_architectures and backend != "cuda":
+        raise UsageError(f"architectures of CUDA are of no use to the backend '{backend}'; add: --backend cuda")
+    cuda.choose_architectures(cuda_architectures, cuda.OLDEST, ())  # complains before anything is done
+
+    def serves(runtime: Runtime | None) -> bool:
+        built_for = runtime and runtime.manifest.get("cuda_architectures")
+        return bool(runtime) and not force and (not cuda_architectures or built_for == list(cuda_architectures))
+
     key = cache.checkout_key(_checkout(llama_cpp)) if llama_cpp else cache.current_key()
     installed = read_runtime(cache.cache_dir() / key / wanted.name)
-    if installed and not force:
+    if installed and serves(installed):
         return installed
     with contextlib.ExitStack() as stack:
         reporter = progress or stack.enter_context(RichReporter())
         programs = toolchain.find_toolchain(wanted)
+        if backend == "cuda":
+            cuda.find_cuda()  # before the source is fetched
         source = ensure_source(reporter, llama_cpp=llama_cpp)
         home = source.llama_cpp.parent.parent
         stack.enter_context(FileLock(home / f"{wanted.name}.lock"))
         installed = read_runtime(home / wanted.name)
-        if installed and not force:
+        if installed and serves(installed):
             return installed
-        kind = _PortableBuild if wanted.portable else _Build
-        return kind(wanted, source, home, programs, jobs or _processors(), reporter).run(checkout=llama_cpp)
+        arguments = (wanted, source, home, programs, jobs or _processors(), reporter)
+        work: _Build
+        if backend == "cuda":
+            work = _CudaBuild(*arguments, cuda_architectures)
+        else:
+            work = (_PortableBuild if wanted.portable else _Build)(*arguments)
+        return work.run(checkout=llama_cpp)
 
 
 @dataclass(frozen=True)
@@ -161,6 +172,8 @@ class _Build:
         self.programs = programs
         self.jobs = jobs
         self.progress = progress
+        self.library_folders: list[Path] = []
+        """Where programs find libraries that are not the runtime's own."""
 
     def run(self, checkout: Path | None) -> Runtime:
         """Compile by the best plan whose programs run, prove, install."""
@@ -218,7 +231,8 @@ class _Build:
         origin = "@loader_path" if sys.platform == "darwin" and not self.target.cross else "$ORIGIN"
         command = [self.programs.cmake, "-S", str(self.source.llama_cpp), "-B", str(self.folder), "-G", "Ninja"]
         command += options
-        command += [f"-DCMAKE_MAKE_PROGRAM={self.programs.ninja}", f"-DCMAKE_INSTALL_RPATH={origin};{origin}/../lib"]
+        rpath = ";".join([origin, f"{origin}/../lib", *map(str, self.library_folders)])
+        command += [f"-DCMAKE_MAKE_PROGRAM={self.programs.ninja}", f"-DCMAKE_INSTALL_RPATH={rpath}"]
         command += [f"-DLLAMA_BUILD_COMMIT={cache.kernels_hash()}"]
         if self.programs.cc and self.programs.cxx:
             command += [f"-DCMAKE_C_COMPILER={self.programs.cc}", f"-DCMAKE_CXX_COMPILER={self.programs.cxx}"]
@@ -345,6 +359,46 @@ class _Build:
             "compiler": toolchain.compiler_version(self.programs.cxx),
             "built": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         }
+
+
+class _CudaBuild(_Build):
+    """A build for the GPUs of NVIDIA and this processor."""
+
+    def __init__(
+        self,
+        target: Target,
+        source: SourceTree,
+        home: Path,
+        programs: Toolchain,
+        jobs: int,
+        progress: Reporter,
+        architectures: Sequence[str],
+    ):
+        super().__init__(target, source, home, programs, jobs, progress)
+        self.cuda = cuda.find_cuda()
+        self.gpus = cuda.find_gpus()
+        capabilities = [gpu.capability for gpu in self.gpus]
+        self.architectures = cuda.choose_architectures(architectures, self.cuda.version, capabilities)
+        self.library_folders = self.cuda.library_folders
+
+    def _plans(self) -> Iterator[_Plan]:
+        facts = {"cuda": ".".join(map(str, self.cuda.version)), "cuda_architectures": self.architectures}
+        options = [*self.cuda.options, f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(self.architectures)}"]
+        for plan in super()._plans():
+            yield _Plan([*plan.options, *options], {**plan.facts, **facts})
+
+    def _prove(self, runtime: Runtime, scratch: Path) -> dict[str, Any] | None:
+        proof = super()._prove(runtime, scratch)
+        if proof is None:
+            return None
+        if not self.gpus:
+            self.progress.note("the kernels for GPUs are not proven: there is no NVIDIA GPU here")
+            return {**proof, "gpus": []}
+        self.progress.stage(f"proving that it runs on {self.gpus[0].name}")
+        code, tool, _ = self._run_proofs(runtime, proofs=[("test-backend-ops", "test", "-b", "CUDA0", *_PRODUCTS)])
+        if code:
+            raise self._failure(f"{tool} failed on {self.gpus[0].name} (exit code {code})")
+        return {**proof, "gpus": [gpu.name for gpu in self.gpus]}
 
 
 class _PortableBuild(_Build):

@@ -101,7 +101,7 @@ def find_runtime(backend: str = "cpu", *, portable: bool = False, target: str | 
     wanted = Target(backend, portable, target)
     if not wanted.portable and (folder := os.environ.get(RUNTIME_VARIABLE)):
         return _named_runtime(Path(folder).expanduser().absolute())
-    choices = [wanted] if wanted.portable else [wanted, Target(backend, portable=True)]
+    choices = _choices(wanted)
     for choice in choices:
         if runtime := _matching(choice):
             return runtime
@@ -117,6 +117,11 @@ def installed_runtimes(target: Target) -> list[Runtime]:
     """Every whole runtime for a target in the cache, whatever patches it was built from."""
     folders = sorted(path.parent for path in cache.cache_dir().glob(f"*/{target.name}/{MANIFEST}"))
     return [runtime for folder in folders if (runtime := read_runtime(folder))]
+
+
+def _choices(wanted: Target) -> list[Target]:
+    """What may stand for a target that is not named in full, best first."""
+    return [wanted] if wanted.portable or wanted.backend == "cuda" else [wanted, Target(wanted.backend, portable=True)]
 
 
 def _matching(target: Target) -> Runtime | None:
@@ -193,7 +198,7 @@ def info(backend: str = "cpu", *, portable: bool = False, target: str | None = N
     else:
         found = runtime.root
         data |= {"installed": True, "path": str(runtime.root), "manifest": runtime.manifest}
-    choices = [wanted] if wanted.portable else [wanted, Target(backend, portable=True)]
+    choices = _choices(wanted)
     installed = [runtime for choice in choices for runtime in installed_runtimes(choice)]
     data["others"] = [str(runtime.root) for runtime in installed if runtime.root != found]
     return data

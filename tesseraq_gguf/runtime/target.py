@@ -41,13 +41,13 @@ class Target:
     """What a runtime is built to run on.
 
     Attributes:
-        backend: which devices it runs on; only `cpu` so far.
+        backend: which devices it runs on: `cpu`, or `cuda` for GPUs as well.
         portable: True for the CPU backend in several variants, of which ggml loads the best when a program starts;
             False for the instruction sets of the machine that builds.
         triple: a key of `CROSS` for another kind of machine, None for this one. Such builds are always portable.
 
     Raises:
-        UsageError: an unknown triple.
+        UsageError: an unknown triple, or a backend that is built for this machine's processor only.
     """
 
     backend: str = "cpu"
@@ -55,6 +55,8 @@ class Target:
     triple: str | None = None
 
     def __post_init__(self) -> None:
+        if self.backend == "cuda" and (self.portable or self.triple):
+            raise UsageError("the backend 'cuda' is built for this machine's processor only, not portable")
         if self.triple is None:
             return
         if self.triple not in CROSS:
@@ -75,4 +77,5 @@ class Target:
     def build_command(self) -> str:
         """What a user runs to get it."""
         option = f" --target {self.triple}" if self.triple else " --portable" if self.portable else ""
+        option = f" --backend {self.backend}" if self.backend == "cuda" else option
         return f"tesseraq-gguf runtime build{option}"

@@ -65,7 +65,7 @@ def test_damaged_runtime_is_built_again(machine: FakeMachine, recorder: Recorder
 
 
 def test_unknown_backend(empty_cache: Path) -> None:
-    with pytest.raises(UsageError, match=r"unknown backend 'tpu'\. Known backends: cpu"):
+    with pytest.raises(UsageError, match=r"unknown backend 'tpu'\. Known backends: cpu, cuda"):
         build("tpu")
     assert not empty_cache.exists()
 

@@ -1,0 +1,44 @@
+#pragma once
+
+// Our types in MMQ. Each has the tiles of one of upstream's types, from configuration to products, and a load_tiles of its own that
+// fills them. Included at the top of upstream's mmq.cuh.
+
+// the type of upstream that has the same tiles: Q5_1 has 8 bit integers, with a scale and an offset for every 32
+static constexpr __host__ __device__ ggml_type tesseraq_mmq_like(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_TSQ2:
+        case GGML_TYPE_TSQ3:
+        case GGML_TYPE_TSQ4:
+            return GGML_TYPE_Q5_1;
+        default:
+            return GGML_TYPE_COUNT;
+    }
+}
+
+// in upstream's functions of a type: what they say of the type with the same tiles
+#define TESSERAQ_MMQ_LIKE(type, ...)                    \
+    if (tesseraq_is_type(type)) {                       \
+        const ggml_type like = tesseraq_mmq_like(type); \
+        return __VA_ARGS__;                             \
+    }
+
+template <typename config_t>
+static constexpr __host__ __device__ config_t tesseraq_mmq_config(ggml_type type, config_t like) {
+    if (like.type != GGML_TYPE_COUNT) { // which says that there is none
+        like.type = type;
+    }
+    return like;
+}
+
+#define TESSERAQ_MMQ_UTIL_FUNCS(type, J, fallback, prec_src1)                                                   \
+    if constexpr (tesseraq_is_type(type)) {                                                                     \
+        return tesseraq_mmq_util_funcs<type, J, fallback>(                                                      \
+            ggml_cuda_mmq_get_util_funcs<tesseraq_mmq_like(type), J, fallback, prec_src1>());                   \
+    }
+
+#define TESSERAQ_CASE_MMQ(NAME, name)                           \
+    case GGML_TYPE_##NAME:                                      \
+        mul_mat_q_case<GGML_TYPE_##NAME>(ctx, args, stream);    \
+        break;
+
+#define TESSERAQ_DECL_MMQ_CASE(NAME, name) extern DECL_MMQ_CASE(GGML_TYPE_##NAME);

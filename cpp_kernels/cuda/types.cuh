@@ -1,0 +1,50 @@
+#pragma once
+
+// Our tensor types in the CUDA backend: the list that upstream's switches are hooked to, and what a type is to its kernels.
+// Included by common.cuh, after its own ggml_cuda_type_traits.
+
+#include "tesseraq/tsq.h"
+
+// X(NAME, name) for each type: GGML_TYPE_NAME has dequantize_name, vec_dot_name_q8_1 and ggml_cuda_mmq_load_tiles_name
+#define TESSERAQ_CUDA_TYPES(X) \
+    X(TSQ2, tsq2) \
+    X(TSQ3, tsq3) \
+    X(TSQ4, tsq4)
+
+// labels of a switch over types
+#define TESSERAQ_CASE(NAME, name) case GGML_TYPE_##NAME:
+#define TESSERAQ_CASES TESSERAQ_CUDA_TYPES(TESSERAQ_CASE)
+
+static constexpr __host__ __device__ bool tesseraq_is_type(ggml_type type) {
+    switch (type) {
+        TESSERAQ_CASES
+            return true;
+        default:
+            return false;
+    }
+}
+
+// qk: weights of a block, qr: codes of a byte of qs, qi: 32 bit integers of qs, bs: bytes of a block
+template<>
+struct ggml_cuda_type_traits<GGML_TYPE_TSQ2> {
+    static constexpr int qk = QK_TSQ;
+    static constexpr int qr = 4;
+    static constexpr int qi = QK_TSQ / (4*qr);
+    static constexpr int bs = sizeof(block_tsq2);
+};
+
+template<>
+struct ggml_cuda_type_traits<GGML_TYPE_TSQ3> {
+    static constexpr int qk = QK_TSQ;
+    static constexpr int qr = 4;
+    static constexpr int qi = QK_TSQ / (4*qr);
+    static constexpr int bs = sizeof(block_tsq3);
+};
+
+template<>
+struct ggml_cuda_type_traits<GGML_TYPE_TSQ4> {
+    static constexpr int qk = QK_TSQ;
+    static constexpr int qr = 2;
+    static constexpr int qi = QK_TSQ / (4*qr);
+    static constexpr int bs = sizeof(block_tsq4);
+};

@@ -1,0 +1,3 @@
+// quantize.cu: activations, for MMVQ and MMQ
+
+#include "quantize.cu"

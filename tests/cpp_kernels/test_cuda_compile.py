@@ -1,0 +1,94 @@
+"""CUDA kernels without a GPU: every file that we touch compiles for every generation of devices, and nothing spills.
+
+Of the files that all types share, other types' kernels are left out where they take long: `mmvq.cu` is compiled with
+our types alone, of MMQ the kernels with the largest tiles. `scripts/test_builds cuda` compiles everything.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tesseraq_gguf.runtime import SourceTree
+
+from .cuda_sources import ARCHITECTURES, HERE, Kernel, backend, compile_kernels, include_paths, our_types_only
+
+NVCC = shutil.which("nvcc")
+
+pytestmark = [pytest.mark.runtime, pytest.mark.skipif(NVCC is None, reason="needs nvcc, of CUDA 12.8 or newer")]
+
+UNITS = ("convert.cu", "getrows.cu", "mmvq.cu", "mmq.cu", "ggml-cuda.cu", "mmq-largest.cu")
+"""The files of upstream's that the patch touches, or that see what it touches, and a choice of MMQ's kernels."""
+
+KERNELS = {"mmvq.cu": ("mul_mat_vec_q", 39), "mmq-largest.cu": ("mul_mat_q", 3)}
+"""Files whose kernels must not spill: a part of their names, and how many there are.
+
+MMVQ has, for each type, 4 kernels for one column (for long rows and short ones, fused with a gate or not), 7 for more
+columns, and 2 for experts.
+"""
+
+
+SPILLS = {("mmq-largest.cu", "75"): 128, ("mmq-largest.cu", "80"): 420}
+"""Bytes that a kernel may spill, stores and loads, where upstream's product of 128 columns does not fit into registers.
+
+That of Q2_K spills 312 and 720 there, that of Q5_1, whose tiles ours are, 184 and 268 (nvcc 13.0).
+"""
+
+
+def compile_unit(source: SourceTree, name: str, architecture: str, folder: Path) -> list[Kernel]:
+    """Compile one of `UNITS`."""
+    unit = HERE / name if name == "mmq-largest.cu" else folder / name
+    if not unit.is_file():
+        unit.write_text(our_types_only((backend(source) / name).read_text()))
+    # the real cuBLAS is 400 MB, and nothing is linked
+    options = [f"-I{backend(source)}", f"-I{HERE / 'cublas'}", *include_paths(source)]
+    return compile_kernels(str(NVCC), options, unit, architecture, folder / "out.cubin")
+
+
+def spilling(kernels: list[Kernel], allowed: int = 0) -> list[str]:
+    """The gate: names of kernels that put more bytes of registers into memory than is allowed."""
+    return [f"{kernel.name}: {kernel.spilled} bytes" for kernel in kernels if kernel.spilled > allowed]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", UNITS)
+def test_compiles_and_does_not_spill(
+    source: SourceTree, tmp_path: Path, name: str, architecture: str, record_property: pytest.RecordProperty
+) -> None:
+    kernels = compile_unit(source, name, architecture, tmp_path)
+    if name in KERNELS:
+        part, number = KERNELS[name]
+        ours = [kernel for kernel in kernels if part in kernel.name]
+        assert len(ours) == number, [kernel.name for kernel in ours]
+        assert spilling(ours, SPILLS.get((name, architecture), 0)) == []
+        registers = sorted(kernel.registers for kernel in ours)
+        record_property("registers", registers)
+        print(f"{name}, sm_{architecture}: {registers[0]} to {registers[-1]} registers")
+
+
+def test_the_gate_sees_spills(tmp_path: Path) -> None:
+    """The test of the tests: a kernel that is given fewer registers than it has numbers at hand."""
+    unit = tmp_path / "hungry.cu"
+    unit.write_text(
+        "__global__ void hungry(float * x) {\n"
+        "    float a[64];\n"
+        "    for (int i = 0; i < 64; ++i) { a[i] = x[i]; }\n"
+        "    __syncthreads();\n"
+        "    for (int i = 0; i < 64; ++i) { x[i] = a[63 - i] * a[(7*i) % 64]; }\n"
+        "}\n"
+    )
+    out = tmp_path / "out.cubin"
+    assert spilling(compile_kernels(str(NVCC), [], unit, "90", out)) == []
+    assert len(spilling(compile_kernels(str(NVCC), ["-maxrregcount=32"], unit, "90", out))) == 1
+
+
+def test_a_hook_that_is_missing_is_found(source: SourceTree, tmp_path: Path) -> None:
+    """The test of the tests: without its include, the file does not compile."""
+    text = our_types_only((backend(source) / "getrows.cu").read_text())
+    hook = '#include "tesseraq/cuda/dequantize.cuh"\n'
+    assert text.count(hook) == 1
+    (tmp_path / "getrows.cu").write_text(text.replace(hook, ""))
+    with pytest.raises(AssertionError, match="TESSERAQ_CASE_GET_ROWS"):
+        compile_unit(source, "getrows.cu", "90", tmp_path)
