@@ -41,7 +41,7 @@ def test_quantize_fns(runtime: Runtime) -> None:
 )
 def test_backend_ops(runtime: Runtime, operator: str, at_least: int) -> None:
     """With one backend it compares the CPU with itself: no operator aborts or is missing. Values: test_graph.py."""
-    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq[234]")
+    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq[234]|bcq4")
     for name in NAMES:
         assert len(re.findall(rf"^ *{operator}\(.*{name}.*: OK", output, re.MULTILINE)) >= at_least, name
         for columns in (1, 2, 8, 32, 512) if operator == "MUL_MAT" else ():
