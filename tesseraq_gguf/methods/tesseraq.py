@@ -6,6 +6,10 @@ Soft quantiser (paper §3, with the fractional zero-point of our types):
     q = base + σr(ν)        base = floor(W/d + z) clamped to 0 … 2^b - 2,   σr(x) = clip(1.2·σ(x) - 0.1, 0, 1)
     Ŵ = 2σ(v)·d·(q - z)
 
+On codebooks, rounding is between the two nearest codewords, lower and upper:
+
+    Ŵ = 2σ(v)·d·(lower + σr(ν)·(upper - lower))
+
 ν starts where Ŵ = W (as far as the range allows), v at 0. Lifecycle of a block:
 
 1. Start: GPTQ on the type's own grid gives d, z and the weights that rounding errors have moved.
@@ -124,20 +128,25 @@ class SoftMatrix:
     def __init__(self, start: Start, grid: Grid) -> None:
         self._grid = grid
         self._shape = start.weight.shape
-        self._arrays: Arrays = {}
+        self._arrays: Arrays = grid.fixed(start.tensor.arrays)
         self._scale = grid.scale(start.tensor.arrays).view(-1, 1)
         self.zero = grid.zero(start.tensor.arrays).view(-1, 1).requires_grad_(grid.learns_zero)
         with torch.no_grad():
             position = start.weight.reshape(-1, grid.group) / self._scale + self.zero
-            self._base = position.floor().clamp_(0, grid.highest - 1)
-            fraction = (position - self._base).clamp_(1e-4, 1 - 1e-4)
+            self._code, lower, gap = grid.neighbours(start.weight, start.tensor.arrays)
+            self._base = lower.view_as(position)
+            self._gap = None if gap is None else gap.view_as(position)
+            fraction = position - self._base
+            if self._gap is not None:
+                fraction /= self._gap.clamp_min(1)  # equal codewords leave no choice
+            fraction.clamp_(1e-4, 1 - 1e-4)
         self.rounding = inverse_soft_step(fraction).requires_grad_()
         self.tuning = torch.zeros_like(self._scale).requires_grad_()
 
     def weight(self) -> Tensor:
         """Ŵ, float32 [out, in], differentiable in ν, v and z."""
         scale = self._scale * 2 * torch.sigmoid(self.tuning)
-        return _SoftWeight.apply(self.rounding, self._base, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
+        return _SoftWeight.apply(self.rounding, self._base, self._gap, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def harden(self, share: float) -> None:
@@ -170,7 +179,7 @@ class SoftMatrix:
     @torch.no_grad()
     def finish(self) -> QuantizedTensor:
         """Fix what is still soft and return codes and parameters."""
-        q = (self._base + (self.rounding > 0)).to(torch.uint8).view(self._shape)
+        q = self._code + (self.rounding > 0).view(self._shape)
         return self._grid.assemble(q, self._arrays)
 
     def _of_rows(self, parameter: Tensor) -> Tensor:
@@ -188,22 +197,28 @@ def inverse_soft_step(y: Tensor) -> Tensor:
 
 
 class _SoftWeight(torch.autograd.Function):
-    """scale·(base + σr(ν) - z), with a backward of half the memory passes that the composed operations would take."""
+    """scale·(base + gap·σr(ν) - z), with a backward of half the memory passes that the composed operations would take.
+
+    A gap of None is 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        offset = soft_step(rounding).add_(base).sub_(zero)
-        ctx.save_for_backward(rounding, offset, scale)
+    def forward(ctx: Any, rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor) -> Tensor:
+        step = soft_step(rounding)
+        offset = (step if gap is None else step.mul_(gap)).add_(base).sub_(zero)
+        ctx.save_for_backward(rounding, offset, gap, scale)
         return offset * scale
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        rounding, offset, scale = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
+        rounding, offset, gap, scale = ctx.saved_tensors
         to_scale = (gradient * offset).sum(1, keepdim=True)
         to_offset = gradient * scale
         slope = torch.sigmoid(rounding)
         stretched = slope * STRETCH - SHIFT
         inside = (stretched > 0) & (stretched < 1)
         slope.mul_(1 - slope).mul_(STRETCH).mul_(inside)
-        return slope.mul_(to_offset), None, to_scale, -to_offset.sum(1, keepdim=True)
+        if gap is not None:
+            slope.mul_(gap)
+        return slope.mul_(to_offset), None, None, to_scale, -to_offset.sum(1, keepdim=True)

@@ -79,7 +79,7 @@ _PROOFS = (
         "-o",
         "MUL_MAT",
         "-p",
-        r"type_a=(tsq2|tsq3|tsq4|q8_0|f16|bf16),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]",
+        r"type_a=(tsq2|tsq3|tsq4|bcq4|bcq4_a4|q8_0|f16|bf16),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]",
     ),
 )
 """Programs that must succeed before a runtime is installed; quick, and wide enough to meet the instructions in use."""
