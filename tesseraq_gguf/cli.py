@@ -142,6 +142,10 @@ def convert(
         str,
         typer.Option(help="What shares a scale: group, the type's own; or channel, a whole row, as in some papers."),
     ] = "group",
+    codebooks: Annotated[
+        str,
+        typer.Option(help="Codebooks of bcq types: universal, or model, designed from this model and put into the file."),
+    ] = "universal",
     rank: Annotated[
         int | None,
         typer.Option(
@@ -206,6 +210,7 @@ def convert(
         finish=finish,
         rank=rank,
         granularity=granularity,
+        codebooks=codebooks,
         preset=preset,
         calibration=calibration,
         samples=samples,
@@ -414,7 +419,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
     given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
-        ignored = ["method", *learning, "granularity", "output_type", "work_dir", "fresh", "seed", "device"]
+        ignored = ["method", *learning, "granularity", "codebooks", "output_type", "work_dir", "fresh", "seed", "device"]
         reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"
@@ -423,6 +428,9 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
         reason = f"--method {method} knows one way"
     else:
         ignored, reason = ["rank"], "--rank is lrq's alone"
+    if _learns(type) and not type.lower().startswith("bcq"):
+        if "codebooks" in given:
+            raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")

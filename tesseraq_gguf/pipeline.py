@@ -16,13 +16,15 @@ from typing import Protocol
 import torch
 
 from tesseraq_gguf.calibration import Calibration, load_calibration
+from tesseraq_gguf.codebooks import model_codebooks
+from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import Metadata, check_output, check_source, stock_type, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.distillation import Distillation
 from tesseraq_gguf.embeddings import dequantized, round_embeddings
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
-from tesseraq_gguf.grids import grid_for
+from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch
 from tesseraq_gguf.methods.flexround import flexround
@@ -33,12 +35,13 @@ from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
+from tesseraq_gguf.quantized import plain_vector
 from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
-from tesseraq_gguf.work_directory import EMBEDDINGS, FINAL, WorkDirectory, finished_block
+from tesseraq_gguf.work_directory import CODEBOOKS, EMBEDDINGS, FINAL, WorkDirectory, finished_block
 
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
@@ -46,6 +49,9 @@ _SENSITIVITY_TOKENS = 4096
 
 _CLIPPING = 5
 """Steps in which OmniQuant learns its clipping, for each step of a stage of TesseraQ."""
+
+_CODEBOOK_TOKENS = 2048
+"""Calibration tokens that a model's own codebooks are designed from, beside its weights."""
 
 _HELD_OUT = 1 / 16
 """Sequences that are held out for the last pass to prove itself on, for each that is learned on."""
@@ -112,7 +118,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     started = time.monotonic()
     target = tensor_type(recipe.type)
     if recipe.learns:
-        grid_for(target.name, target.block_weights, recipe.granularity)
+        _check_grid(recipe, grid_for(target.name, target.block_weights, recipe.granularity))
     check_output(recipe.out)
     source = resolve_model(recipe.model, progress.stage)
     check_output(recipe.out, source)
@@ -141,7 +147,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
     with WorkDirectory(folder, identity, recipe.fresh) as work:
         resumed = 0
-        for result in _results(recipe, decoder, types, outside, calibration, autocast, work, progress):
+        codebooks = _codebooks(recipe, decoder, types | outside, calibration, work, progress)
+        for result in _results(recipe, decoder, types, outside, codebooks, calibration, autocast, work, progress):
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
@@ -239,20 +246,49 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
     return calibration
 
 
+def _check_grid(recipe: Recipe, grid: Grid) -> None:
+    """Refuse methods that move weights in steps of one scale where codes name codewords."""
+    uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
+    if uneven and not grid.uniform:
+        raise UsageError(f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced")
+
+
+def _codebooks(
+    recipe: Recipe,
+    decoder: Decoder,
+    types: Mapping[str, str],
+    calibration: Calibration | None,
+    work: WorkDirectory,
+    progress: Progress,
+) -> torch.Tensor | None:
+    """Design the model's own codebooks, unless an earlier run has; None where the universal ones serve."""
+    if recipe.codebooks == "universal" or not set(types.values()) & set(bcq.TYPES):
+        return None
+    stored = work.tensors(CODEBOOKS)
+    if stored is None:
+        progress.stage("Designing codebooks")
+        few = calibration.tokens[: max(1, _CODEBOOK_TOKENS // calibration.tokens.shape[1])] if calibration else None
+        found = model_codebooks(decoder, few, recipe.seed)
+        work.keep_tensors(CODEBOOKS, {CODEBOOKS: plain_vector(found)})
+        return found
+    return stored[0][CODEBOOKS].arrays["values"].to(torch.int8)
+
+
 def _results(
     recipe: Recipe,
     decoder: Decoder,
     types: Mapping[str, str],
     outside: Mapping[str, str],
+    codebooks: torch.Tensor | None,
     calibration: Calibration | None,
     autocast: torch.dtype,
     work: WorkDirectory,
     progress: Progress,
 ) -> Iterator[BlockResult]:
     if calibration is None:
-        _embeddings(decoder, outside, None, work, progress)
+        _embeddings(decoder, outside, None, codebooks, work, progress)
         progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
-        yield from round_blocks(decoder, types, work.finished, recipe.granularity)
+        yield from round_blocks(decoder, types, work.finished, recipe.granularity, codebooks)
         return
     stored = [work.finished(index) for index in range(len(decoder))]
     if all(s is not None for s in stored):
@@ -269,12 +305,13 @@ def _results(
         autocast=autocast,
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
         granularity=recipe.granularity,
+        codebooks=codebooks,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
         few = calibration.tokens[: max(1, _SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
         sensitivity = measure_sensitivity(decoder, few, recipe.seed, progress.advance)
-        _embeddings(decoder, outside, sensitivity, work, progress)
+        _embeddings(decoder, outside, sensitivity, codebooks, work, progress)
         progress.stage(
             f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
         )
@@ -297,13 +334,14 @@ def _embeddings(
     decoder: Decoder,
     types: Mapping[str, str],
     sensitivity: Sensitivity | None,
+    codebooks: torch.Tensor | None,
     work: WorkDirectory,
     progress: Progress,
 ) -> None:
     """Round the matrices outside the blocks, unless an earlier run has."""
     if types and work.tensors(EMBEDDINGS) is None:
         progress.stage(f"Rounding {' and '.join(types)}")
-        work.keep_tensors(EMBEDDINGS, round_embeddings(decoder, types, sensitivity, progress.advance))
+        work.keep_tensors(EMBEDDINGS, round_embeddings(decoder, types, sensitivity, progress.advance, codebooks))
 
 
 def _dequantized_embeddings(work: WorkDirectory) -> dict[str, torch.Tensor]:
@@ -394,6 +432,7 @@ def _identity(
         "init": recipe.init,
         "rank": recipe.rank,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
+        "codebooks": None if recipe.codebooks == "universal" else recipe.codebooks,
         "type": sorted(set(types.values())),
         "matrices": len(types),
         # the last pass works on blocks of any run: it may be added, or repeated with other settings
@@ -421,6 +460,7 @@ def _name(recipe: Recipe) -> str:
     """What the file says of how it was made."""
     init = f" from {recipe.init}" if recipe.method == "tesseraq" and recipe.init != "auto" else ""
     init += " per channel" if recipe.granularity == "channel" else ""
+    init += ", codebooks of its own" if recipe.codebooks == "model" else ""
     return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 

@@ -20,6 +20,10 @@ GRANULARITIES = ("group", "channel")
 """What shares a scale and a zero-point."""
 
 
+CODEBOOKS = ("universal", "model")
+"""Where types with codebooks have them from."""
+
+
 @dataclass(frozen=True)
 class Preset:
     """How much calibration and learning a run spends.
@@ -68,6 +72,7 @@ class Recipe:
         finish: the last pass over the whole model, one of `FINISHES`.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
+        codebooks: `universal`, or `model` for codebooks designed from this model, in types that have any.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
@@ -88,6 +93,7 @@ class Recipe:
     finish: str = "none"
     rank: int | None = None
     granularity: str = "group"
+    codebooks: str = "universal"
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -111,6 +117,7 @@ class Recipe:
         _check("initialisation", self.init, INITIALISATIONS)
         _check("finish", self.finish, FINISHES)
         _check("granularity", self.granularity, GRANULARITIES)
+        _check("kind of codebooks", self.codebooks, CODEBOOKS)
         if self.granularity == "channel" and self.finish != "none":
             raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
         if self.rank is not None and self.rank < 1:

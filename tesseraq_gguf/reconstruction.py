@@ -185,6 +185,7 @@ class Reconstruction:
         autocast: dtype of matrix products while learning.
         report: called with (block, steps done, steps in all).
         granularity: what shares a scale: `group` or `channel`.
+        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
     """
 
     decoder: Decoder
@@ -194,6 +195,7 @@ class Reconstruction:
     autocast: torch.dtype
     report: Callable[[int, int, int], None] = lambda *_: None
     granularity: str = "group"
+    codebooks: Tensor | None = None
 
     def run(
         self,
@@ -251,7 +253,7 @@ class Reconstruction:
         return BlockProblem(
             block=block,
             grids={
-                name: grid_for(t, matrices[name].weight.shape[1], self.granularity)
+                name: grid_for(t, matrices[name].weight.shape[1], self.granularity, self.codebooks)
                 for name, t in named.items()
                 if t is not None
             },

@@ -25,6 +25,10 @@ _TRIED = (0, -1, 1, 2)
 """E5M3 codes of d that a search tries, counted from the one that brings the largest weight to the largest codeword."""
 
 
+_SPANS = 1024
+"""Spans searched at a time: what is made of them on the way stays in a processor's cache."""
+
+
 def universal() -> Tensor:
     """The universal codebooks, int8 [8, 16]."""
     return torch.from_numpy(bcq.UNIVERSAL.copy())
@@ -125,9 +129,13 @@ class CodebookGrid(Grid):
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
-        w, h = weight, importance
-        codebooks = self.codebooks.to(w.device)
+        codebooks = self.codebooks.to(weight.device)
         near = codebooks.float().gather(1, nearest_indices(codebooks))  # [8, 128]
+        parts = zip(weight.split(_SPANS), importance.split(_SPANS), strict=True)
+        found = [self._search_some(w, h, near) for w, h in parts]
+        return {key: torch.cat([f[key] for f in found]) for key in found[0]}
+
+    def _search_some(self, w: Tensor, h: Tensor, near: Tensor) -> Arrays:
         middle = scale_code(w.abs().amax(1) / bcq.LARGEST).int()
         best = torch.full_like(w[:, 0], torch.inf)
         best_d = middle.to(torch.uint8)
@@ -164,16 +172,11 @@ def select(scaled: Tensor, importance: Tensor, near: Tensor) -> tuple[Tensor, Te
         The weighted squared error, float32 [spans, columns / 8], and the selector, uint8 of the same shape.
     """
     half = halves(scaled)
-    best: Tensor | None = None
-    for index, row in enumerate(near):
-        error = row[half].sub_(scaled).square_().mul_(importance).unflatten(1, (-1, bcq.GROUP)).sum(2)
-        if best is None:
-            best, selector = error, torch.zeros_like(error, dtype=torch.uint8)
-        else:
-            selector[error < best] = index
-            best = torch.minimum(best, error)
-    assert best is not None
-    return best, selector
+    errors = [
+        row.take(half).sub_(scaled).square_().mul_(importance).unflatten(1, (-1, bcq.GROUP)).sum(2) for row in near
+    ]
+    best, selector = torch.stack(errors).min(0)
+    return best, selector.to(torch.uint8)
 
 
 def _codewords(arrays: Mapping[str, Tensor], codebooks: Tensor) -> Tensor:

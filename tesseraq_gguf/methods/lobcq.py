@@ -41,6 +41,9 @@ _POINTS = 2 * LARGEST * _FINE + 1
 _LLOYD_STEPS = 30
 """Lloyd-Max steps of a refit, at most: on a histogram they cost next to nothing."""
 
+_PART = 16384
+"""Blocks assigned at a time: what is made of them on the way stays in a processor's cache."""
+
 _SEED_BLOCKS = 16384
 """Blocks that seeds are drawn from and first clusters are made of."""
 
@@ -128,15 +131,15 @@ def assign(blocks: Tensor, codebooks: Tensor) -> tuple[Tensor, float]:
         codebooks: float32 [N_c, 16], ascending in every row.
     """
     points = _points(codebooks.device)
-    best = torch.full((len(blocks),), torch.inf, device=blocks.device)
-    chosen = torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device)
-    for index, codebook in enumerate(codebooks):
-        table = (codebook[nearest(points, codebook)] - points).square()
-        error = table.index_select(0, blocks.flatten()).view(blocks.shape).sum(1)
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen = torch.where(better, index, chosen)
-    return chosen, float(best.double().mean()) / blocks.shape[1]
+    tables = [(codebook[nearest(points, codebook)] - points).square() for codebook in codebooks]
+    chosen, total = [], 0.0
+    for part in blocks.split(_PART):
+        flat = part.flatten()
+        errors = torch.stack([table.index_select(0, flat).view(part.shape).sum(1) for table in tables])
+        best, index = errors.min(0)
+        chosen.append(index)
+        total += float(best.double().sum())
+    return torch.cat(chosen), total / blocks.numel()
 
 
 def refit(blocks: Tensor, chosen: Tensor, codebooks: Tensor) -> tuple[Tensor, float]:
