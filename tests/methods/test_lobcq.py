@@ -36,7 +36,7 @@ def test_block_arrays_are_scaled_to_31_and_zeros_left_out():
 @pytest.mark.parametrize(("block", "count"), [(8, 8), (4, 2), (16, 5), (64, 1)])
 def test_the_error_never_rises(arrays, start, block, count):
     found = lobcq.design(arrays, block, count, start=start, tolerance=0.0, steps=12, generator=generator())
-    assert all(after <= before * (1 + 1e-9) for before, after in zip(found.errors, found.errors[1:], strict=False))
+    assert all(after <= before * (1 + 1e-6) for before, after in zip(found.errors, found.errors[1:], strict=False))
     assert found.errors[-1] < found.errors[0]
     assert found.codebooks.shape == (count, 16)
     assert found.codebooks.dtype == torch.int8
