@@ -66,6 +66,8 @@ _TYPES = (
     TensorType("tsq2", 500, 500, 64, 18, True),
     TensorType("tsq3", 501, 501, 64, 26, True),
     TensorType("tsq4", 502, 502, 64, 34, True),
+    TensorType("bcq4", 503, 503, 64, 36, True),
+    TensorType("bcq4_a4", 504, 504, 64, 36, True),
 )
 
 TENSOR_TYPES: dict[str, TensorType] = {t.name: t for t in _TYPES}

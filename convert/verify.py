@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.converter.gguf_file import open_gguf
-from tesseraq_gguf.converter.packers import packer_of
+from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, open_gguf
+from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.errors import VerificationError
 
 _REPORT = "This is a bug: please report it with the model's name"
@@ -47,6 +47,7 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
     """
     file = open_gguf(path)
     tensors = {t.name: t for t in file.tensors}
+    codebooks = own_codebooks(file)
     compared = 0
     for want in expected:
         tensor = tensors.get(want.name)
@@ -64,7 +65,10 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
             stored = data.view(np.float32).reshape(weights.shape)
         else:
             packer = packer_of(want.type)
-            stored = packer.dequantize(packer.unpack(data))
+            arrays = packer.unpack(data)
+            if codebooks is not None and want.type in bcq.TYPES:
+                arrays["c"] = bcq.repeated(codebooks, rows)
+            stored = packer.dequantize(arrays)
         wrong = np.flatnonzero((_bits(stored) != _bits(weights)).any(axis=1))
         if len(wrong):
             raise VerificationError(
@@ -73,6 +77,17 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
             )
         compared += 1
     return compared
+
+
+def own_codebooks(file: GgufFile) -> NDArray[np.int8] | None:
+    """Return the codebooks that a file brings, int8 [8, 16], or None if its BCQ tensors have the universal ones."""
+    entry = file.entries.get(bcq.METADATA)
+    if entry is None:
+        return None
+    size = bcq.CODEBOOKS * bcq.LEVELS
+    if not isinstance(entry.value, ArrayValue) or (entry.value.element, entry.value.count) != ("i8", size):
+        raise VerificationError(f"{bcq.METADATA} in {file.path.name} is no array of {size} int8. {_REPORT}")
+    return bcq.read_codebooks(np.frombuffer(entry.raw[-size:], np.int8))
 
 
 def _bits(weights: NDArray[np.float32]) -> NDArray[np.uint32]:

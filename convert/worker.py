@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
-from tesseraq_gguf.converter.packers import packer_of
+from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements
 from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
 from tesseraq_gguf.converter.verify import Expected, verify
@@ -118,6 +118,14 @@ class LearnedTensors:
         """Return [rows, columns] of one."""
         rows, columns = self[name].arrays["q"].shape
         return int(rows), int(columns)
+
+    def codebooks(self) -> NDArray[np.int8] | None:
+        """Return the codebooks that matrices bring, int8 [8, 16], or None if those that have any have the universal ones."""
+        for name, kind in self.types.items():
+            if kind in bcq.TYPES:  # all have the same
+                arrays = self[name].arrays
+                return bcq.codebooks_of({"c": arrays["c"].numpy()}) if "c" in arrays else None
+        return None
 
     def main_type(self) -> str:
         """Return the type that most matrices have."""
@@ -443,11 +451,17 @@ def _note_fallbacks(written: list[tuple[str, str, int]], emit: Emit) -> None:
 
 
 def _add_metadata(writer: Any, job: dict[str, Any], learned: LearnedTensors) -> None:
+    import gguf
+
     values: dict[str, Any] = {}
     if learned.types:
         custom = any(tensor_type(t).custom for t in learned.types.values())
         values["tesseraq.format_version"] = FORMAT_VERSION
         values["tesseraq.runtime"] = _RUNTIME_HINT if custom else _STOCK_HINT
+    if (codebooks := learned.codebooks()) is not None:
+        writer.add_key_value(
+            bcq.METADATA, codebooks.flatten().tolist(), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT8
+        )
     for key, value in (values | job["metadata"]).items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

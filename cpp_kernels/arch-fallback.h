@@ -12,4 +12,7 @@
 #define ggml_vec_dot_tsq2_q8_tsq_generic ggml_vec_dot_tsq2_q8_tsq
 #define ggml_vec_dot_tsq3_q8_tsq_generic ggml_vec_dot_tsq3_q8_tsq
 #define ggml_vec_dot_tsq4_q8_tsq_generic ggml_vec_dot_tsq4_q8_tsq
+#define quantize_row_a4_bcq_generic quantize_row_a4_bcq
+#define ggml_cpu_bcq4_to_fp32_generic ggml_cpu_bcq4_to_fp32
+#define ggml_vec_dot_bcq4_q8_tsq_generic ggml_vec_dot_bcq4_q8_tsq
 #endif

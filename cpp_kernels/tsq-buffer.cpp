@@ -1,4 +1,4 @@
-// The buffer type of repacked TSQ tensors: claims matrix multiplications with weights that the kernels can take, repacks the
+// The buffer type of repacked TSQ and BCQ tensors: claims matrix multiplications with weights that the kernels can take, repacks the
 // weights when they are set, and runs the multiplications.
 
 #include "ggml-backend-impl.h"
@@ -7,6 +7,7 @@
 #include "ggml-impl.h"
 #include "traits.h"
 
+#include "tesseraq/bcq-repack.h"
 #include "tesseraq/tsq-repack.h"
 
 #include <algorithm>
@@ -30,17 +31,53 @@ namespace ggml::cpu::tsq {
 // activations that are multiplied with a chunk of rows before the next ones come: they should stay in the second-level cache
 static const size_t L2_BYTES = 1 << 20;
 
-static int nbits_of(ggml_type type) {
+// how the tensors of a type are repacked and multiplied
+struct kernels {
+    void (*repack)  (int64_t nb, const void * x, void * y);
+    void (*quantize)(const float * x, void * y, int64_t nb, int w, int c);
+    void (*gemm)    (int n, float * const * s, const void * x, const void * y, int w);
+};
+
+template <int nbits> static void repack(int64_t nb, const void * x, void * y) {
+    tsq_repack(nbits, TSQ_NROWS, nb, x, y);
+}
+
+template <int nbits> static void gemm(int n, float * const * s, const void * x, const void * y, int w) {
+    ggml_gemm_tsq(nbits, n, s, x, y, w);
+}
+
+#if BCQ_NROWS > 0
+static_assert(BCQ_NROWS == TSQ_NROWS, "the families share groups of rows and panels");
+
+static void repack_bcq(int64_t nb, const void * x, void * y) {
+    bcq_repack(BCQ_NROWS, nb, x, y);
+}
+#endif
+
+// NULL for types without kernels
+static const kernels * kernels_of(ggml_type type) {
+    static const kernels tsq2 = { repack<2>, tsq_quantize_panel, gemm<2> };
+    static const kernels tsq3 = { repack<3>, tsq_quantize_panel, gemm<3> };
+    static const kernels tsq4 = { repack<4>, tsq_quantize_panel, gemm<4> };
+#if BCQ_NROWS > 0
+    static const kernels bcq4    = { repack_bcq, tsq_quantize_panel, ggml_gemm_bcq };
+    static const kernels bcq4_a4 = { repack_bcq, bcq_quantize_panel, ggml_gemm_bcq };
+#endif
+
     switch (type) {
-        case GGML_TYPE_TSQ2: return 2;
-        case GGML_TYPE_TSQ3: return 3;
-        case GGML_TYPE_TSQ4: return 4;
-        default:             return 0;
+        case GGML_TYPE_TSQ2:    return &tsq2;
+        case GGML_TYPE_TSQ3:    return &tsq3;
+        case GGML_TYPE_TSQ4:    return &tsq4;
+#if BCQ_NROWS > 0
+        case GGML_TYPE_BCQ4:    return &bcq4;
+        case GGML_TYPE_BCQ4_A4: return &bcq4_a4;
+#endif
+        default:                return nullptr;
     }
 }
 
 static bool is_repackable(const ggml_tensor * t) {
-    return nbits_of(t->type) != 0 && t->ne[1] % TSQ_NROWS == 0 && t->ne[3] == 1 && ggml_is_contiguous(t);
+    return kernels_of(t->type) && t->ne[1] % TSQ_NROWS == 0 && t->ne[3] == 1 && ggml_is_contiguous(t);
 }
 
 // n columns in panels of nearly equal widths
@@ -72,7 +109,7 @@ static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * src0 = dst->src[0];
     const ggml_tensor * src1 = dst->src[1];
 
-    const int     nbits  = nbits_of(src0->type);
+    const kernels * k    = kernels_of(src0->type);
     const int     n      = (int) src0->ne[0];
     const int64_t nb     = n/QK_TSQ;
     const int64_t ngroup = src0->ne[1]/TSQ_NROWS;
@@ -94,7 +131,7 @@ static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
             const int64_t b1  = std::min(last  - col*nb, nb);
             if (b0 < b1) {
                 uint8_t * panel = wdata + (cols.start(p)*nb + b0*w)*TSQ_PANEL_BLOCK_SIZE;
-                tsq_quantize_panel(activations(src1, col) + b0*QK_TSQ, panel, b1 - b0, w, c);
+                k->quantize(activations(src1, col) + b0*QK_TSQ, panel, b1 - b0, w, c);
             }
         }
     }
@@ -118,7 +155,7 @@ static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
                     for (int c = 0; c < w; c++) {
                         s[c] = results(dst, cols.start(p) + c) + g*TSQ_NROWS;
                     }
-                    ggml_gemm_tsq(nbits, n, s, (const char *) src0->data + g*group, wdata + cols.start(p)*nb*TSQ_PANEL_BLOCK_SIZE, w);
+                    k->gemm(n, s, (const char *) src0->data + g*group, wdata + cols.start(p)*nb*TSQ_PANEL_BLOCK_SIZE, w);
                 }
             }
         }
@@ -153,7 +190,7 @@ static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * src1 = dst->src[1];
     const ggml_tensor * ids  = dst->src[2];
 
-    const int     nbits   = nbits_of(src0->type);
+    const kernels * k     = kernels_of(src0->type);
     const int     n       = (int) src0->ne[0];
     const int64_t nb      = n/QK_TSQ;
     const int64_t nexpert = src0->ne[2];
@@ -173,7 +210,7 @@ static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
     uint8_t    * panel     = (uint8_t *)    params->wdata + work.panel + params->ith*TSQ_NCOLS*column;
 
     for (int64_t i = params->ith; i < ggml_nrows(src1); i += params->nth) {
-        tsq_quantize_panel(activations(src1, i), quantized + i*column, nb, 1, 0);
+        k->quantize(activations(src1, i), quantized + i*column, nb, 1, 0);
     }
 
     if (params->ith == 0) {
@@ -234,7 +271,7 @@ static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
                 }
             }
             for (int64_t g = g0; g < g1; g++) {
-                ggml_gemm_tsq(nbits, n, s, (const char *) src0->data + e*src0->nb[2] + g*group, a, w);
+                k->gemm(n, s, (const char *) src0->data + e*src0->nb[2] + g*group, a, w);
                 for (int c = 0; c < w; c++) {
                     s[c] += TSQ_NROWS;
                 }
@@ -286,7 +323,7 @@ static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor
 
     const size_t group = tensor->nb[1]*TSQ_NROWS;
     for (int64_t i = 0; i < ggml_nrows(tensor)/TSQ_NROWS; i++) {
-        tsq_repack(nbits_of(tensor->type), TSQ_NROWS, tensor->ne[0]/QK_TSQ, (const char *) data + i*group, (char *) tensor->data + i*group);
+        kernels_of(tensor->type)->repack(tensor->ne[0]/QK_TSQ, (const char *) data + i*group, (char *) tensor->data + i*group);
     }
 
     GGML_UNUSED(buffer);

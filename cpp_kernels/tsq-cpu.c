@@ -6,6 +6,7 @@
 
 #include "arch-fallback.h"
 
+#include "tesseraq/bcq-cpu.h"
 #include "tesseraq/tsq.h"
 #include "tesseraq/tsq-cpu.h"
 
@@ -77,10 +78,12 @@ void ggml_cpu_tsq4_to_fp32_generic(const void * GGML_RESTRICT x, float * GGML_RE
 
 ggml_to_float_t ggml_cpu_to_float(enum ggml_type type) {
     switch (type) {
-        case GGML_TYPE_TSQ2: return ggml_cpu_tsq2_to_fp32;
-        case GGML_TYPE_TSQ3: return ggml_cpu_tsq3_to_fp32;
-        case GGML_TYPE_TSQ4: return ggml_cpu_tsq4_to_fp32;
-        default:             return ggml_get_type_traits(type)->to_float;
+        case GGML_TYPE_TSQ2:    return ggml_cpu_tsq2_to_fp32;
+        case GGML_TYPE_TSQ3:    return ggml_cpu_tsq3_to_fp32;
+        case GGML_TYPE_TSQ4:    return ggml_cpu_tsq4_to_fp32;
+        case GGML_TYPE_BCQ4:
+        case GGML_TYPE_BCQ4_A4: return ggml_cpu_bcq4_to_fp32;
+        default:                return ggml_get_type_traits(type)->to_float;
     }
 }
 

@@ -5,6 +5,7 @@
 
 #include "ggml.h"
 #include "ggml-cpu.h"
+#include "tesseraq/bcq-repack.h"
 #include "tesseraq/tsq-repack.h"
 
 #include <algorithm>
@@ -99,6 +100,42 @@ static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
 }
 #endif
 
+// encoding a row of activations into what meets the weights of a type
+static void add_encoder(std::vector<kernel> & kernels, const std::string & name, ggml_type type) {
+    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(ggml_get_type_traits_cpu(type)->vec_dot_type)->from_float;
+
+    const std::vector<float> x = numbers(N);
+    const std::shared_ptr<char> y = aligned(ggml_row_size(ggml_get_type_traits_cpu(type)->vec_dot_type, N));
+    kernels.push_back({ name, N, [=] {
+        from_float(x.data(), y.get(), N);
+        sink = y.get()[0];
+    }, 1e9 });
+}
+
+#if BCQ_NROWS > 0
+static void add_repacked_bcq(std::vector<kernel> & kernels, int w) {
+    const int nb = N/QK_BCQ;
+
+    std::vector<char> rows(ggml_row_size(GGML_TYPE_BCQ4, N)*BCQ_NROWS), panel(nb*w*TSQ_PANEL_BLOCK_SIZE);
+    ggml_quantize_chunk(GGML_TYPE_BCQ4, numbers((size_t) N*BCQ_NROWS).data(), rows.data(), 0, BCQ_NROWS, N, nullptr);
+    const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
+    bcq_repack(BCQ_NROWS, nb, rows.data(), x.get());
+    for (int c = 0; c < w; c++) {
+        tsq_quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
+    }
+    std::vector<float> out(w*BCQ_NROWS);
+
+    kernels.push_back({ "bcq4_x" + std::to_string(w), (double) N*BCQ_NROWS*w, [=]() mutable {
+        float * s[TSQ_NCOLS];
+        for (int c = 0; c < w; c++) {
+            s[c] = out.data() + c*BCQ_NROWS;
+        }
+        ggml_gemm_bcq(N, s, x.get(), panel.data(), w);
+        sink = out[0];
+    }, 1e9 });
+}
+#endif
+
 // bytes per second that threads read together
 static double read_rate(int n_threads) {
     const size_t n = (size_t) 64 << 20; // 512 MiB
@@ -165,7 +202,7 @@ int main(int argc, char ** argv) {
 
     std::vector<kernel> kernels;
     for (ggml_type type : { GGML_TYPE_TQ2_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0,
-                            GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4 }) {
+                            GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4 }) {
         add_vec_dot(kernels, ggml_type_name(type), type, ggml_get_type_traits_cpu(type)->vec_dot);
     }
     add_vec_dot(kernels, "q2_0_stock", GGML_TYPE_Q2_0, ggml_vec_dot_q2_0_q8_0_generic);
@@ -176,6 +213,13 @@ int main(int argc, char ** argv) {
         }
     }
 #endif
+#if BCQ_NROWS > 0
+    for (int w : { 1, 2, 4, TSQ_NCOLS }) {
+        add_repacked_bcq(kernels, w);
+    }
+#endif
+    add_encoder(kernels, "activations_8_bits", GGML_TYPE_BCQ4);
+    add_encoder(kernels, "activations_codebooks", GGML_TYPE_BCQ4_A4);
     for (int turn = 0; turn < TURNS; turn++) {
         for (kernel & k : kernels) {
             const int calls = turn == 0 ? 1 : std::max(1, (int) (40e-6/k.best));

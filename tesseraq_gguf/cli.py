@@ -193,6 +193,12 @@ def convert(
             show_default="not rounded",
         ),
     ] = None,
+    codebooks: Annotated[
+        str,
+        typer.Option(
+            help="Codebooks of bcq types: universal, or model, designed from this model and put into the file."
+        ),
+    ] = "universal",
     rank: Annotated[
         int | None,
         typer.Option(
@@ -267,6 +273,7 @@ def convert(
         granularity=granularity,
         activations=activations,
         kv_bits=kv_bits,
+        codebooks=codebooks,
         preset=preset,
         calibration=calibration,
         samples=samples,
@@ -632,6 +639,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
             "method",
             *learning,
             "granularity",
+            "codebooks",
             "activations",
             "kv_bits",
             "output_type",
@@ -654,6 +662,9 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
         raise UsageError("--candidates are for --target-bpw and --target-size: there is no target")
     if "type" in given and budget:
         raise UsageError("--type gives all matrices one type, a target chooses among --candidates: give one of them")
+    if _learns(type) and not type.lower().startswith("bcq"):
+        if "codebooks" in given:
+            raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")

@@ -288,7 +288,7 @@ class _Variables:
         for name, tensor in self._matrices.items():
             grid, arrays = grid_of(tensor.type), _parameters(tensor)
             scale, zero = grid.realise(self._of(name), arrays)
-            q = grid.grouped(tensor.arrays["q"])
+            q = grid.levels(tensor)
             weights[name.removesuffix(".weight")] = _Affine.apply(q, scale, zero).flatten(-2)
         return weights, {n: v + self._size[n] * self._variables[n, "norm"] for n, v in self._vectors.items()}
 

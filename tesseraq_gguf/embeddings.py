@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.grids import Grid, grid_of
+from tesseraq_gguf.grids import Grid, grid_for, grid_of
 from tesseraq_gguf.methods.gptq import compensate
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.quantized import QuantizedTensor
@@ -34,6 +34,7 @@ def round_embeddings(
     types: Mapping[str, str],
     sensitivity: Sensitivity | None,
     report: Callable[[int, int], None] = lambda *_: None,
+    codebooks: Tensor | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Round embedding and output matrix.
 
@@ -42,14 +43,17 @@ def round_embeddings(
         types: tensor type by checkpoint name; matrices not named stay as they are.
         sensitivity: what the model feels; None rounds to nearest.
         report: called with (weights done, weights in all) of one matrix.
+        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
 
     Returns:
         The rounded matrices by checkpoint name.
     """
-    return {
-        name: _rounded(decoder.matrix(name), grid_of(type), _moment(decoder, name, sensitivity), decoder.device, report)
-        for name, type in types.items()
-    }
+    rounded = {}
+    for name, type in types.items():
+        weight, moment = decoder.matrix(name), _moment(decoder, name, sensitivity)
+        grid = grid_for(type, weight.shape[1], "group", codebooks)
+        rounded[name] = _rounded(weight, grid, moment, decoder.device, report)
+    return rounded
 
 
 def _moment(decoder: Decoder, name: str, sensitivity: Sensitivity | None) -> Tensor | None:

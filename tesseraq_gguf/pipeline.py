@@ -18,13 +18,15 @@ import torch
 
 from tesseraq_gguf.bit_budget import CostMeter
 from tesseraq_gguf.calibration import Calibration, load_calibration
+from tesseraq_gguf.codebooks import model_codebooks
+from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import Metadata, check_output, stock_type, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.distillation import Distillation
 from tesseraq_gguf.embeddings import dequantized, round_embeddings
-from tesseraq_gguf.errors import TesseraqError
-from tesseraq_gguf.grids import GRIDS, grid_for
+from tesseraq_gguf.errors import TesseraqError, UsageError
+from tesseraq_gguf.grids import GRIDS, Grid, grid_for
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch
 from tesseraq_gguf.methods.flexround import flexround
@@ -36,6 +38,7 @@ from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.quantized import plain_vector
 from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.rules import read_rules, rules_of
@@ -44,7 +47,7 @@ from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
 from tesseraq_gguf.type_plan import TypePlan, plan_types, within_budget
-from tesseraq_gguf.work_directory import EMBEDDINGS, FINAL, WorkDirectory, finished_block
+from tesseraq_gguf.work_directory import CODEBOOKS, EMBEDDINGS, FINAL, WorkDirectory, finished_block
 
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
@@ -55,6 +58,9 @@ _CLIPPING = 5
 
 _TYPES = "types"
 """Name of the note that keeps the chosen types."""
+
+_CODEBOOK_TOKENS = 2048
+"""Calibration tokens that a model's own codebooks are designed from, beside its weights."""
 
 _HELD_OUT = 1 / 16
 """Sequences that are held out for the last pass to prove itself on, for each that is learned on."""
@@ -121,7 +127,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     started = time.monotonic()
     target = tensor_type(recipe.type)
     if recipe.learns:
-        grid_for(target.name, target.block_weights, recipe.granularity)
+        _check_grid(recipe, grid_for(target.name, target.block_weights, recipe.granularity))
     check_output(recipe.out)
     source = resolve_model(recipe.model, progress.stage)
     check_output(recipe.out, source)
@@ -152,7 +158,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         resumed, ranges = 0, dict[str, Range]()
         if recipe.budgeted and calibration:
             plan = _within_budget(recipe, plan, source, decoder, calibration, work, progress)
-        for result in _results(recipe, decoder, plan, calibration, autocast, work, progress):
+        codebooks = _codebooks(recipe, decoder, plan.types | plan.outside, calibration, work, progress)
+        for result in _results(recipe, decoder, plan, codebooks, calibration, autocast, work, progress):
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
@@ -198,10 +205,39 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
     return calibration
 
 
+def _check_grid(recipe: Recipe, grid: Grid) -> None:
+    """Refuse methods that move weights in steps of one scale where codes name codewords."""
+    uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
+    if uneven and not grid.uniform:
+        raise UsageError(f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced")
+
+
+def _codebooks(
+    recipe: Recipe,
+    decoder: Decoder,
+    types: Mapping[str, str],
+    calibration: Calibration | None,
+    work: WorkDirectory,
+    progress: Progress,
+) -> torch.Tensor | None:
+    """Design the model's own codebooks, unless an earlier run has; None where the universal ones serve."""
+    if recipe.codebooks == "universal" or not set(types.values()) & set(bcq.TYPES):
+        return None
+    stored = work.tensors(CODEBOOKS)
+    if stored is None:
+        progress.stage("Designing codebooks")
+        few = calibration.tokens[: max(1, _CODEBOOK_TOKENS // calibration.tokens.shape[1])] if calibration else None
+        found = model_codebooks(decoder, few, recipe.seed)
+        work.keep_tensors(CODEBOOKS, {CODEBOOKS: plain_vector(found)})
+        return found
+    return stored[0][CODEBOOKS].arrays["values"].to(torch.int8)
+
+
 def _results(
     recipe: Recipe,
     decoder: Decoder,
     plan: TypePlan,
+    codebooks: torch.Tensor | None,
     calibration: Calibration | None,
     autocast: torch.dtype,
     work: WorkDirectory,
@@ -209,9 +245,9 @@ def _results(
 ) -> Iterator[BlockResult]:
     types, outside = plan.types, plan.outside
     if calibration is None:
-        _embeddings(decoder, outside, None, work, progress)
+        _embeddings(decoder, outside, None, codebooks, work, progress)
         progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
-        yield from round_blocks(decoder, types, work.finished, recipe.granularity)
+        yield from round_blocks(decoder, types, work.finished, recipe.granularity, codebooks)
         return
     stored = [work.finished(index) for index in range(len(decoder))]
     if None not in stored:
@@ -227,11 +263,12 @@ def _results(
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
         granularity=recipe.granularity,
         activations=recipe.scheme,
+        codebooks=codebooks,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
         sensitivity = measure_sensitivity(decoder, _few(calibration), recipe.seed, progress.advance)
-        _embeddings(decoder, outside, sensitivity, work, progress)
+        _embeddings(decoder, outside, sensitivity, codebooks, work, progress)
         progress.stage(
             f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
         )
@@ -297,13 +334,14 @@ def _embeddings(
     decoder: Decoder,
     types: Mapping[str, str],
     sensitivity: Sensitivity | None,
+    codebooks: torch.Tensor | None,
     work: WorkDirectory,
     progress: Progress,
 ) -> None:
     """Round the matrices outside the blocks, unless an earlier run has."""
     if types and work.tensors(EMBEDDINGS) is None:
         progress.stage(f"Rounding {' and '.join(types)}")
-        work.keep_tensors(EMBEDDINGS, round_embeddings(decoder, types, sensitivity, progress.advance))
+        work.keep_tensors(EMBEDDINGS, round_embeddings(decoder, types, sensitivity, progress.advance, codebooks))
 
 
 def _dequantized_embeddings(work: WorkDirectory) -> dict[str, torch.Tensor]:
@@ -398,6 +436,7 @@ def _identity(
         "rank": recipe.rank,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
         "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
+        "codebooks": None if recipe.codebooks == "universal" else recipe.codebooks,
         "type": sorted(set(types.values())),
         "matrices": len(types),
         "rules": [list(rule) for rule in recipe.rules] or None,
@@ -430,6 +469,7 @@ def _name(recipe: Recipe) -> str:
     init = f" from {recipe.init}" if recipe.method == "tesseraq" and recipe.init != "auto" else ""
     init += " per channel" if recipe.granularity == "channel" else ""
     init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""
+    init += ", codebooks of its own" if recipe.codebooks == "model" else ""
     return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 

@@ -27,6 +27,9 @@ AUTO = "auto"
 CANDIDATES = ("tsq2", "tsq3", "tsq4")
 """Types that a budget is spent on unless others are named."""
 
+CODEBOOKS = ("universal", "model")
+"""Where types with codebooks have them from."""
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -82,6 +85,7 @@ class Recipe:
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
         activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
         kv_bits: bits of keys and values while learning; None leaves them.
+        codebooks: `universal`, or `model` for codebooks designed from this model, in types that have any.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
@@ -108,6 +112,7 @@ class Recipe:
     granularity: str = "group"
     activations: str = "none"
     kv_bits: int | None = None
+    codebooks: str = "universal"
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -139,6 +144,7 @@ class Recipe:
             raise UsageError("the type of the embedding can be chosen with --target-size only: name one")
         if self.scheme.rounds and self.finish != "none":
             raise UsageError("--finish learns with activations as they are: it is not possible with rounded ones")
+        _check("kind of codebooks", self.codebooks, CODEBOOKS)
         if self.granularity == "channel" and self.finish != "none":
             raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
         if self.rank is not None and self.rank < 1:

@@ -209,6 +209,7 @@ class Reconstruction:
         report: called with (block, steps done, steps in all).
         granularity: what shares a scale: `group` or `channel`.
         activations: how activations of the quantised chain are rounded.
+        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
     """
 
     decoder: Decoder
@@ -219,6 +220,7 @@ class Reconstruction:
     report: Callable[[int, int, int], None] = lambda *_: None
     granularity: str = "group"
     activations: ActivationScheme = field(default_factory=ActivationScheme)
+    codebooks: Tensor | None = None
 
     def run(
         self,
@@ -280,7 +282,7 @@ class Reconstruction:
         return BlockProblem(
             block=block,
             grids={
-                name: grid_for(t, matrices[name].weight.shape[1], self.granularity)
+                name: grid_for(t, matrices[name].weight.shape[1], self.granularity, self.codebooks)
                 for name, t in named.items()
                 if t is not None
             },

@@ -21,6 +21,9 @@ from tesseraq_gguf.reconstruction import BlockResult
 EMBEDDINGS = "embeddings"
 """Name of the quantised embedding and output matrix."""
 
+CODEBOOKS = "codebooks"
+"""Name of the codebooks that were designed for the model."""
+
 FINAL = "final"
 """Name of the vectors outside the blocks that the last pass learned; the pass is over when they are there."""
 

@@ -27,9 +27,9 @@ def test_compiled_functions_give_what_they_say(monkeypatch):
     """Of two sizes each, without a word in the log; a code may go either way at a tie, which none is here."""
     monkeypatch.setattr(fusion, "WORTH", 1)
     monkeypatch.setattr(logging.getLogger(fusion.__name__), "warning", lambda *said: pytest.fail(str(said)))
-    for groups in (40, 72):
+    for groups, gap in ((40, None), (72, None), (40, torch.tensor(3.0)), (72, torch.tensor(2.0))):
         x = _inputs(groups)
-        soft = (x["rounding"], x["base"], x["scale"], x["zero"])
+        soft = (x["rounding"], x["base"], gap if gap is None else gap.expand(groups, 64), x["scale"], x["zero"])
         hard = (x["weight"], x["log"], x["scale"], x["zero"])
         for function, arguments in (
             (tesseraq._soft_weight, soft),

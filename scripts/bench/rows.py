@@ -54,7 +54,7 @@ class Row:
         return [[word.format_map(places) for word in command] for command in self.commands]
 
 
-CUSTOM_TYPES = ("tsq2", "tsq3", "tsq4")
+CUSTOM_TYPES = ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4")
 STOCK_TYPES = ("q2_0", "q4_0", "q4_1")
 K_TYPES = ("q2_k", "q3_k", "q4_k")
 INITIALISATIONS = ("none", "gptq", "awq", "omniquant", "awq+gptq")
@@ -83,6 +83,9 @@ LLAMA_TYPES = {
     "q3_k": "Q3_K",
     "q4_0": "Q4_0",
     "q4_k": "Q4_K",
+    "iq4_xs": "IQ4_XS",
+    "iq4_nl": "IQ4_NL",
+    "mxfp4": "MXFP4_MOE",
 }
 AUTOROUND_BITS = 2 + (16 + 2) / 64
 """2-bit codes, and for each group of 64 a scale of 16 bits and a zero-point of 2."""
@@ -143,10 +146,13 @@ def _our_rows() -> Iterator[Row]:
             return Row(f"ours-{type}-{name}", OURS, method, type, padded, (command,), note=note)
 
         learning = ("--preset", "{preset}", "--calibration", "{calibration}")
-        yield row("rtn", "RTN", "--method", "rtn")
-        for method in ("gptq", "awq", "omniquant"):
+        codebooks = type.startswith("bcq")
+        yield row("rtn", "LO-BCQ" if codebooks else "RTN", "--method", "rtn")
+        if codebooks:
+            yield row("rtn-model", "LO-BCQ, the model's own codebooks", "--method", "rtn", "--codebooks", "model")
+        for method in ("gptq", "awq") if codebooks else ("gptq", "awq", "omniquant"):
             yield row(method, METHOD_NAMES[method], "--method", method, *learning)
-        for start in INITIALISATIONS:
+        for start in (s for s in INITIALISATIONS if not (codebooks and s == "omniquant")):
             names = [METHOD_NAMES[name] for name in start.split("+") if name != "none"]
             title = " ".join(["TesseraQ", *(["from", "+".join(names)] if names else [])])
             name = f"tesseraq-{start.replace('+', '-')}"

@@ -3,8 +3,10 @@
 A grid quantises, dequantises and searches parameters in torch; it knows no loss.
 """
 
+from torch import Tensor
+
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.grids import stock, superblock, tsq
+from tesseraq_gguf.grids import codebook, stock, superblock, tsq
 from tesseraq_gguf.grids.grid import Arrays, Grid
 from tesseraq_gguf.grids.per_channel import per_channel
 
@@ -12,6 +14,8 @@ _ALL: tuple[Grid, ...] = (
     tsq.with_bits(2),
     tsq.with_bits(3),
     tsq.with_bits(4),
+    codebook.codebook("bcq4"),
+    codebook.codebook("bcq4_a4"),
     stock.symmetric("q2_0", bits=2, group=64),
     stock.symmetric("q4_0", bits=4, group=32),
     stock.offset("q4_1", bits=4, group=32),
@@ -40,15 +44,23 @@ def grid_of(tensor_type: str) -> Grid:
         raise UsageError(f"no method learns on type '{tensor_type}'. Types to learn on: {', '.join(GRIDS)}") from None
 
 
-def grid_for(tensor_type: str, columns: int, granularity: str) -> Grid:
+def grid_for(tensor_type: str, columns: int, granularity: str, codebooks: Tensor | None = None) -> Grid:
     """Return the grid of a matrix with rows of `columns` weights, with one scale per `group` or per `channel`.
+
+    `codebooks`, int8 [8, 16], take the place of the universal ones in types that have any.
 
     Raises:
         UsageError: super-blocks, whose groups share more than a scale, cannot have one scale per row.
     """
     grid = grid_of(tensor_type)
+    if codebooks is not None and isinstance(grid, codebook.CodebookGrid):
+        grid = grid.with_codebooks(codebooks)
     if granularity == "group":
         return grid
+    if not grid.uniform:
+        raise UsageError(
+            f"--granularity channel is not possible in {grid.type}: every 8 weights have their own codebook"
+        )
     if grid.span != grid.group:
         raise UsageError(f"--granularity channel is not possible in {grid.type}: its scales belong to super-blocks")
     return per_channel(grid, columns)

@@ -1,8 +1,9 @@
 """Grid: the values a tensor type can hold, as every method sees them.
 
-All our grids are affine: value = scale·(q - zero), with integer codes q from 0 to 2^bits - 1 and one scale and one
-zero-point for each group of neighbouring weights of a row. They differ in how scales and zero-points are stored: as
-small floats, as half floats, or as small integers that share a half float with a super-block.
+Nearly all our grids are affine: value = scale·(q - zero), with integer codes q from 0 to 2^bits - 1 and one scale and
+one zero-point for each group of neighbouring weights of a row. They differ in how scales and zero-points are stored: as
+small floats, as half floats, or as small integers that share a half float with a super-block. Where codes name
+codewords instead (`uniform` is False), value = scale·level, and a zero-point is always 0.
 
 Matrices are [rows, columns]; grouped matrices [rows, groups, group]; scales and zero-points [rows, groups]. What a
 type stores is named `arrays`: codes under `q`, parameters under the names of the type. Arithmetic is float32.
@@ -49,6 +50,11 @@ class Grid(ABC):
         """Largest code."""
         return (1 << self.bits) - 1
 
+    @property
+    def uniform(self) -> bool:
+        """Whether neighbouring codes are one scale apart; False where codes name codewords."""
+        return True
+
     @abstractmethod
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Scales float32 [rows, groups] of stored parameters."""
@@ -76,6 +82,33 @@ class Grid(ABC):
     def grouped(self, matrix: Tensor) -> Tensor:
         """View a matrix [rows, columns] as [rows, groups, group]."""
         return matrix.unflatten(-1, (-1, self.group))
+
+    def fixed(self, arrays: Mapping[str, Tensor]) -> Arrays:
+        """Stored parameters that no method learns once they are found, beside scales and zero-points."""
+        return {}
+
+    def levels(self, tensor: QuantizedTensor) -> Tensor:
+        """What scales multiply once the zero-point is taken off it: [rows, groups, group], codes where uniform."""
+        return self.grouped(tensor.arrays["q"])
+
+    def neighbours(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The two codes that a weight can be rounded to.
+
+        Args:
+            weight: float32 [rows, columns].
+            arrays: stored parameters.
+
+        Returns:
+            The lower code, uint8 [rows, columns]; its level, float32; and the distance of the upper code's level, or
+            None where it is always 1.
+        """
+        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
+        lower = (self.grouped(weight) / scale + zero).floor_().clamp_(0, self.highest - 1).flatten(-2)
+        return lower.to(torch.uint8), lower, None
+
+    def rounder(self, arrays: Arrays) -> Rounder:
+        """Return what rounds the columns of a span, whose parameters are given, one after the other."""
+        return _AffineRounder(self, arrays)
 
     def encode(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
         """Nearest codes, uint8 [rows, columns], of weights [rows, columns] for stored parameters."""
@@ -132,6 +165,44 @@ class Grid(ABC):
         """Store what `realise` gives."""
         scale, zero = self.realise(relaxed, arrays)
         return self.settle_scale(scale) | self.settle_zero(zero, scale)
+
+
+class Rounder(ABC):
+    """Rounds the columns of a span in order, for methods that move columns which are not rounded yet.
+
+    Attributes:
+        arrays: the span's parameters, some of which may be chosen on the way.
+    """
+
+    arrays: Arrays
+
+    @abstractmethod
+    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Round a column.
+
+        Args:
+            column: which, counted from the span's first.
+            block: the span as it is now, transposed: float32 [span, rows].
+            importance: weights of the squared errors of its columns, float32 [span].
+
+        Returns:
+            Codes and values, float32 [rows] each.
+        """
+
+
+class _AffineRounder(Rounder):
+    def __init__(self, grid: Grid, arrays: Arrays) -> None:
+        self.arrays = arrays
+        self._highest = grid.highest
+        # column by column: transposed, a column is contiguous
+        self._scale, self._zero = (
+            p.repeat_interleave(grid.group, 1).T.contiguous() for p in (grid.scale(arrays), grid.zero(arrays))
+        )
+
+    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        scale, zero = self._scale[column], self._zero[column]
+        q = torch.div(block[column], scale).add_(zero).round_().clamp_(0, self._highest)
+        return q, scale * (q - zero)
 
 
 def through(value: Tensor, rounded: Tensor) -> Tensor:

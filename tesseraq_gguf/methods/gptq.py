@@ -62,23 +62,21 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> St
     found: list[Arrays] = []
     for start in range(0, w.shape[1], grid.span):
         columns = slice(start, start + grid.span)
-        arrays = grid.search(w[:, columns], importance[columns])
-        found.append(arrays)
-        # column by column: transposed, a column is contiguous
-        scale, zero = (
-            p.repeat_interleave(grid.group, 1).T.contiguous() for p in (grid.scale(arrays), grid.zero(arrays))
-        )
+        rounder = grid.rounder(grid.search(w[:, columns], importance[columns]))
         block, factor = w[:, columns].T.contiguous(), upper[columns, columns]
         errors = torch.empty_like(block)
         q = torch.empty_like(block)
         for j in range(grid.span):
-            torch.div(block[j], scale[j], out=q[j]).add_(zero[j]).round_().clamp_(0, grid.highest)
-            torch.div(block[j] - scale[j] * (q[j] - zero[j]), factor[j, j], out=errors[j])
+            q[j], value = rounder(j, block, importance[columns])
+            torch.div(block[j] - value, factor[j, j], out=errors[j])
             block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+        found.append(rounder.arrays)
         w[:, columns] = block.T
         codes[:, columns] = q.T.to(torch.uint8)
         w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
-    arrays = {key: torch.cat([f[key] for f in found], 1) for key in found[0]}
+    arrays = {key: torch.cat([f[key] for f in found], 1) for key in found[0] if key != "c"}
+    if "c" in found[0]:  # codebooks, which all spans share
+        arrays["c"] = found[0]["c"]
     return Start(grid.assemble(codes, arrays), w)
 
 

@@ -1,6 +1,7 @@
 """Round to nearest: every group gets the parameters with the least squared error of its weights.
 
-No data, no learning, no order.
+No data, no learning, no order. With codebooks this is LO-BCQ (arXiv 2502.05376), which updates no weight, with the
+scale of every 64 weights searched.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
+from torch import Tensor
+
 from tesseraq_gguf.grids import grid_for
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.reconstruction import BlockResult, Finished
 
 
 def round_blocks(
-    decoder: Decoder, types: Mapping[str, str], finished: Finished, granularity: str = "group"
+    decoder: Decoder,
+    types: Mapping[str, str],
+    finished: Finished,
+    granularity: str = "group",
+    codebooks: Tensor | None = None,
 ) -> Iterator[BlockResult]:
     """Round the matrices of every block: the baseline every method must beat.
 
@@ -23,6 +30,7 @@ def round_blocks(
         types: tensor type of each matrix to round, by checkpoint name.
         finished: gives what an earlier run rounded.
         granularity: what shares a scale: `group` or `channel`.
+        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
 
     Yields:
         One result per block, in order, without losses: nothing is run.
@@ -37,6 +45,6 @@ def round_blocks(
         tensors = {}
         for name, weight in named.items():
             if name in types:
-                grid = grid_for(types[name], weight.shape[1], granularity)
+                grid = grid_for(types[name], weight.shape[1], granularity, codebooks)
                 tensors[name] = grid.stored(grid.quantize(weight.detach()))
         yield BlockResult(index, tensors, None, None, time.monotonic() - started)

@@ -6,6 +6,10 @@ Soft quantiser (paper §3, with the fractional zero-point of our types):
     q = base + σr(ν)        base = floor(W/d + z) clamped to 0 … 2^b - 2,   σr(x) = clip(1.2·σ(x) - 0.1, 0, 1)
     Ŵ = 2σ(v)·d·(q - z)
 
+On codebooks, rounding is between the two nearest codewords, lower and upper:
+
+    Ŵ = 2σ(v)·d·(lower + σr(ν)·(upper - lower))
+
 ν starts where Ŵ = W (as far as the range allows), v at 0. Lifecycle of a block:
 
 1. Start: GPTQ on the type's own grid gives d, z and the weights that rounding errors have moved.
@@ -125,20 +129,25 @@ class SoftMatrix:
     def __init__(self, start: Start, grid: Grid) -> None:
         self._grid = grid
         self._shape = start.weight.shape
-        self._arrays: Arrays = {}
+        self._arrays: Arrays = grid.fixed(start.tensor.arrays)
         self._scale = grid.scale(start.tensor.arrays).view(-1, 1)
         self.zero = grid.zero(start.tensor.arrays).view(-1, 1).requires_grad_(grid.learns_zero)
         with torch.no_grad():
             position = start.weight.reshape(-1, grid.group) / self._scale + self.zero
-            self._base = position.floor().clamp_(0, grid.highest - 1)
-            fraction = (position - self._base).clamp_(1e-4, 1 - 1e-4)
+            self._code, lower, gap = grid.neighbours(start.weight, start.tensor.arrays)
+            self._base = lower.view_as(position)
+            self._gap = None if gap is None else gap.view_as(position)
+            fraction = position - self._base
+            if self._gap is not None:
+                fraction /= self._gap.clamp_min(1)  # equal codewords leave no choice
+            fraction.clamp_(1e-4, 1 - 1e-4)
         self.rounding = inverse_soft_step(fraction).requires_grad_()
         self.tuning = torch.zeros_like(self._scale).requires_grad_()
 
     def weight(self) -> Tensor:
         """Ŵ, float32 [out, in], differentiable in ν, v and z."""
         scale = self._scale * 2 * torch.sigmoid(self.tuning)
-        return _SoftWeight.apply(self.rounding, self._base, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
+        return _SoftWeight.apply(self.rounding, self._base, self._gap, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def harden(self, share: float) -> None:
@@ -171,7 +180,7 @@ class SoftMatrix:
     @torch.no_grad()
     def finish(self) -> QuantizedTensor:
         """Fix what is still soft and return codes and parameters."""
-        q = (self._base + (self.rounding > 0)).to(torch.uint8).view(self._shape)
+        q = self._code + (self.rounding > 0).view(self._shape)
         return self._grid.assemble(q, self._arrays)
 
     def _of_rows(self, parameter: Tensor) -> Tensor:
@@ -189,36 +198,39 @@ def inverse_soft_step(y: Tensor) -> Tensor:
 
 
 class _SoftWeight(torch.autograd.Function):
-    """scale·(base + σr(ν) - z). Backward computes σr again: to keep it would cost more than it does."""
+    """scale·(base + gap·σr(ν) - z). Backward computes σr again: to keep it would cost more than it does.
+
+    A gap of None is 1.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        ctx.save_for_backward(rounding, base, scale, zero)
-        return _soft_weight(rounding, base, scale, zero)
+    def forward(ctx: Any, rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor) -> Tensor:
+        ctx.save_for_backward(rounding, base, gap, scale, zero)
+        return _soft_weight(rounding, base, gap, scale, zero)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
         to_rounding, to_scale, to_zero = _soft_weight_backward(gradient, *ctx.saved_tensors)
-        return to_rounding, None, to_scale, to_zero
+        return to_rounding, None, None, to_scale, to_zero
 
 
 @fused
-def _soft_weight(rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    return (soft_step(rounding) + base - zero) * scale
+def _soft_weight(rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor) -> Tensor:
+    step = soft_step(rounding)
+    return ((step if gap is None else step * gap) + base - zero) * scale
 
 
 @fused
 def _soft_weight_backward(
-    gradient: Tensor, rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor
+    gradient: Tensor, rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    slope = torch.sigmoid(rounding)
-    stretched = slope * STRETCH - SHIFT
+    sigmoid = torch.sigmoid(rounding)
+    stretched = sigmoid * STRETCH - SHIFT
     inside = (stretched > 0) & (stretched < 1)
+    step, slope = stretched.clamp(0, 1), torch.where(inside, sigmoid * (1 - sigmoid) * STRETCH, 0.0)
+    if gap is not None:
+        step, slope = step * gap, slope * gap
     to_offset = gradient * scale
-    to_scale = (gradient * (stretched.clamp(0, 1) + base - zero)).sum(1, keepdim=True)
-    return (
-        to_offset * torch.where(inside, slope * (1 - slope) * STRETCH, 0.0),
-        to_scale,
-        -to_offset.sum(1, keepdim=True),
-    )
+    to_scale = (gradient * (step + base - zero)).sum(1, keepdim=True)
+    return to_offset * slope, to_scale, -to_offset.sum(1, keepdim=True)

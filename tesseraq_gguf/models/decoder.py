@@ -246,7 +246,7 @@ class Decoder:
         norm, head = self._head()
         total = 0.0
         for h, t in zip(hidden, tokens, strict=True):
-            logits = self._logits(norm, head, h.to(self.device))
+            logits = self.logits(norm, head, h.to(self.device))
             total += float(nn.functional.cross_entropy(logits[:-1], t[1:].to(self.device), reduction="sum"))
         return total / (tokens.shape[0] * (tokens.shape[1] - 1))
 
@@ -256,7 +256,7 @@ class Decoder:
         Its results are float32 [positions, vocabulary], on the device. It holds the output matrix.
         """
         norm, head = self._head()
-        return torch.no_grad()(lambda hidden: self._logits(norm, head, hidden.to(self.device)).log_softmax(-1))
+        return torch.no_grad()(lambda hidden: self.logits(norm, head, hidden.to(self.device)).log_softmax(-1))
 
     def answer_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient of the log-probability of answers drawn from the model itself.
@@ -272,7 +272,7 @@ class Decoder:
         gradients = []
         for h in hidden:
             h = h.to(self.device).requires_grad_()
-            logits = self._logits(norm, head, h)
+            logits = self.logits(norm, head, h)
             uniform = torch.rand(len(h), 1, generator=generator).to(self.device)
             drawn = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), uniform).clamp_max(logits.shape[-1] - 1)
             score = logits.log_softmax(-1).gather(1, drawn).sum()
@@ -352,7 +352,8 @@ class Decoder:
     def _head(self) -> tuple[nn.Module, Tensor]:
         return self.final_norm()[1], self.output_weight()
 
-    def _logits(self, norm: nn.Module, head: Tensor, hidden: Tensor) -> Tensor:
+    def logits(self, norm: nn.Module, head: Tensor, hidden: Tensor) -> Tensor:
+        """Logits float32 [positions, vocabulary] of final hidden states, with a final norm and an output matrix."""
         return self._capped(norm(hidden), head)
 
     def embedding_name(self) -> str:

@@ -1,4 +1,4 @@
-// ggml operators with TSQ weights on the CPU backend, compared with the same operators on the dequantised weights.
+// ggml operators with TSQ and BCQ weights on the CPU backend, compared with the same operators on the dequantised weights.
 // Prints one line per operator; exits with 1 if one of them is wrong.
 
 #include "ggml.h"
@@ -78,7 +78,7 @@ static bool check(const char * name, double max_nmse, const std::function<ggml_t
 }
 
 static bool check_type(ggml_type type) {
-    const double activations = 1e-4; // 8-bit activations
+    const double activations = type == GGML_TYPE_BCQ4_A4 ? 2e-2 : 1e-4; // of 4 or 8 bits
     bool ok = true;
 
     // the longest rows are of several groups of activations, which threads share
@@ -151,7 +151,7 @@ static bool check_type(ggml_type type) {
 
 int main() {
     bool ok = true;
-    for (ggml_type type : {GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4}) {
+    for (ggml_type type : {GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4}) {
         printf("%s\n", ggml_type_name(type));
         ok &= check_type(type);
     }

@@ -44,7 +44,7 @@ def run(source: SourceTree, program: Path, command: list[str], units: list[str],
     include = [f"-I{folder}" for folder in (src.parent / "include", src, src / "ggml-cpu")]
     sources = [*HERE.glob(f"{program.name}.c*"), *(src / "tesseraq" / unit for unit in units)]
     flags = [*OPTIONS, *WARNINGS, f"-march={architecture}", *include]
-    subprocess.run([*command, *flags, *map(str, sources), "-lm", "-o", str(program)], check=True)
+    subprocess.run([*command, *flags, *map(str, sources), "-lstdc++", "-lm", "-o", str(program)], check=True)
     result = subprocess.run([EMULATOR, "-cpu", cpu, str(program)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -9,21 +9,22 @@ import sys
 
 import pytest
 
-from tesseraq_gguf.converter.packers import tsq
+from tesseraq_gguf.converter.packers import bcq, tsq
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.runtime import SourceTree, cache
 
-Q8_TSQ = 510
+Q8_TSQ, A4_BCQ = 510, 511
 """`ggml_type` of activations, which no file has and Python has no other use for."""
 
 CUSTOM = [t for t in TENSOR_TYPES.values() if t.custom]
 
 
 def test_header_constants() -> None:
-    header = (cache.kernels_dir() / "tsq.h").read_text()
+    header = "".join((cache.kernels_dir() / name).read_text() for name in ("tsq.h", "bcq.h"))
     for t in CUSTOM:
-        assert re.search(rf"#define {t.name.upper()}_TYPE_ID {t.id}\b", header)
+        assert re.search(rf"#define {t.name.upper()}_TYPE_ID +{t.id}\b", header)
     assert re.search(rf"#define QK_TSQ {tsq.BLOCK}\b", header)
+    assert re.search(rf"#define QK_BCQ +{bcq.BLOCK}\b", header)
 
 
 @pytest.mark.runtime
@@ -40,12 +41,16 @@ def test_activations_have_a_type(ggml: ctypes.CDLL) -> None:
     assert ggml.ggml_type_name(Q8_TSQ) == b"q8_tsq"
     assert ggml.ggml_blck_size(Q8_TSQ) == tsq.BLOCK
     assert ggml.ggml_type_size(Q8_TSQ) == 72
+    assert f"#define A4_BCQ_TYPE_ID {A4_BCQ}\n" in (cache.kernels_dir() / "bcq.h").read_text()
+    assert ggml.ggml_type_name(A4_BCQ) == b"a4_bcq"
+    assert ggml.ggml_blck_size(A4_BCQ) == bcq.BLOCK
+    assert ggml.ggml_type_size(A4_BCQ) == 72
 
 
 @pytest.mark.runtime
 def test_other_ids_are_empty(ggml: ctypes.CDLL) -> None:
     ours = [t.id for t in CUSTOM]
-    for i in sorted({*range(43, 511)} - {*ours, Q8_TSQ}):
+    for i in sorted({*range(43, 512)} - {*ours, Q8_TSQ, A4_BCQ}):
         assert ggml.ggml_type_name(i) is None
         assert ggml.ggml_blck_size(i) == 0
 

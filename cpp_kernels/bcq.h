@@ -1,0 +1,110 @@
+#pragma once
+
+// BCQ: blocks of 64 weights, w = d*c, with an 8-bit float d and codewords c of 6 bits out of codebooks of 16. Every 8 weights
+// choose among 8 codebooks (LO-BCQ, arXiv 2502.05376).
+// The layout is described to the bit in docs/formats.md; convert/tensor_types.py holds the same numbers for Python.
+
+#include "ggml.h"
+#include "tesseraq/bcq-lease.h"
+#include "tesseraq/tsq.h"
+
+#include <assert.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ids of the tensor types (ggml_type) and file types (llama_ftype, ggml_ftype)
+#define BCQ4_TYPE_ID    503
+#define BCQ4_A4_TYPE_ID 504
+
+// id of the activations of BCQ4_A4 in the CPU backend; no file holds such a tensor
+#define A4_BCQ_TYPE_ID 511
+
+#define QK_BCQ          64 // weights per block
+#define BCQ_GROUP       8  // weights that share a codebook
+#define BCQ_CODEBOOKS   8
+#define BCQ_LEVELS      16
+#define BCQ_MAX_CODE    31 // largest magnitude of a codeword
+#define BCQ_OFFSET      32 // added to codewords where products take unsigned numbers
+
+// 4.5 bits per weight. Both types have these bytes: BCQ4 multiplies activations of 8 bits, BCQ4_A4 such that are encoded as a
+// block is.
+typedef struct {
+    uint8_t d;                            // scale, E5M3 as that of TSQ: 2^(e - 24) * (1 + m/8), e = d >> 3, m = d & 7
+    uint8_t sel[3*QK_BCQ/BCQ_GROUP/8];    // codebooks: 8 times 3 bits, that of weights 8*k to 8*k + 7 from bit 3*k up
+    uint8_t qs[QK_BCQ/2];                 // indices of codewords 0..15 in 2 planes of 32: weight i has its bits in byte i % 32
+} block_bcq4;
+static_assert(sizeof(block_bcq4) == 1 + 3 + QK_BCQ/2, "wrong bcq4 block size/padding");
+
+// Codebooks, and what is looked up instead of computed. With u a scaled number in quarters, the nearest codeword is a function
+// of floor(u/2), because halfway between two codewords is a multiple of one half.
+struct bcq_tables {
+    int8_t  codeword[BCQ_CODEBOOKS][BCQ_LEVELS]; // ascending
+    uint8_t shifted [BCQ_CODEBOOKS][BCQ_LEVELS]; // + BCQ_OFFSET
+    uint8_t index   [BCQ_CODEBOOKS][128];        // of the codeword nearest to u, by (u >> 1) & 127
+    int8_t  nearest4[BCQ_CODEBOOKS][128];        // 4 times that codeword
+    int8_t  codeword4[BCQ_CODEBOOKS][BCQ_LEVELS]; // 4 times the codewords
+    int8_t  border4 [BCQ_CODEBOOKS][BCQ_LEVELS]; // largest u that is nearer to codeword i than to codeword i + 1
+};
+GGML_API struct bcq_tables bcq_tables;
+
+// fills in what is looked up of the codebooks in use, if that was not done yet; ggml_cpu_init and the quantization functions do it
+GGML_API void bcq_init(void);
+
+// codebook of the group-th 8 weights of a block
+static inline int bcq_selector(const block_bcq4 * x, int group) {
+    const uint32_t sel = x->sel[0] | (uint32_t) x->sel[1] << 8 | (uint32_t) x->sel[2] << 16;
+    return sel >> 3*group & 7;
+}
+
+// index of weight i of a block
+static inline int bcq_index(const block_bcq4 * x, int i) {
+    return x->qs[i % (QK_BCQ/2)] >> 4*(i / (QK_BCQ/2)) & 15;
+}
+
+// the codewords of a block
+static inline void bcq_decode(const block_bcq4 * GGML_RESTRICT x, int8_t * GGML_RESTRICT c) {
+    for (int i = 0; i < QK_BCQ; i++) {
+        c[i] = bcq_tables.codeword[bcq_selector(x, i/BCQ_GROUP)][bcq_index(x, i)];
+    }
+}
+
+// E5M3 code nearest to a scale; what is smaller or larger than all codes gets the nearest end
+static inline uint8_t bcq_encode_d(float d) {
+    uint32_t bits;
+    memcpy(&bits, &d, sizeof(bits));
+    const int code = (int) ((bits + (1u << 19)) >> 20) - (103 << 3);
+    return code < 0 ? 0 : code > 255 ? 255 : code;
+}
+
+// Scale of 64 activations whose largest magnitude is amax, and what brings them to quarters of it. It has three bits of mantissa as
+// that of weights, and all exponents of a float, since no file has to hold it.
+static inline float bcq_activation_scale(float amax, float * id4) {
+    if (!(amax > TSQ_MIN_AMAX)) {
+        *id4 = 0.0f;
+        return 0.0f;
+    }
+    float d = amax/BCQ_MAX_CODE;
+    uint32_t bits;
+    memcpy(&bits, &d, sizeof(bits));
+    bits = (bits + (1u << 19)) & 0xFFF00000u;
+    memcpy(&d, &bits, sizeof(d));
+    *id4 = 4.0f/d;
+    return d;
+}
+
+// Quantization
+GGML_API void quantize_row_bcq4_ref(const float * GGML_RESTRICT x, block_bcq4 * GGML_RESTRICT y, int64_t k);
+
+// Dequantization
+GGML_API void dequantize_row_bcq4(const block_bcq4 * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k);
+
+// Quantization utilizing an importance matrix
+GGML_API size_t quantize_bcq4(const float * GGML_RESTRICT src, void * GGML_RESTRICT dst, int64_t nrows, int64_t n_per_row, const float * imatrix);
+
+#ifdef __cplusplus
+}
+#endif

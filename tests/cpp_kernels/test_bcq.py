@@ -1,0 +1,145 @@
+"""BCQ types: C against numpy and torch, the kernels on their own under sanitizers, and the universal codebooks."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tesseraq_gguf.block_activations import codebook_blocks
+from tesseraq_gguf.converter.packers import bcq, packer_of
+from tesseraq_gguf.converter.packers.tsq import decode_scale
+from tesseraq_gguf.runtime import SourceTree, cache
+
+from . import test_arm
+from .conftest import pointer
+from .test_arm import CC, processor
+from .test_graph import instructions, run_sanitized
+from .test_vec_dot import activations, dot, kernels, split
+
+__all__ = ["instructions", "processor"]
+
+Array = np.ndarray[Any, Any]
+
+PACKER = packer_of("bcq4")
+
+
+def rows(seed: int, count: int, blocks: int) -> Array:
+    return np.random.default_rng(seed).integers(0, 256, (count, blocks * 36), dtype=np.uint8)
+
+
+def test_header_and_json_have_the_same_codebooks() -> None:
+    header = (cache.kernels_dir() / "bcq-codebooks.h").read_text()
+    numbers = [int(n) for row in re.findall(r"\{([^}]*)\}", header) for n in row.split(",")]
+    assert numbers == bcq.UNIVERSAL.flatten().tolist()
+    assert bcq.UNIVERSAL.shape == (8, 16)
+    # a block of zeros needs a codebook with a 0
+    assert (bcq.UNIVERSAL == 0).any()
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc with its sanitizers")
+@pytest.mark.runtime
+def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
+    units = ["bcq.c", "bcq-cpu.c", "bcq-repack.cpp", *(["x86/bcq.c", "x86/bcq-repack.cpp"] if instructions else [])]
+    options = [*(instructions or ["-DGGML_CPU_GENERIC"]), "-fsanitize=float-cast-overflow"]
+    lines = 16 if "-mavx512vbmi" in instructions else 4
+    assert run_sanitized(source, tmp_path / "bcq", ["gcc"], units, options) == f"{lines} rows: all ok\n"
+
+
+@pytest.mark.runtime
+def test_neon(source: SourceTree, tmp_path: Path, processor: str) -> None:
+    units = ["bcq.c", "bcq-cpu.c", "bcq-repack.cpp", "arm/bcq.c", "arm/bcq-repack.cpp"]
+    command = [CC]  # which tells C and C++ apart
+    assert test_arm.run(source, tmp_path / "bcq", command, units, processor) == "4 rows: all ok\n"
+
+
+@pytest.mark.runtime
+def test_dequantising_is_numpys_bit_for_bit(ggml: ctypes.CDLL, ggml_cpu: ctypes.CDLL) -> None:
+    """All scales, any selectors and indices."""
+    data = rows(0, 64, 256)
+    data.reshape(64, 256, 36)[:, :, 0] = np.arange(256)
+    expected = PACKER.dequantize(PACKER.unpack(data))
+    for kernel in [ggml.dequantize_row_bcq4, *kernels(ggml_cpu, "ggml_cpu_bcq4_to_fp32")]:
+        out = np.empty_like(expected)
+        kernel(pointer(data), pointer(out), ctypes.c_int64(out.size))
+        assert (out.view(np.uint32) == expected.view(np.uint32)).all(), kernel.__name__
+
+
+@pytest.mark.runtime
+def test_quantising_comes_near_the_grids_search(ggml: ctypes.CDLL) -> None:
+    from tesseraq_gguf.grids import grid_of
+
+    x = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)
+    importance = np.random.default_rng(2).exponential(size=256).astype(np.float32)
+    out = np.empty((64, 4 * 36), np.uint8)
+    ggml.quantize_bcq4.restype = ctypes.c_size_t
+    sizes = (ctypes.c_int64(64), ctypes.c_int64(256))
+
+    def error(imatrix: Array | None, weights: Array | float) -> float:
+        given = pointer(imatrix) if imatrix is not None else None
+        assert ggml.quantize_bcq4(pointer(x), pointer(out), *sizes, given) == out.size
+        assert (PACKER.pack(PACKER.unpack(out)) == out).all()
+        return float((weights * (PACKER.dequantize(PACKER.unpack(out)) - x) ** 2).sum())
+
+    grid = grid_of("bcq4")
+    mine = grid.dequantize(grid.quantize(torch.from_numpy(x))).numpy()
+    assert error(None, 1.0) <= 1.001 * float(((mine - x) ** 2).sum())
+    weights = importance * np.sqrt((x**2).mean(axis=1, keepdims=True) + x**2)
+    assert error(importance, weights) < 0.97 * error(None, weights)
+
+
+@pytest.mark.runtime
+@settings(max_examples=100, deadline=None)
+@given(blocks=st.integers(1, 49), seed=st.integers(0, 2**32 - 1))
+def test_dot_products(ggml_cpu: ctypes.CDLL, blocks: int, seed: int) -> None:
+    data = rows(seed, 1, blocks)[0]
+    y = activations(np.random.default_rng(seed), blocks)
+    da, qa = split(y)
+    arrays = PACKER.unpack(data[None])
+    codewords = bcq.UNIVERSAL[np.repeat(arrays["s"][0], 8), arrays["q"][0]].reshape(-1, 64).astype(np.float64)
+    scale = decode_scale(arrays["d"][0]).astype(np.float64) * da
+    expected = (scale * (codewords * qa).sum(axis=1)).sum()
+    magnitude = (scale * ((np.abs(codewords) + 32) * np.abs(qa)).sum(axis=1)).sum()
+    for kernel in kernels(ggml_cpu, "ggml_vec_dot_bcq4_q8_tsq"):
+        assert abs(dot(kernel, data, y) - expected) <= 5e-7 * magnitude, kernel.__name__
+
+
+@pytest.mark.runtime
+@settings(max_examples=100, deadline=None)
+@given(blocks=st.integers(1, 35), seed=st.integers(0, 2**32 - 1), exponent=st.integers(-30, 30))
+def test_activations_are_those_of_the_simulation(ggml_cpu: ctypes.CDLL, blocks: int, seed: int, exponent: int) -> None:
+    """The torch evaluation and every kernel choose the same codewords and the same scales."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((blocks, 64)) * rng.exponential(size=(blocks, 64)) * 10.0**exponent).astype(np.float32)
+    x[rng.integers(blocks)] = 0
+    expected = codebook_blocks(torch.from_numpy(x)).numpy()
+    for kernel in kernels(ggml_cpu, "quantize_row_a4_bcq"):
+        y = np.empty(72 * blocks, np.uint8)
+        kernel(pointer(x), pointer(y), ctypes.c_int64(x.size))
+        d, q = split(y)
+        assert (np.abs(q) <= 31).all()
+        assert (q * d[:, None] == expected).all(), kernel.__name__
+
+
+def test_own_codebooks_are_checked() -> None:
+    good = np.sort(np.random.default_rng(0).integers(-31, 32, (8, 16)), axis=1)
+    assert (bcq.read_codebooks(good.flatten().tolist()) == good).all()
+    for bad in (good[:, ::-1], good * 2 + 31, good[:7], good / 2):
+        with pytest.raises(ValueError, match="BCQ codebooks|BCQ codewords"):
+            bcq.read_codebooks(bad)
+
+
+def test_a_tensor_with_its_own_codebooks_explains_itself() -> None:
+    arrays = PACKER.unpack(rows(3, 5, 2))
+    own = np.sort(np.random.default_rng(1).integers(-31, 32, (8, 16)), axis=1).astype(np.int8)
+    weights = PACKER.dequantize(arrays | {"c": bcq.repeated(own, 5)})
+    assert weights[2, 9] == decode_scale(arrays["d"])[2, 0] * own[arrays["s"][2, 1], arrays["q"][2, 9]]
+    assert (PACKER.pack(arrays | {"c": bcq.repeated(own, 5)}) == rows(3, 5, 2)).all()

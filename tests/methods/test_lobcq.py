@@ -1,0 +1,102 @@
+"""LO-BCQ's design: its error never rises, both steps do what they say, and codewords are of 6 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tesseraq_gguf.codebooks import model_codebooks
+from tesseraq_gguf.methods import lobcq
+from tesseraq_gguf.models import Decoder
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def arrays():
+    """Arrays whose blocks are of three kinds: even, of one sign, and with outliers."""
+    x = torch.randn(600, 64, generator=generator(1))
+    x[200:400] = x[200:400].abs()
+    x[400:, ::8] *= 4
+    return lobcq.block_arrays(x, 64, 600, generator())
+
+
+def test_block_arrays_are_scaled_to_31_and_zeros_left_out():
+    x = torch.randn(10, 128, generator=generator())
+    x[3] = 0
+    scaled = lobcq.block_arrays(x, 64, 100, generator())
+    assert scaled.shape == (18, 64)
+    torch.testing.assert_close(scaled.abs().amax(1), torch.full((18,), 31.0))
+    assert len(lobcq.block_arrays(x, 64, 5, generator())) <= 5
+
+
+@pytest.mark.parametrize("start", ["k-means++", "random"])
+@pytest.mark.parametrize(("block", "count"), [(8, 8), (4, 2), (16, 5), (64, 1)])
+def test_the_error_never_rises(arrays, start, block, count):
+    found = lobcq.design(arrays, block, count, start=start, tolerance=0.0, steps=12, generator=generator())
+    assert all(after <= before * (1 + 1e-6) for before, after in zip(found.errors, found.errors[1:], strict=False))
+    assert found.errors[-1] < found.errors[0]
+    assert found.codebooks.shape == (count, 16)
+    assert found.codebooks.dtype == torch.int8
+    assert int(found.codebooks.abs().max()) <= 31
+    assert bool((found.codebooks.int().diff(dim=1) >= 0).all())
+
+
+def test_a_block_gets_the_codebook_that_serves_it_best(arrays):
+    codebooks = torch.randint(-31, 32, (6, 16), generator=generator()).float().sort(1).values
+    blocks = lobcq.on_lattice(arrays[:40]).view(-1, 8)
+    chosen, error = lobcq.assign(blocks, codebooks)
+    x = blocks.double() / 16 - 31
+    each = (x[:, None, :, None] - codebooks.double()[None, :, None]).square().amin(-1).sum(-1)
+    torch.testing.assert_close(each.gather(1, chosen[:, None])[:, 0], each.amin(1))
+    assert error == pytest.approx(float(each.amin(1).mean()) / 8, rel=1e-5)
+
+
+def test_a_refit_is_at_the_means_of_what_is_nearest(arrays):
+    blocks = lobcq.on_lattice(arrays).view(-1, 8)
+    start = torch.linspace(-31, 31, 16).repeat(2, 1)
+    chosen = torch.arange(len(blocks)) % 2
+    fitted, error = lobcq.refit(blocks, chosen, start)
+    for index, levels in enumerate(fitted):
+        x = (blocks[chosen == index].float() / 16 - 31).flatten()
+        nearest = lobcq.nearest(x, levels)
+        means = torch.stack([x[nearest == i].mean() if (nearest == i).any() else levels[i] for i in range(16)])
+        torch.testing.assert_close(levels, means, atol=0.35, rtol=0.0)  # thirty steps come near, not always all the way
+    before = float((x := blocks.float() / 16 - 31).sub(start[0][lobcq.nearest(x, start[0])]).square().mean())
+    assert error < before
+
+
+def test_rounding_loses_little_and_repairs_some(arrays):
+    found = lobcq.design(arrays, 8, 4, generator=generator())
+    assert found.errors[-1] <= found.rounded_error < 1.1 * found.errors[-1]
+    histogram = torch.bincount(lobcq.on_lattice(arrays).flatten(), minlength=2 * 31 * 16 + 1).double()
+    levels = lobcq.lloyd_max(histogram, torch.linspace(-31, 31, 16).double(), 30)
+    rounded = lobcq.round_levels(histogram, levels)
+    assert torch.equal(rounded, rounded.round())
+
+    def error(levels):
+        points = torch.arange(len(histogram)) / 16 - 31
+        return float(((points - levels.float()[lobcq.nearest(points, levels.float())]).square() * histogram).sum())
+
+    assert error(rounded) <= error(levels.round())
+
+
+def test_more_codebooks_serve_better(arrays):
+    errors = [lobcq.design(arrays, 8, count, generator=generator()).rounded_error for count in (1, 2, 4, 8)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.8 * errors[0]
+
+
+def test_an_unknown_start_is_refused(arrays):
+    with pytest.raises(ValueError, match="k-means"):
+        lobcq.design(arrays, 8, 2, start="zeros", generator=generator())
+
+
+def test_a_model_can_have_its_own(make_model):
+    decoder = Decoder(make_model("llama"), torch.device("cpu"))
+    tokens = torch.randint(4, 300, (2, 16), generator=generator())
+    found = model_codebooks(decoder, tokens, seed=0)
+    assert found.shape == (8, 16)
+    assert torch.equal(found, model_codebooks(decoder, tokens, seed=0))
