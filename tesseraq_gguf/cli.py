@@ -23,6 +23,7 @@ from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, ME
 from tesseraq_gguf.rules import read_rules, size_of
 from tesseraq_gguf.runtime.target import CROSS
 from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
+from tesseraq_gguf.torchrun import rank as process_rank
 
 if TYPE_CHECKING:
     from tesseraq_gguf.tasks import LoadedTasks
@@ -74,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except TesseraqError as error:
+        if process_rank() and isinstance(error, UsageError):
+            sys.exit(error.exit_code)  # the first process says the same
         _print_log(error)
         _fail(str(error), error.exit_code)
     except (_Stopped, KeyboardInterrupt, typer.Abort) as error:
@@ -286,6 +289,12 @@ def convert(
         seed=seed,
     )
     try:
+        if process_rank():
+            from tesseraq_gguf.pipeline import convert as run
+
+            _quieten_transformers()
+            run(recipe)
+            return  # the first process tells
         with ConvertProgress() as progress:
             progress.stage("Loading torch")
             from tesseraq_gguf.pipeline import convert as run

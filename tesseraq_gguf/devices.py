@@ -8,16 +8,21 @@ import sys
 import torch
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.torchrun import local_rank
 
 
 def resolve_device(name: str) -> torch.device:
     """Turn `auto`, `cpu`, `cuda`, `cuda:1`, … into a device; `auto` takes the GPU if there is one.
 
+    Of several processes on one machine, which torchrun numbers, `auto` gives each a GPU of its own.
+
     Raises:
         UsageError: no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank() % torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -37,6 +37,7 @@ from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
+from tesseraq_gguf.parallel import Team, join
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.quantized import plain_vector
 from tesseraq_gguf.recipe import Recipe
@@ -47,7 +48,7 @@ from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
 from tesseraq_gguf.type_plan import TypePlan, plan_types, within_budget
-from tesseraq_gguf.work_directory import CODEBOOKS, EMBEDDINGS, FINAL, WorkDirectory, finished_block
+from tesseraq_gguf.work_directory import CODEBOOKS, EMBEDDINGS, FINAL, WorkDirectory, finished_block, shared_work
 
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
@@ -146,7 +147,10 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             tree=tree,
         )
         return _report(recipe, len(decoder), 0, {}, started)
+    team = join() if recipe.calibrates else Team()
     calibration = _calibration(recipe, source, progress)
+    if calibration:
+        _check_team(team, recipe, len(calibration.tokens))
     progress.stage("Asking llama.cpp's converter about the model")
     plan = plan_types(recipe, source, decoder, tree)
     for name, reason in plan.fallbacks.items():
@@ -154,17 +158,20 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     autocast = learning_dtype(device)
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan)
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
-    with WorkDirectory(folder, identity, recipe.fresh) as work:
+    with shared_work(team, lambda: WorkDirectory(folder, identity, recipe.fresh)) as work:
         resumed, ranges = 0, dict[str, Range]()
         if recipe.budgeted and calibration:
-            plan = _within_budget(recipe, plan, source, decoder, calibration, work, progress)
+            plan = _within_budget(recipe, plan, source, decoder, calibration, team, work, progress)
         codebooks = _codebooks(recipe, decoder, plan.types | plan.outside, calibration, work, progress)
-        for result in _results(recipe, decoder, plan, codebooks, calibration, autocast, work, progress):
+        for result in _results(recipe, decoder, plan, codebooks, calibration, autocast, team, work, progress):
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
             ranges |= result.ranges
             progress.block(result, len(decoder))
+        if not team.first:
+            return team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
+        work = work.alone()
         if recipe.finish == "distill" and calibration:
             _finish(recipe, decoder, calibration, autocast, work, progress)
         progress.stage(f"Writing and verifying {recipe.out.name}")
@@ -183,7 +190,18 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             _keep_choice(recipe, plan, progress)
         if recipe.work_dir is None:
             work.remove()
-    return _report(recipe, len(decoder), resumed, plan.fallbacks, started)
+    return team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
+
+
+def _check_team(team: Team, recipe: Recipe, samples: int) -> None:
+    """Refuse teams that cannot share a step's sequences evenly."""
+    batch = recipe.settings.batch
+    if batch % team.size or samples < batch:
+        sizes = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+        raise UsageError(
+            f"a step has {batch} of {samples} sequences, which {team.size} processes cannot share: "
+            f"start {sizes} with torchrun --nproc-per-node"
+        )
 
 
 def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Calibration | None:
@@ -240,6 +258,7 @@ def _results(
     codebooks: torch.Tensor | None,
     calibration: Calibration | None,
     autocast: torch.dtype,
+    team: Team,
     work: WorkDirectory,
     progress: Progress,
 ) -> Iterator[BlockResult]:
@@ -264,10 +283,13 @@ def _results(
         granularity=recipe.granularity,
         activations=recipe.scheme,
         codebooks=codebooks,
+        team=team,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
-        sensitivity = measure_sensitivity(decoder, _few(calibration), recipe.seed, progress.advance)
+        sensitivity = team.from_first(
+            lambda: measure_sensitivity(decoder, _few(calibration), recipe.seed, progress.advance)
+        )
         _embeddings(decoder, outside, sensitivity, codebooks, work, progress)
         progress.stage(
             f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
@@ -288,6 +310,7 @@ def _within_budget(
     source: ModelSource,
     decoder: Decoder,
     calibration: Calibration,
+    team: Team,
     work: WorkDirectory,
     progress: Progress,
 ) -> TypePlan:
@@ -295,11 +318,15 @@ def _within_budget(
     kept = work.note(_TYPES)
     if kept is not None:
         return plan.ruled(read_rules(kept.splitlines()), decoder)
-    with _memory_explained(decoder):
+
+    def choose() -> TypePlan:
         progress.stage("Measuring what each matrix costs in each type")
         meter = CostMeter(plan.candidates(recipe, decoder), recipe.granularity)
         measure_sensitivity(decoder, _few(calibration), recipe.seed, progress.advance, meter)
-        chosen = within_budget(recipe, plan, source, decoder, meter, _few(calibration))
+        return within_budget(recipe, plan, source, decoder, meter, _few(calibration))
+
+    with _memory_explained(decoder):
+        chosen = team.from_first(choose)
     work.keep_note(_TYPES, rules_of(chosen.chosen, ""))
     return chosen
 
@@ -339,7 +366,7 @@ def _embeddings(
     progress: Progress,
 ) -> None:
     """Round the matrices outside the blocks, unless an earlier run has."""
-    if types and work.tensors(EMBEDDINGS) is None:
+    if types and work.tensors(EMBEDDINGS) is None and work.writes:
         progress.stage(f"Rounding {' and '.join(types)}")
         work.keep_tensors(EMBEDDINGS, round_embeddings(decoder, types, sensitivity, progress.advance, codebooks))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from torch import Tensor
 from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 from tesseraq_gguf.schemes import ActivationScheme, Range
 
@@ -55,6 +56,8 @@ class BlockProblem:
         generator: the block's own random numbers, a function of the run's seed and the block's index alone.
         report: called with (steps done, steps in all) while learning.
         rounding: rounds activations of the quantised chain; None leaves them.
+        team: the processes that learn together; inputs and targets are this one's share.
+        samples: samples of all processes together; None means that these are all.
     """
 
     block: LoadedBlock
@@ -68,6 +71,8 @@ class BlockProblem:
     generator: torch.Generator
     report: Callable[[int, int], None]
     rounding: ActivationRounding | None = None
+    team: Team = field(default_factory=Team)
+    samples: int | None = None
 
     def matrices(self) -> dict[str, Tensor]:
         """Return the full-precision weights to learn, float32 [out, in], by module name."""
@@ -100,8 +105,16 @@ class BlockProblem:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
     def draw(self, count: int) -> Tensor:
-        """Draw `count` different sample indices."""
-        return torch.randperm(len(self.inputs), generator=self.generator)[:count]
+        """Draw this process' share of `count` different samples, one of every stratum (`parallel.py`), as indices."""
+        samples = self.samples or len(self.inputs)
+        count = min(count, samples)
+        strata = [range(first, samples, count) for first in range(count)]
+        drawn = [s[int(torch.randint(len(s), (), generator=self.generator))] for s in strata]
+        return torch.tensor([d // self.team.size for d in drawn if d % self.team.size == self.team.rank])
+
+    def average_gradients(self, variables: Iterable[Tensor]) -> None:
+        """Average the gradients of variables over the processes: to be called between backward pass and step."""
+        self.team.average_gradients(variables)
 
     def input_ranges(self) -> dict[str, Range]:
         """Return lowest and highest input of each matrix on the quantised chain, activations not rounded, by name."""
@@ -112,15 +125,19 @@ class BlockProblem:
             before = ranges.get(name, (0.0, 0.0))
             ranges[name] = min(before[0], float(low)), max(before[1], float(high))
 
-        self.observe(len(self.inputs), see)
-        return ranges
+        self.observe(self.samples or len(self.inputs), see)
+        return {name: self.team.widest(*ends) for name, ends in ranges.items()}
+
+    def tokens_of(self, samples: int) -> int:
+        """Return how many tokens the first `samples` samples have, at most, over all processes."""
+        return min(samples, self.samples or len(self.inputs)) * self.inputs.shape[1]
 
     @torch.no_grad()
     def observe(self, samples: int, see: Callable[[str, Tensor], None]) -> None:
         """Run the block as it is on the quantised chain and show what its matrices are fed.
 
         Args:
-            samples: how many samples are run, at most.
+            samples: how many samples are run, at most, by all processes together.
             see: called with the name of a matrix to learn and its input, [1, length, in], once for every sample. Where
                 matrices have the same input, it is the same object.
         """
@@ -131,7 +148,7 @@ class BlockProblem:
 
         handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
         try:
-            for sample in self.inputs[:samples].split(1):
+            for sample in self.inputs[: self.team.count(samples)].split(1):
                 with self._precision():
                     self.forward(sample.to(self.device))
         finally:
@@ -156,7 +173,8 @@ class BlockProblem:
                     sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         self.observe(samples, add)
-        tokens = self.inputs[:samples].shape[:2].numel()
+        tokens = self.tokens_of(samples)
+        self.team.add_up(sums.values())
         for moment in sums.values():
             moment /= tokens
         return {name: sums[leader[name]] for name in self.grids}
@@ -210,6 +228,7 @@ class Reconstruction:
         granularity: what shares a scale: `group` or `channel`.
         activations: how activations of the quantised chain are rounded.
         codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+        team: the processes that learn together.
     """
 
     decoder: Decoder
@@ -221,6 +240,7 @@ class Reconstruction:
     granularity: str = "group"
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     codebooks: Tensor | None = None
+    team: Team = field(default_factory=Team)
 
     def run(
         self,
@@ -232,7 +252,7 @@ class Reconstruction:
         """Learn block after block.
 
         Args:
-            tokens: calibration tokens, int64 [samples, length].
+            tokens: calibration tokens of all processes, int64 [samples, length].
             sensitivity: for each block the weights of its squared error, float32 [2, hidden]: in the first position,
                 and in all others.
             finished: gives what an earlier run learned.
@@ -241,6 +261,7 @@ class Reconstruction:
         Yields:
             One result per block, in order. The caller keeps it before asking for the next.
         """
+        samples, tokens = len(tokens), self.team.share(tokens)
         full, recorded = self.decoder.stem(tokens)
         outside = embeddings()
         quantised = self.decoder.stem(tokens, outside)[0] if outside else full.clone()
@@ -248,6 +269,7 @@ class Reconstruction:
         for index in range(len(self.decoder)):
             started = time.monotonic()
             problem = self._problem(index, full, quantised, sensitivity[index], recorded)
+            problem.samples = samples
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
             _run_in_place(full, problem.forward, problem.device)
             result = finished(index)
@@ -255,7 +277,8 @@ class Reconstruction:
                 ranges = problem.input_ranges() if self.activations.static else {}
                 self._round(problem, ranges)
                 before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
-                learned = self.method.learn(problem)
+                # processes have the same variables in every step; what leaves is the first one's to the bit
+                learned = _of_the_first(problem, self.method.learn(problem))
                 weights = _dequantized(problem, learned)
                 after = _mean_loss(problem, weights)
                 named = {f"{problem.block.prefix}{name}.weight": r for name, r in ranges.items()}
@@ -294,7 +317,23 @@ class Reconstruction:
             autocast=self.autocast,
             generator=torch.Generator().manual_seed(seed),
             report=lambda done, total: self.report(index, done, total),
+            team=self.team,
         )
+
+
+def _of_the_first(problem: BlockProblem, learned: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
+    """Give all processes what the first one learned, and replaced in its block."""
+    if problem.team.size == 1:
+        return learned
+
+    def cpu() -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+        tensors = {n: QuantizedTensor(t.type, {k: a.cpu() for k, a in t.arrays.items()}) for n, t in learned.items()}
+        return tensors, {name: value.cpu() for name, value in problem.block.replaced.items()}
+
+    tensors, replaced = problem.team.from_first(cpu)
+    for name, value in replaced.items():
+        problem.block.replace(name, value.to(problem.device))
+    return tensors
 
 
 def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
@@ -322,6 +361,8 @@ def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], device: 
 
 @torch.no_grad()
 def _mean_loss(problem: BlockProblem, weights: Weights) -> float:
-    some = torch.arange(min(len(problem.inputs), _REPORTED_SAMPLES))
-    losses = [float(problem.loss(weights, batch)) for batch in some.split(1)]
-    return sum(losses) / len(losses)
+    samples = min(problem.samples or len(problem.inputs), _REPORTED_SAMPLES)
+    some = torch.arange(problem.team.count(samples))
+    total = torch.tensor(sum(float(problem.loss(weights, batch)) for batch in some.split(1)), dtype=torch.float64)
+    problem.team.add_up([total])
+    return float(total) / samples

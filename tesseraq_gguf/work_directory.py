@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.quantized import QuantizedTensor, load_tensors, save_tensors
 from tesseraq_gguf.reconstruction import BlockResult
@@ -26,6 +29,8 @@ CODEBOOKS = "codebooks"
 
 FINAL = "final"
 """Name of the vectors outside the blocks that the last pass learned; the pass is over when they are there."""
+
+_T = TypeVar("_T")
 
 Identity = Mapping[str, object]
 """What a run is, JSON-ready."""
@@ -97,6 +102,15 @@ class WorkDirectory:
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes; what others are given to keep is kept by the first one."""
+        return True
+
+    def alone(self) -> WorkDirectory:
+        """Return the directory for the process that goes on alone."""
+        return self
+
     def keep(self, result: BlockResult) -> None:
         """Write a finished block; it appears whole or not at all."""
         notes = {"loss_before": json.dumps(result.loss_before), "loss_after": json.dumps(result.loss_after)}
@@ -151,6 +165,64 @@ class WorkDirectory:
     def remove(self) -> None:
         """Delete the directory."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class _Shared(WorkDirectory):
+    """The work directory of a team: the first process' own, of which the others are told.
+
+    Args:
+        team: the processes.
+        own: the directory in the first process, None in the others.
+    """
+
+    def __init__(self, team: Team, own: WorkDirectory | None) -> None:
+        self._team, self._own = team, own
+
+    @property
+    def writes(self) -> bool:
+        return self._own is not None
+
+    def alone(self) -> WorkDirectory:
+        assert self._own, "only the first process goes on after the walk"
+        return self._own
+
+    def keep(self, result: BlockResult) -> None:
+        if self._own:
+            self._own.keep(result)
+
+    def finished(self, index: int) -> BlockResult | None:
+        return self._told(lambda own: own.finished(index))
+
+    def keep_tensors(self, name: str, tensors: dict[str, QuantizedTensor], notes: dict[str, str] | None = None) -> None:
+        if self._own:
+            self._own.keep_tensors(name, tensors, notes)
+
+    def tensors(self, name: str) -> tuple[dict[str, QuantizedTensor], dict[str, str]] | None:
+        return self._told(lambda own: own.tensors(name))
+
+    def keep_note(self, name: str, text: str) -> None:
+        if self._own:
+            self._own.keep_note(name, text)
+
+    def note(self, name: str) -> str | None:
+        return self._told(lambda own: own.note(name))
+
+    def _told(self, ask: Callable[[WorkDirectory], _T]) -> _T:
+        own = self._own
+        return self._team.from_first(lambda: ask(own))  # type: ignore[arg-type]
+
+
+@contextmanager
+def shared_work(team: Team, open_own: Callable[[], WorkDirectory]) -> Iterator[WorkDirectory]:
+    """Give a work directory to all processes of a team; the first one alone opens it."""
+    if team.size == 1:
+        with open_own() as work:
+            yield work
+    elif team.first:
+        with open_own() as work:
+            yield _Shared(team, work)
+    else:
+        yield _Shared(team, None)
 
 
 def finished_block(index: int) -> str:

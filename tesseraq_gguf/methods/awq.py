@@ -110,7 +110,8 @@ def _mean_magnitudes(problem: BlockProblem, samples: int) -> dict[str, Tensor]:
         sums[name] += x.flatten(0, -2).float().abs().sum(0)
 
     problem.observe(samples, add)
-    tokens = problem.inputs[:samples].shape[:2].numel()
+    problem.team.add_up(sums.values())
+    tokens = problem.tokens_of(samples)
     return {name: total / tokens for name, total in sums.items()}
 
 

@@ -62,6 +62,7 @@ class OmniQuant:
             loss = problem.loss({name: m.weight() for name, m in clipped.items()}, problem.draw(self.batch))
             adam.zero_grad()
             loss.backward()
+            problem.average_gradients(f for m in clipped.values() for f in m.factors.values())
             adam.step()
             slower.step()
             problem.report(step + 1, self.steps)

@@ -82,6 +82,7 @@ class ScaledRounding:
             loss = problem.loss({name: m.weight() for name, m in matrices.items()}, problem.draw(self.batch))
             adam.zero_grad()
             loss.backward()
+            problem.average_gradients(v for m in matrices.values() for v in m.variables)
             adam.step()
             slower.step()
             problem.report(step + 1, self.steps)

@@ -109,6 +109,7 @@ class TesseraQ:
             loss = problem.loss({name: m.weight() for name, m in soft.items()}, problem.draw(self.batch))
             adam.zero_grad()
             loss.backward()
+            problem.average_gradients([*roundings, *scales, *zeros])
             adam.step()
             problem.report(done + step + 1, total)
 

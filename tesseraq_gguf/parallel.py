@@ -1,0 +1,93 @@
+"""Several processes that learn one model together, each with a share of the calibration sequences.
+
+They are what torchrun starts, on one machine or on several. Every process walks all blocks with its own sequences;
+gradients are averaged, and so is what methods measure, so all have the same variables in every step. The first process
+alone reads and writes files of the run.
+
+A step's sequences are drawn so that each process has equally many, and so that one process draws the same ones as
+several: a step of b sequences takes one from every stratum, sequences j, j + b, j + 2b, …
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.torchrun import rank, world_size
+
+_T = TypeVar("_T")
+
+_PATIENCE = timedelta(days=7)
+"""How long a process waits for the others: the first one does some things alone that take hours."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of a run.
+
+    Attributes:
+        rank: this process' place among them.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that reads and writes files."""
+        return self.rank == 0
+
+    def share(self, samples: Tensor) -> Tensor:
+        """Return this process' share of samples [samples, …]."""
+        return samples[self.rank :: self.size]
+
+    def count(self, samples: int) -> int:
+        """Return how many of the first `samples` samples this process has."""
+        return len(range(self.rank, samples, self.size))
+
+    def add_up(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their sums over all processes, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor)
+
+    def widest(self, low: float, high: float) -> tuple[float, float]:
+        """Return the lowest and the highest of a number over all processes."""
+        if self.size == 1:
+            return low, high
+        ends = torch.tensor([-low, high], dtype=torch.float64)
+        torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
+        return -float(ends[0]), float(ends[1])
+
+    def average_gradients(self, variables: Iterable[Tensor]) -> None:
+        """Replace the gradients of variables by their means over all processes."""
+        if self.size > 1:
+            gradients = [v.grad for v in variables if v.grad is not None]
+            self.add_up(gradients)
+            for gradient in gradients:
+                gradient /= self.size
+
+    def from_first(self, make: Callable[[], _T]) -> _T:
+        """Call `make` in the first process alone and give all of them what it returned."""
+        if self.size == 1:
+            return make()
+        box = [make() if self.first else None]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[return-value]
+
+
+def join() -> Team:
+    """Join the processes that torchrun started; without it a team of one."""
+    size = world_size()
+    if size == 1:
+        return Team()
+    if not torch.distributed.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    return Team(rank(), size)
