@@ -1,7 +1,7 @@
-"""Count what MMVQ does for a weight, from the machine code that nvcc makes, and what share of a GPU's bandwidth that allows.
+"""Count what MMVQ does for a weight, in the machine code that nvcc makes, and what share of a bandwidth that allows.
 
-No GPU is needed, and nothing is measured: the share is what is left if every instruction takes one slot of a scheduler and
-nothing is ever waited for. Latency, caches and the time between kernels come on top.
+No GPU is needed, and nothing is measured: the share is what is left if every instruction takes one slot of a scheduler
+and nothing is ever waited for. Latency, caches and the time between kernels come on top.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def main() -> None:
 def find(program: str, remedy: str) -> str:
     """A program, from PATH or from a wheel of NVIDIA's in this Python."""
     wheels = sorted(Path(sysconfig.get_path("purelib"), "nvidia").glob("cu[0-9]*/bin"))
-    found = shutil.which(program) or next((path for folder in wheels if (path := shutil.which(program, path=str(folder)))), None)
+    found = shutil.which(program) or next(
+        (path for folder in wheels if (path := shutil.which(program, path=str(folder)))), None
+    )
     if found is None:
         sys.exit(f"error: {program} not found; it comes with {remedy}")
     return found
@@ -186,7 +188,7 @@ def read(function: str, kind: Type) -> Count:
 
 def table(counts: Mapping[str, Mapping[str, Count]], release: str) -> Iterator[str]:
     """The lines of the page."""
-    yield f"`scripts/cuda_budget`, nvcc {release}. Instructions per weight: in the loop, and for a whole row of {ROW} weights."
+    yield f"`scripts/cuda_budget`, nvcc {release}. Instructions per weight, in the loop and for a row of {ROW} weights:"
     yield ""
     columns = [f"{device.name}: {what}" for device in DEVICES for what in ("loop", "row", "share of bandwidth")]
     yield f"| type | bytes per weight | {' | '.join(columns)} |"
@@ -200,9 +202,10 @@ def table(counts: Mapping[str, Mapping[str, Count]], release: str) -> Iterator[s
         yield f"| {' | '.join(cells)} |"
     yield ""
     data = "; ".join(
-        f"{device.name}: {device.processors} processors at {device.clock} GHz, {device.bandwidth} GB/s" for device in DEVICES
+        f"{device.name}: {device.processors} processors at {device.clock} GHz, {device.bandwidth} GB/s"
+        for device in DEVICES
     )
-    yield f"The share is a bound: a processor issues 4 × 32 lanes of an instruction per cycle, and nothing waits. {data}."
+    yield f"The share is a bound: a processor issues 4 × 32 lanes per cycle, and nothing waits. {data}."
 
 
 if __name__ == "__main__":
