@@ -1,6 +1,7 @@
 """Learn one block of a model under several settings and compare losses on sequences learned on and held out.
 
-Blocks before it are quantised by GPTQ, and every setting starts from the same GPTQ result, so only learning differs.
+Blocks before it are quantised by GPTQ, and every setting of TesseraQ starts from the same GPTQ result, those of LRQ
+and FlexRound from rounding to nearest, so only learning differs.
 The loss is the block's squared error against the full-precision chain, weighted by sensitivity; nothing can be below
 what the block's own weights have on the same input.
 """
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from tesseraq_gguf.calibration import load_calibration
 from tesseraq_gguf.devices import learning_dtype, resolve_device
+from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
+from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
 from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem, Reconstruction, Weights
+from tesseraq_gguf.reconstruction import BlockProblem, Method, Reconstruction, Weights
 from tesseraq_gguf.sensitivity import measure_sensitivity
 
 TEN_STAGES = (0.8, 0.6, 0.45, 0.33, 0.24, 0.17, 0.11, 0.06, 0.03, 0.01)
@@ -32,7 +36,7 @@ TEN_STAGES = (0.8, 0.6, 0.45, 0.33, 0.24, 0.17, 0.11, 0.06, 0.03, 0.01)
 BASE = {"steps": 10, "batch": 4, "rounding_rate": 5e-2, "scale_rate": 1e-2, "zero_rate": 1e-2}
 """What a setting does not change: 200 steps."""
 
-SETTINGS: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
+TESSERAQ: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
     "base: 20 stages of 10 steps, rate of ν 0.05, of scale and zero 0.01": (None, {}),
     "text: 128 sequences": (128, {}),
     "steps: 20 stages of 25, rate of ν 0.03": (None, {"steps": 25, "rounding_rate": 3e-2}),
@@ -52,6 +56,33 @@ SETTINGS: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
     ),
 }
 """Sequences (None: all) and fields of `TesseraQ`, by what a setting is called."""
+
+FACTORS = (0.3, 1.0, 3.0, 10.0)
+"""Learning rates of LRQ and FlexRound, for each that `ScaledRounding.rate` takes."""
+
+Setting = tuple["int | None", Method]
+"""Sequences to learn on (None: all), and the method."""
+
+
+def settings(method: str, starts: dict[str, Start], width: int) -> dict[str, Setting]:
+    """Return what to compare, by what it is called; `width` is the model's."""
+    if method == "tesseraq":
+        given = Given(starts)
+        return {
+            name: (samples, TesseraQ(**(BASE | dict(changes)), initialisation=given))
+            for name, (samples, changes) in TESSERAQ.items()
+        }
+    steps, batch = 20 * BASE["steps"], BASE["batch"]
+    if method == "flexround":
+        return {f"rate × {f:g}": (None, faster(flexround(steps, batch), f)) for f in FACTORS}
+    rank = width // PAPER_SHARE
+    found: dict[str, Setting] = {f"rate × {f:g}": (None, faster(lrq(steps, batch, rank), f)) for f in FACTORS}
+    return found | {f"rank 1/{s}": (None, lrq(steps, batch, width // s)) for s in (16, 8, 2)}
+
+
+def faster(method: ScaledRounding, factor: float) -> ScaledRounding:
+    """Return the method with its learning rates multiplied."""
+    return replace(method, rates={bits: factor * rate for bits, rate in method.rates.items()})
 
 
 @dataclass(frozen=True)
@@ -100,6 +131,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="demo", help="as `convert` takes it (default: demo)")
     parser.add_argument("--calibration", required=True, metavar="TEXT", help="a text file, wikitext2 or c4")
+    parser.add_argument(
+        "--method", choices=("tesseraq", "lrq", "flexround"), default="tesseraq", help="whose settings are compared"
+    )
     parser.add_argument("--block", type=int, default=1, help="which block (default: 1, the second)")
     parser.add_argument("--type", default="tsq2", help="tensor type (default: tsq2)")
     parser.add_argument("--samples", type=int, default=360, help="sequences to learn on (default: 360)")
@@ -122,10 +156,11 @@ def main() -> None:
     first = part(problem, learned_on)
     began = time.monotonic()
     starts = GPTQ().start(first)
+    nearest = {name: problem.grids[name].quantize(weight) for name, weight in problem.matrices().items()}
+    row("rounding to nearest", dequantized(problem, nearest), 0)
     row("GPTQ: the start", dequantized(problem, {n: s.tensor for n, s in starts.items()}), time.monotonic() - began)
-    for name, (samples, changes) in SETTINGS.items():
+    for name, (samples, method) in settings(options.method, starts, problem.inputs.shape[-1]).items():
         if re.search(options.settings, name):
-            method = TesseraQ(**(BASE | dict(changes)), initialisation=Given(starts))
             began = time.monotonic()
             learned = method.learn(part(problem, min(samples or learned_on, learned_on)))
             row(name, dequantized(problem, learned), time.monotonic() - began)

@@ -24,7 +24,8 @@ from typing import Any
 from bench import report
 from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
 from bench.results import Result, Results, result_key
-from bench.rows import AUTOROUND, LLAMA_CPP, OURS, REFERENCE, Row, all_rows
+from bench.rows import AUTOROUND, LLAMA_CPP, OURS, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
+from bench.variables import learned_at_once
 
 from tesseraq_gguf.errors import TesseraqError
 from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
@@ -49,8 +50,17 @@ SHOWN = {
     "padded_imatrix": "padded-imatrix.gguf",
     "padded_folder": "padded-folder",
     "tokens": "tokens.json",
+    "learned_text": "learned.txt",
+    **{f"width_{n}th": f"width/{n}" for n in RANKS},
 }
 """Names that commands have in the report."""
+
+ROUNDING_SAID = """### How the rounding is learned
+
+Same type, same text, same number of steps of the same size: 128-token sequences of four fifths of the calibration text
+(every fifth stretch of 2000 characters is kept). The kept part is text like the one that was learned on; the text that
+perplexity and divergence without a remark belong to is of another domain. Variables are numbers learned at once, in a
+block; peak memory is that of the whole conversion."""
 
 
 def main() -> None:
@@ -94,7 +104,12 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         RuntimeError: a command failed, or a matrix of the blocks is not of the row's type.
     """
     options = places.options
-    logits = base_logits(places)
+    texts = [options.text]
+    if row.study == ROUNDING:
+        kept = places["kept_text"]
+        assert isinstance(kept, Path)
+        texts.append(kept)
+    logits = [base_logits(places, text) for text in texts]
     out = options.work / f"{row.name}.gguf"
     # what rows share is made here, outside their time
     needed = _Filling(places, out)
@@ -104,7 +119,7 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
     _say(f"making {row.name}")
     with _spent(options.work / f"{row.name}.spent") as spent:
         for command in commands:
-            run(command, log)
+            spent[2] = max(spent[2], run(command, log))
     facts = inspect(out)
     matrices = [t for t in facts.tensors if t.name.startswith("blk.") and len(t.shape) > 1]
     types = Counter(t.type for t in matrices)
@@ -112,7 +127,8 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         raise RuntimeError(f"the matrices of its blocks should all be {row.type}, and are {dict(types)}")
     bits = 8 * sum(t.bytes for t in matrices) / sum(t.shape[0] * t.shape[1] for t in matrices)
     _say(f"measuring {row.name}")
-    perplexity, error, kld, top1 = _perplexity(places, out).compare(out, logits)
+    found = [_perplexity(places, out, t).compare(out, base) for t, base in zip(texts, logits, strict=True)]
+    perplexity, error, kld, top1 = found[0]
     if not keep:
         for path in options.work.glob(f"{row.name}.gguf*"):
             remove(path)
@@ -127,28 +143,33 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         top1=top1,
         seconds=spent[0],
         cpu_seconds=spent[1],
+        peak_bytes=round(spent[2]) or None,
+        variables=learned_at_once(row, [(t.shape[1], t.shape[0]) for t in matrices if t.name.startswith("blk.0.")]),
+        kept=found[1] if row.study == ROUNDING else None,
     )
     agreement = f"divergence {kld:.5f}, same token {100 * top1:.2f} %"
     _say(f"{row.name}: perplexity {perplexity:.4f}, {agreement}, {spent[0]:.0f} s")
     return result
 
 
-def base_logits(places: Places) -> Path:
-    """Return the 16-bit model's log-probabilities; a padded model has the same."""
+def base_logits(places: Places, text: Path) -> Path:
+    """Return the 16-bit model's log-probabilities on a text; a padded model has the same."""
     options = places.options
-    file = options.work / f"base-{options.ctx}x{options.chunks}-{_digest(options.text)[:8]}.logits"
+    file = options.work / f"base-{options.ctx}x{options.chunks}-{_digest(text)[:8]}.logits"
     if not file.is_file():
         reference = places["plain_reference"]
         assert isinstance(reference, Path)
-        _say("computing the 16-bit model's logits")
+        _say(f"computing the 16-bit model's logits on {text.name}")
         with temporary_sibling(file) as partial:
-            _perplexity(places, reference).save_logits(reference, partial)
+            _perplexity(places, reference, text).save_logits(reference, partial)
     return file
 
 
 def write_report(measured: report.Measured, options: Options, docs: Path) -> None:
     """Put table, plot and commands into `docs/quality.md`, between its markers."""
     page, drawing = docs / "quality.md", docs / "quality.svg"
+    everything = measured
+    measured, rounding = ([m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING))
     report.plot(measured, drawing)
     shown = SHOWN | {
         "calibration": options.calibration.name,
@@ -169,16 +190,17 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
             "(`scripts/pad_gemma.py`); bits per weight do not count the padding.",
             report.table(measured),
             report.notes(measured),
+            *([ROUNDING_SAID, report.rounding_table(rounding)] if rounding else []),
             f"![perplexity against bits per weight]({drawing.name})",
             f"Models, importance matrix ({read} of 512 tokens, in `llama-imatrix --no-ppl`) and tokens for AutoRound "
             f"{AUTOROUND_VERSION} ({options.samples} × {options.seqlen}, drawn as ours are) come from "
             "`scripts/bench/places.py`. Then:",
-            report.commands([m for m in measured if m[0].family != REFERENCE], shown),
+            report.commands([m for m in everything if m[0].family != REFERENCE], shown),
         ]
     )
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     page.write_text(report.insert(before, re.sub(r"\n{3,}", "\n\n", part)), encoding="utf-8")
-    _say(f"{page} and {drawing.name}: {len(measured)} rows")
+    _say(f"{page} and {drawing.name}: {len(everything)} rows")
 
 
 class _Filling(dict[str, object]):
@@ -192,23 +214,25 @@ class _Filling(dict[str, object]):
         return self._places[name]
 
 
-def _perplexity(places: Places, file: Path) -> PerplexityRun:
+def _perplexity(places: Places, file: Path, text: Path) -> PerplexityRun:
     options = places.options
     tool = places.runtime.tool(TOOL)
-    return PerplexityRun(tool, options.text, options.ctx, options.chunks, vocabulary_size(file), lambda *_: None)
+    return PerplexityRun(tool, text, options.ctx, options.chunks, vocabulary_size(file), lambda *_: None)
 
 
 @contextmanager
 def _spent(file: Path) -> Iterator[list[float]]:
-    """Give wall time and processor time of the body; what it took before it was stopped, and went on, counts."""
-    spent = json.loads(file.read_text()) if file.is_file() else [0.0, 0.0]
+    """Give wall time, processor time, and peak memory, which the body puts there.
+
+    What it took before it was stopped, and went on, counts.
+    """
+    spent = json.loads(file.read_text()) if file.is_file() else [0.0, 0.0, 0.0]
     started, used = time.monotonic(), _children_seconds()
     try:
         yield spent
-    except BaseException:
-        file.write_text(json.dumps([spent[0] + time.monotonic() - started, spent[1] + _children_seconds() - used]))
-        raise
-    spent[:] = spent[0] + time.monotonic() - started, spent[1] + _children_seconds() - used
+    finally:
+        spent[:2] = spent[0] + time.monotonic() - started, spent[1] + _children_seconds() - used
+        file.write_text(json.dumps(spent))
     file.unlink(missing_ok=True)
 
 

@@ -114,6 +114,19 @@ def _stream(name: str, enough: int) -> str:
 
 
 def _pieces(source: ModelSource, text: str, length: int) -> Tensor:
+    begin, ids = tokens_of(source, text)
+    body = length - len(begin)
+    count = len(ids) // body
+    pieces = torch.tensor(ids[: count * body], dtype=torch.int64).view(count, body)
+    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
+
+
+def tokens_of(source: ModelSource, text: str) -> tuple[list[int], list[int]]:
+    """Return what the model's tokenizer opens a sequence with, at most one token, and the tokens of a text.
+
+    Raises:
+        ModelError: the model has no tokenizer that can be loaded.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -124,7 +137,4 @@ def _pieces(source: ModelSource, text: str, length: int) -> Tensor:
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {reason}") from error
     begin = [tokenizer.bos_token_id] if with_specials[:1] == [tokenizer.bos_token_id] else []
-    body = length - len(begin)
-    count = len(ids) // body
-    pieces = torch.tensor(ids[: count * body], dtype=torch.int64).view(count, body)
-    return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
+    return begin, ids

@@ -12,15 +12,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
-from tesseraq_gguf.recipe import FINISHES, INITIALISATIONS, METHODS, PRESETS
+from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, METHODS, PRESETS
+from tesseraq_gguf.rules import read_rules, size_of
 from tesseraq_gguf.runtime.target import CROSS
+from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
+
+if TYPE_CHECKING:
+    from tesseraq_gguf.tasks import LoadedTasks
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -59,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit. Bugs, and nothing else, show a traceback."""
     # before torch is imported: OpenMP threads that spin while they wait stall when the machine does anything else
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # no pool of processes for the few functions that torch.compile is given
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -127,6 +134,35 @@ def convert(
             "With f16, bf16 or f32 nothing is learned.",
         ),
     ] = "tsq2",
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="REGEX=TYPE",
+            help="Give matrices whose name in the checkpoint matches another type; may be given often, the last wins.",
+        ),
+    ] = None,
+    tensor_types: Annotated[
+        Path | None, typer.Option("--tensor-types", metavar="FILE", help="The same from a file, one rule in a line.")
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bpw",
+            help="Choose each matrix's type so that the blocks take so many bits per weight; OUT.types tells which.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="SIZE",
+            help="Choose types, the embedding's too unless it is given, so that the file is no larger (200M, 1.5G, …).",
+        ),
+    ] = None,
+    candidates: Annotated[
+        str, typer.Option("--candidates", metavar="TYPES", help="Types that a target chooses from.")
+    ] = ",".join(CANDIDATES),
     method: Annotated[str, typer.Option("--method", help=f"How to learn: {', '.join(METHODS)}.")] = METHODS[0],
     init: Annotated[
         str, typer.Option("--init", help=f"What tesseraq begins at: {', '.join(INITIALISATIONS)}.")
@@ -142,6 +178,21 @@ def convert(
         str,
         typer.Option(help="What shares a scale: group, the type's own; or channel, a whole row, as in some papers."),
     ] = "group",
+    activations: Annotated[
+        str,
+        typer.Option(
+            help=f"Learn for activations rounded so: {', '.join(SCHEMES)}. "
+            "The runtime rounds them in its own way; eval --simulate measures the file with this one."
+        ),
+    ] = SCHEMES[0],
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(
+            "--kv-bits",
+            help=f"Learn for keys and values of so many bits: {', '.join(map(str, KEY_VALUE_BITS))}.",
+            show_default="not rounded",
+        ),
+    ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
@@ -189,30 +240,40 @@ def convert(
       tesseraq-gguf convert Qwen/Qwen3-0.6B qwen.gguf --calibration wikitext2
       tesseraq-gguf convert ./my-model my-model.gguf --preset best --device cuda
       tesseraq-gguf convert demo rounded.gguf --method rtn
+      tesseraq-gguf convert demo mixed.gguf --target-bpw 2.75
+      tesseraq-gguf convert demo down.gguf --type tsq2 --tensor-type mlp.down_proj=tsq3
       tesseraq-gguf convert demo reference.gguf --type f16
     """
-    from tesseraq_gguf.converter.tensor_types import tensor_type
+    from tesseraq_gguf.converter.tensor_types import tensor_type as type_named
     from tesseraq_gguf.progress import ConvertProgress
     from tesseraq_gguf.recipe import Recipe
 
-    _refuse_conflicts(context, type, method)
-    embedding = tensor_type(embedding_type or ("q8_0" if _learns(type) else type))
+    budget = target_bpw is not None or target_size is not None
+    _refuse_conflicts(context, type, method, calibrates=budget or activations.endswith("-static"), budget=budget)
+    default = "q8_0" if target_size is None else AUTO
+    embedding = embedding_type or (default if _learns(type) else type)
     recipe = Recipe(
         model=model,
         out=out,
         type=type,
+        rules=_rules(tensor_types, tensor_type or []),
+        target_bpw=target_bpw,
+        target_size=None if target_size is None else size_of(target_size),
+        candidates=tuple(type_named(name.strip()).name for name in candidates.split(",")),
         method=method,
         init=init,
         finish=finish,
         rank=rank,
         granularity=granularity,
+        activations=activations,
+        kv_bits=kv_bits,
         preset=preset,
         calibration=calibration,
         samples=samples,
         seqlen=seqlen,
         device=device,
-        embedding_type=embedding.name,
-        output_type=tensor_type(output_type).name if output_type else None,
+        embedding_type=embedding if embedding == AUTO else type_named(embedding).name,
+        output_type=type_named(output_type).name if output_type else None,
         work_dir=work_dir,
         fresh=fresh,
         seed=seed,
@@ -237,41 +298,119 @@ def convert(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     file: Annotated[Path, typer.Argument(help="The GGUF file to measure.")],
-    text: Annotated[Path, typer.Option("--text", help="A plain text file that the model was not learned on.")],
-    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk.")] = 512,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="A plain text file that the model was not learned on.")
+    ] = None,
+    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk of the text.")] = 512,
     chunks: Annotated[int | None, typer.Option("--chunks", help="Measure so many chunks. By default all.")] = None,
     reference: Annotated[
         Path | None,
-        typer.Option("--reference", help="A GGUF file to compare answers with, usually the same model in 16 bits."),
+        typer.Option("--reference", help="A GGUF file to compare with on the text, usually the same model in 16 bits."),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK,…",
+            help="Tasks of lm-evaluation-harness: names, patterns, .yaml files, or folders of these with a slash.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Ask so many items of each task. By default all.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each item.", show_default="what the task says, mostly 0")
+    ] = None,
+    simulate: Annotated[
+        bool,
+        typer.Option(
+            "--simulate", help="Measure in torch, with activations rounded as the file's matrices were learned for."
+        ),
+    ] = False,
+    activations: Annotated[
+        str | None,
+        typer.Option(help=f"With --simulate: round so instead: {', '.join(SCHEMES)}.", show_default="the file's own"),
+    ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option("--kv-bits", help="With --simulate and --activations: bits of keys and values.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a GGUF file: perplexity on a text, and divergence from a reference file.
+    """Measure a GGUF file: perplexity on a text, divergence from a reference file, and answers to tasks.
 
-    llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler divergence
-    (0 is best) and how often both files agree on the most likely next token.
+    For --text, llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler
+    divergence (0 is best) and how often both files agree on the most likely next token.
+
+    For --tasks, lm-evaluation-harness asks the model in our runtime; pip install 'tesseraq-gguf\\[tasks]' brings it.
+    Tasks with a name fetch their data from the Hugging Face hub.
+
+    With --simulate torch does the work, slowly, and rounds activations in a scheme that llama.cpp does not have.
 
     \b
     Examples:
       tesseraq-gguf eval out.gguf --text valid.txt
       tesseraq-gguf eval out.gguf --text valid.txt --chunks 20 --reference f16.gguf --json
+      tesseraq-gguf eval out.gguf --text valid.txt --simulate --activations a8 --kv-bits 8
+      tesseraq-gguf eval out.gguf --tasks arc_easy,hellaswag --limit 200
+      tesseraq-gguf eval out.gguf --tasks scripts/tasks/everyday.yaml --shots 3
     """
-    from tesseraq_gguf.evaluation import evaluate as run
+    given = _given(context)
+    if text is None and tasks is None:
+        raise UsageError("nothing to measure on: give --text, --tasks, or both")
+    for needed, options in {"text": ("ctx", "chunks", "reference", "simulate"), "tasks": ("limit", "shots")}.items():
+        if needed not in given and (useless := [name for name in options if name in given]):
+            raise UsageError(f"--{useless[0]} has no meaning without --{needed}")
+    if simulate and tasks is not None:
+        raise UsageError("--simulate is for a text alone: tasks run in llama.cpp, so give --tasks a command of its own")
+    for name, value in (("--activations", activations), ("--kv-bits", kv_bits)):
+        if value is not None and not simulate:
+            raise UsageError(f"{name} has a meaning with --simulate only: llama.cpp rounds activations in its own way")
+    if kv_bits is not None and activations is None:
+        raise UsageError(
+            "--kv-bits belongs to a scheme: give --activations as well, none if it is keys and values alone"
+        )
 
-    def measure() -> Any:
-        with _chunk_bar() as watch:
-            return run(file, text, ctx, chunks, reference, watch)
+    def on_text(path: Path, watch: Callable[[str, int, int], None]) -> Any:
+        if simulate:
+            from tesseraq_gguf.simulation import simulate as run_in_torch
 
-    result = _with_runtime(measure)
+            scheme = None if activations is None else scheme_of(activations, kv_bits)
+            _quieten_transformers()
+            return run_in_torch(file, path, ctx, chunks, reference, scheme, watch=watch)
+        from tesseraq_gguf.evaluation import evaluate as run
+
+        return run(file, path, ctx, chunks, reference, watch)
+
+    def measure() -> dict[str, Any]:
+        from tesseraq_gguf.inspection import inspect
+
+        found: dict[str, Any] = {}
+        facts = inspect(file)
+        with _bar() as watch:
+            loaded = None if tasks is None else _load_tasks(tasks, shots, watch)
+            if text is not None:
+                found |= on_text(text, lambda what, done, all: watch(f"measuring the {what}", done, all)).to_json()
+            if loaded is not None:
+                from tesseraq_gguf.tasks import evaluate_tasks
+
+                found |= {"bytes": facts.bytes, "bpw": facts.bpw} | evaluate_tasks(file, loaded, limit, watch).to_json()
+        return found
+
+    found = measure() if simulate else _with_runtime(measure)
     if as_json:
-        _print_json(result.to_json())
+        _print_json(found)
         return
-    print(f"perplexity      {result.perplexity:.4f} ± {result.perplexity_error:.4f}")
-    if result.kld is not None:
-        print(f"KL divergence   {result.kld:.5f}")
-        print(f"same top token  {100 * result.top1_agreement:.2f} %")
-    print(f"size            {_size(result.bytes)}, {result.bpw:.3f} bits per weight")
+    if text is not None:
+        print(f"perplexity      {found['perplexity']:.4f} ± {found['perplexity_error']:.4f}")
+    if found.get("kld") is not None:
+        print(f"KL divergence   {found['kld']:.5f}")
+        print(f"same top token  {100 * found['top1_agreement']:.2f} %")
+    print(f"size            {_size(found['bytes'])}, {found['bpw']:.3f} bits per weight")
+    if tasks is not None:
+        _print_tasks(found["tasks"])
+        if found["truncated"]:
+            _print_line(
+                f"{found['truncated']} requests were longer than the context and lost their beginning", "yellow"
+            )
 
 
 @app.command()
@@ -424,6 +563,41 @@ def runtime_info(
         print(f"{name:<26}{'-' if shown in (None, '') else shown}")
 
 
+def _given(context: typer.Context) -> set[str]:
+    """Names of the parameters that the user gave."""
+    return {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+
+
+def _load_tasks(tasks: str, shots: int | None, watch: Callable[[str, int, int], None]) -> LoadedTasks:
+    """Load tasks before a text takes its minutes: what is wrong with them, or with the runtime, is said first."""
+    from tesseraq_gguf.runtime import find_runtime
+    from tesseraq_gguf.tasks import load_tasks
+
+    find_runtime()
+    watch("loading the tasks", 0, 0)
+    loaded = load_tasks(tasks.split(","), shots)
+    watch("loading the tasks", 1, 1)
+    return loaded
+
+
+def _print_tasks(results: list[dict[str, Any]]) -> None:
+    """Print a table of tasks and figures."""
+    from rich.table import Table
+
+    table = Table("task", "metric")
+    for heading in ("value", "stderr", "items", "shots"):
+        table.add_column(heading, justify="right")
+    before = None
+    for row in results:
+        metric = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+        shots = "" if row["shots"] is None else str(row["shots"])
+        name = "" if row["task"] == before else row["task"]
+        table.add_row(Text(name), Text(metric), f"{row['value']:.4f}", error, f"{row['items']:,}", shots)
+        before = row["task"]
+    Console().print(table)
+
+
 def _learns(type: str) -> bool:
     """Whether something is learned in a type: only floats hold a model as it is."""
     from tesseraq_gguf.converter.tensor_types import tensor_type
@@ -431,20 +605,55 @@ def _learns(type: str) -> bool:
     return tensor_type(type).name not in ("f32", "f16", "bf16")
 
 
-def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
-    """Refuse options that the chosen type or method would ignore."""
-    given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
+def _rules(file: Path | None, given: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Rules REGEX=TYPE of a file, then those given; the last that matches wins."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UsageError(f"the rules {file} cannot be read: {reason}") from None
+    return read_rules([*lines, *given])
+
+
+def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates: bool, budget: bool) -> None:
+    """Refuse options that the chosen type or method would ignore.
+
+    Args:
+        context: of the command.
+        type: the type of the blocks' matrices.
+        method: how they are learned.
+        calibrates: whether there is something to measure on calibration text, whatever the method.
+        budget: whether types are chosen within one.
+    """
+    given = _given(context)
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
-        ignored = ["method", *learning, "granularity", "output_type", "work_dir", "fresh", "seed", "device"]
+        ignored = [
+            "method",
+            *learning,
+            "granularity",
+            "activations",
+            "kv_bits",
+            "output_type",
+            "work_dir",
+            "fresh",
+            "seed",
+            "device",
+        ]
         reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"
+        if calibrates:
+            ignored, reason = ["init", "finish", "rank", "preset"], "--method rtn learns nothing"
     elif method != "tesseraq":
         ignored = ["init", *(["rank"] if method != "lrq" else [])]
         reason = f"--method {method} knows one way"
     else:
         ignored, reason = ["rank"], "--rank is lrq's alone"
+    if "candidates" in given and not budget:
+        raise UsageError("--candidates are for --target-bpw and --target-size: there is no target")
+    if "type" in given and budget:
+        raise UsageError("--type gives all matrices one type, a target chooses among --candidates: give one of them")
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")
@@ -467,19 +676,19 @@ def _with_runtime(action: Callable[[], _T]) -> _T:
 
 
 @contextmanager
-def _chunk_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over the chunks on stderr, if that is a terminal."""
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, if that is a terminal, for each thing that is counted; a total of 0 is not known."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # of now: what libraries print may be swallowed meanwhile
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def watch(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bar.add_task(f"measuring the {what}", total=total)
-            bar.update(tasks[what], completed=done)
+                tasks[what] = bar.add_task(what, total=total or None)
+            bar.update(tasks[what], completed=done, total=total or None)
 
         yield watch
 

@@ -7,7 +7,8 @@ them. A matrix that is both gets the sum of both, each in units of its mean.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ _CHUNK = 1 << 24
 """Weights rounded at a time."""
 
 _DAMPING = 0.01
+
+_POSITIONS = 256
+"""Positions whose logits are in memory at a time."""
 
 
 @torch.no_grad()
@@ -72,6 +76,69 @@ def _rounded(
         report(done, weight.numel())
     keys = parts[0].arrays
     return QuantizedTensor(grid.type, {key: torch.cat([p.arrays[key] for p in parts]) for key in keys})
+
+
+@torch.no_grad()
+def embedding_costs(
+    decoder: Decoder, name: str, types: Sequence[str], tokens: Tensor, final: Tensor, bottom: Tensor
+) -> dict[str, float]:
+    """Estimate what embedding or output matrix cost in each type, in nats per token (see `bit_budget.py`).
+
+    Rows of the embedding move what enters the first block; the output matrix moves the answers' logits, whose
+    Kullback-Leibler divergence is half the variance of that move. A matrix that is both does both.
+
+    Args:
+        decoder: the model.
+        name: checkpoint name of the matrix.
+        types: which to try.
+        tokens: calibration tokens, int64 [samples, length].
+        final: final hidden states on them, before the final norm, float32 [samples, length, hidden].
+        bottom: gradient of the answers' log-probability below the first block, of the same shape.
+    """
+    weight = decoder.matrix(name)
+    x = decoder.final_norm()[1](final.to(decoder.device)).flatten(0, -2)
+    importance = torch.zeros(weight.shape[1])
+    if name == decoder.output_name():
+        importance += _of_mean_one(x.square().mean(0).cpu())
+    if name == decoder.embedding_name():
+        importance += _of_mean_one(bottom.square().mean((0, 1)))
+    before = decoder.stem(tokens)[0] if name == decoder.embedding_name() else None
+    costs = {}
+    for type in types:
+        rounded = _nearest(weight, grid_of(type), importance)
+        cost = 0.0
+        if name == decoder.output_name():
+            cost += 0.5 * float(_move_of_answers(weight, rounded, x, decoder.config).mean())
+        if before is not None:
+            moved = decoder.stem(tokens, {name: rounded})[0] - before
+            cost += 0.5 * float((moved * bottom).sum(-1).square().mean())
+        costs[type] = cost
+    return costs
+
+
+def _of_mean_one(values: Tensor) -> Tensor:
+    return values / values.mean().clamp_min(1e-30)
+
+
+def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
+    rows = max(1, _CHUNK // weight.shape[1])
+    return torch.cat([grid.dequantize(grid.quantize(part, importance)) for part in weight.split(rows)])
+
+
+def _move_of_answers(weight: Tensor, rounded: Tensor, x: Tensor, config: Any) -> Tensor:
+    """Variance of the logits' move under the answers' distribution, [positions], x [positions, hidden]."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    found = []
+    for part in x.split(_POSITIONS):
+        logits = part @ weight.T.to(part.device)
+        move = part @ (rounded - weight).T.to(part.device)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+            move *= 1 - (logits / cap) ** 2
+        p = logits.softmax(-1)
+        mean = (p * move).sum(-1)
+        found.append((p * move.square()).sum(-1) - mean.square())
+    return torch.cat(found)
 
 
 def dequantized(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:

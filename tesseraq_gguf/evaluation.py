@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tesseraq_gguf.errors import EvaluationError, FileFormatError, UsageError
-from tesseraq_gguf.inspection import inspect, open_gguf
+from tesseraq_gguf.inspection import Inspection, inspect, open_gguf
 from tesseraq_gguf.runtime.locate import BUILD_COMMAND, find_runtime
 
 Watch = Callable[[str, int, int], None]
@@ -89,6 +89,27 @@ def evaluate(
         EvaluationError: llama-perplexity failed, or the disk has no room.
     """
     file, text = Path(file), Path(text)
+    facts = check_request(file, text, ctx, chunks, reference)
+    vocabulary = vocabulary_size(file)
+    run = PerplexityRun(find_runtime().tool(TOOL), text, ctx, chunks, vocabulary, watch)
+    if reference is None:
+        perplexity, error = run.perplexity(file)
+        divergence, agreement = None, None
+    else:
+        with tempfile.TemporaryDirectory(prefix="tesseraq-eval-") as folder:
+            logits = Path(folder) / "reference.logits"
+            run.save_logits(Path(reference), logits)
+            perplexity, error, divergence, agreement = run.compare(file, logits)
+    return Evaluation(perplexity, error, divergence, agreement, facts.bytes, facts.bpw)
+
+
+def check_request(file: Path, text: Path, ctx: int, chunks: int | None, reference: Path | str | None) -> Inspection:
+    """Refuse what cannot be measured, and return what is in the file. Arguments are those of `evaluate`.
+
+    Raises:
+        FileFormatError: a GGUF file is missing or damaged.
+        UsageError: the text cannot be read, or a number or a reference cannot be meant.
+    """
     if ctx < _SMALLEST_CONTEXT:
         raise UsageError(f"--ctx must be at least {_SMALLEST_CONTEXT} tokens, not {ctx}")
     if chunks is not None and chunks < 1:
@@ -100,16 +121,7 @@ def evaluate(
             f"{reference} cannot be the reference of {file}: its vocabulary has {other:,} tokens, not {vocabulary:,}"
         )
     _check_text(text)
-    run = PerplexityRun(find_runtime().tool(TOOL), text, ctx, chunks, vocabulary, watch)
-    if reference is None:
-        perplexity, error = run.perplexity(file)
-        divergence, agreement = None, None
-    else:
-        with tempfile.TemporaryDirectory(prefix="tesseraq-eval-") as folder:
-            logits = Path(folder) / "reference.logits"
-            run.save_logits(Path(reference), logits)
-            perplexity, error, divergence, agreement = run.compare(file, logits)
-    return Evaluation(perplexity, error, divergence, agreement, facts.bytes, facts.bpw)
+    return facts
 
 
 def vocabulary_size(file: Path) -> int:

@@ -6,6 +6,7 @@ import json
 import math
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +16,15 @@ from typing import Protocol
 
 import torch
 
+from tesseraq_gguf.bit_budget import CostMeter
 from tesseraq_gguf.calibration import Calibration, load_calibration
 from tesseraq_gguf.converter.tensor_types import tensor_type
-from tesseraq_gguf.converter.writer import Metadata, check_output, check_source, stock_type, write_gguf, write_plain
+from tesseraq_gguf.converter.writer import Metadata, check_output, stock_type, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.distillation import Distillation
 from tesseraq_gguf.embeddings import dequantized, round_embeddings
-from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
-from tesseraq_gguf.grids import grid_for
+from tesseraq_gguf.errors import TesseraqError
+from tesseraq_gguf.grids import GRIDS, grid_for
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch
 from tesseraq_gguf.methods.flexround import flexround
@@ -33,11 +35,15 @@ from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
+from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
+from tesseraq_gguf.rules import read_rules, rules_of
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
-from tesseraq_gguf.runtime.source import SourceTree, ensure_source
+from tesseraq_gguf.runtime.source import ensure_source
+from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
+from tesseraq_gguf.type_plan import TypePlan, plan_types, within_budget
 from tesseraq_gguf.work_directory import EMBEDDINGS, FINAL, WorkDirectory, finished_block
 
 _SENSITIVITY_TOKENS = 4096
@@ -46,6 +52,9 @@ _SENSITIVITY_TOKENS = 4096
 
 _CLIPPING = 5
 """Steps in which OmniQuant learns its clipping, for each step of a stage of TesseraQ."""
+
+_TYPES = "types"
+"""Name of the note that keeps the chosen types."""
 
 _HELD_OUT = 1 / 16
 """Sequences that are held out for the last pass to prove itself on, for each that is learned on."""
@@ -133,91 +142,41 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         return _report(recipe, len(decoder), 0, {}, started)
     calibration = _calibration(recipe, source, progress)
     progress.stage("Asking llama.cpp's converter about the model")
-    types, outside, fallbacks = _plan(recipe, source, decoder, tree)
-    for name, reason in fallbacks.items():
+    plan = plan_types(recipe, source, decoder, tree)
+    for name, reason in plan.fallbacks.items():
         progress.note(f"{name} {reason}")
     autocast = learning_dtype(device)
-    identity = _identity(recipe, source.fingerprint(), calibration, autocast, types | outside)
+    identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan)
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
     with WorkDirectory(folder, identity, recipe.fresh) as work:
-        resumed = 0
-        for result in _results(recipe, decoder, types, outside, calibration, autocast, work, progress):
+        resumed, ranges = 0, dict[str, Range]()
+        if recipe.budgeted and calibration:
+            plan = _within_budget(recipe, plan, source, decoder, calibration, work, progress)
+        for result in _results(recipe, decoder, plan, calibration, autocast, work, progress):
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
+            ranges |= result.ranges
             progress.block(result, len(decoder))
         if recipe.finish == "distill" and calibration:
             _finish(recipe, decoder, calibration, autocast, work, progress)
         progress.stage(f"Writing and verifying {recipe.out.name}")
+        embedding = plan.embedding_type
         write_gguf(
             source,
             recipe.out,
             work.files(len(decoder), recipe.finish != "none"),
-            embedding_type=recipe.embedding_type if tensor_type(recipe.embedding_type).plain else "q8_0",
-            metadata=_metadata(recipe, target.file_type, calibration),
+            embedding_type=embedding if tensor_type(embedding).plain else "q8_0",
+            metadata=_metadata(recipe, tensor_type(plan.main_type(decoder)).file_type, calibration, ranges),
             say=progress.note,
             progress=progress.advance,
             tree=tree,
         )
+        if recipe.budgeted:
+            _keep_choice(recipe, plan, progress)
         if recipe.work_dir is None:
             work.remove()
-    return _report(recipe, len(decoder), resumed, fallbacks, started)
-
-
-def _plan(
-    recipe: Recipe, source: ModelSource, decoder: Decoder, tree: SourceTree
-) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Choose the tensor type of each matrix to learn.
-
-    Returns:
-        The types of matrices in blocks, the types of matrices outside them that are not plain, both by checkpoint
-        name, and what is said of matrices that do not get the type that was asked for.
-    """
-    types, fallbacks = {}, {}
-    shapes = decoder.matrix_shapes()
-    for name, (_, columns) in shapes.items():
-        found, said = _fitting(recipe.type, columns)
-        if said:
-            fallbacks[name] = said
-        if found:
-            types[name] = found
-    outside = {}
-    for name, asked in _asked_outside(recipe, decoder).items():
-        if not tensor_type(asked).plain:  # floats, and 8 bits, where rounding to nearest is as good as any
-            found, said = _fitting(asked, decoder.hidden_size)
-            if said:
-                fallbacks[name] = said
-            if found:
-                outside[name] = found
-                shapes[name] = (decoder.config.vocab_size, decoder.hidden_size)
-    refused = check_source(source, {name: shapes[name] for name in types | outside}, tree=tree)
-    for name, reason in refused.items():
-        fallbacks[name] = f"is not learned and gets a stock type: {reason}"
-        types.pop(name, None)
-        outside.pop(name, None)
-    if not types:
-        raise ModelError(f"{source.name}: no matrix of its blocks can be learned in {recipe.type.lower()}")
-    return types, outside, fallbacks
-
-
-def _fitting(asked: str, columns: int) -> tuple[str | None, str]:
-    """Return the type that rows of `columns` weights get, None if they cannot be learned, and what is said of it."""
-    kind = tensor_type(asked)
-    if kind.fits(columns):
-        return kind.name, ""
-    reason = f"{kind.block_weights} does not divide its rows of {columns}"
-    if kind.fallback and tensor_type(kind.fallback).fits(columns):
-        return kind.fallback, f"is {kind.fallback}, not {kind.name}: {reason} (llama-quantize does the same)"
-    return None, f"is not learned and gets a stock type: {reason}"
-
-
-def _asked_outside(recipe: Recipe, decoder: Decoder) -> dict[str, str]:
-    embedding, output = decoder.embedding_name(), decoder.output_name()
-    if embedding == output:
-        if recipe.output_type not in (None, recipe.embedding_type):
-            raise UsageError("this model's output matrix is its embedding: give --embedding-type alone")
-        return {embedding: recipe.embedding_type}
-    return {embedding: recipe.embedding_type, output: recipe.output_type or recipe.embedding_type}
+    return _report(recipe, len(decoder), resumed, plan.fallbacks, started)
 
 
 def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Calibration | None:
@@ -242,23 +201,21 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
 def _results(
     recipe: Recipe,
     decoder: Decoder,
-    types: Mapping[str, str],
-    outside: Mapping[str, str],
+    plan: TypePlan,
     calibration: Calibration | None,
     autocast: torch.dtype,
     work: WorkDirectory,
     progress: Progress,
 ) -> Iterator[BlockResult]:
+    types, outside = plan.types, plan.outside
     if calibration is None:
         _embeddings(decoder, outside, None, work, progress)
         progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
         yield from round_blocks(decoder, types, work.finished, recipe.granularity)
         return
     stored = [work.finished(index) for index in range(len(decoder))]
-    if all(s is not None for s in stored):
-        for index, s in enumerate(stored):
-            assert s is not None
-            yield BlockResult(index, *s, seconds=0.0, resumed=True)
+    if None not in stored:
+        yield from (result for result in stored if result is not None)
         return
     del stored
     walk = Reconstruction(
@@ -269,11 +226,11 @@ def _results(
         autocast=autocast,
         report=lambda block, done, total: progress.step(block, len(decoder), done, total),
         granularity=recipe.granularity,
+        activations=recipe.scheme,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
-        few = calibration.tokens[: max(1, _SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
-        sensitivity = measure_sensitivity(decoder, few, recipe.seed, progress.advance)
+        sensitivity = measure_sensitivity(decoder, _few(calibration), recipe.seed, progress.advance)
         _embeddings(decoder, outside, sensitivity, work, progress)
         progress.stage(
             f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
@@ -281,6 +238,49 @@ def _results(
         yield from walk.run(
             calibration.tokens, sensitivity.blocks, work.finished, lambda: _dequantized_embeddings(work)
         )
+
+
+def _few(calibration: Calibration) -> torch.Tensor:
+    """The sequences that the sensitivity is measured on, int64 [samples, length]."""
+    return calibration.tokens[: max(1, _SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
+
+
+def _within_budget(
+    recipe: Recipe,
+    plan: TypePlan,
+    source: ModelSource,
+    decoder: Decoder,
+    calibration: Calibration,
+    work: WorkDirectory,
+    progress: Progress,
+) -> TypePlan:
+    """Choose types, or take the choice of an earlier run of the same recipe."""
+    kept = work.note(_TYPES)
+    if kept is not None:
+        return plan.ruled(read_rules(kept.splitlines()), decoder)
+    with _memory_explained(decoder):
+        progress.stage("Measuring what each matrix costs in each type")
+        meter = CostMeter(plan.candidates(recipe, decoder), recipe.granularity)
+        measure_sensitivity(decoder, _few(calibration), recipe.seed, progress.advance, meter)
+        chosen = within_budget(recipe, plan, source, decoder, meter, _few(calibration))
+    work.keep_note(_TYPES, rules_of(chosen.chosen, ""))
+    return chosen
+
+
+def _keep_choice(recipe: Recipe, plan: TypePlan, progress: Progress) -> None:
+    """Write the chosen types beside the file, to be read, edited and given to --tensor-types."""
+    place = recipe.out.with_name(f"{recipe.out.name}.types")
+    said = f"types of {recipe.out.name}, chosen for {_budget(recipe)}; for --tensor-types"
+    with temporary_sibling(place) as partial:
+        partial.write_text(rules_of(plan.chosen, said), encoding="utf-8")
+    counts = Counter(plan.chosen.values())
+    progress.note(f"{', '.join(f'{n} matrices in {t}' for t, n in sorted(counts.items()))}; the choice is in {place}")
+
+
+def _budget(recipe: Recipe) -> str:
+    if recipe.target_size is not None:
+        return f"a file of {recipe.target_size:,} bytes"
+    return f"{recipe.target_bpw:g} bits per weight in the blocks"
 
 
 @contextmanager
@@ -352,9 +352,11 @@ def _method(recipe: Recipe, width: int) -> Method:
     """Put a method together from what a recipe names, for a model with so many channels."""
     steps = len(SOFT_SHARE) * recipe.settings.steps
     if recipe.method == "lrq":
-        return lrq(steps, recipe.rank or max(1, width // PAPER_SHARE))
+        return lrq(steps, recipe.settings.batch, recipe.rank or max(1, width // PAPER_SHARE))
     if recipe.method == "flexround":
-        return flexround(steps)
+        return flexround(steps, recipe.settings.batch)
+    if recipe.method == "rtn":  # only comes here with activations whose ranges are measured
+        return AsItStarts(Nearest())
     if recipe.method == "gptq":
         return AsItStarts(GPTQ())
     if recipe.method == "awq":
@@ -382,9 +384,10 @@ def _method(recipe: Recipe, width: int) -> Method:
 
 
 def _identity(
-    recipe: Recipe, model: str, calibration: Calibration | None, autocast: torch.dtype, types: Mapping[str, str]
+    recipe: Recipe, model: str, calibration: Calibration | None, autocast: torch.dtype, plan: TypePlan
 ) -> dict[str, object]:
     """Everything that decides what is learned. Differences are named to the user by these keys."""
+    types = plan.types | plan.outside
     return {
         "program": version("tesseraq-gguf"),
         "torch": torch.__version__,
@@ -394,8 +397,11 @@ def _identity(
         "init": recipe.init,
         "rank": recipe.rank,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
+        "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
         "type": sorted(set(types.values())),
         "matrices": len(types),
+        "rules": [list(rule) for rule in recipe.rules] or None,
+        "budget": [_budget(recipe), *recipe.candidates] if recipe.budgeted else None,
         # the last pass works on blocks of any run: it may be added, or repeated with other settings
         "preset": {key: value for key, value in asdict(recipe.settings).items() if key != "finish_steps"},
         "seed": recipe.seed,
@@ -403,7 +409,7 @@ def _identity(
     }
 
 
-def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None) -> Metadata:
+def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None, ranges: Mapping[str, Range]) -> Metadata:
     settings = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
     if recipe.rank:
         settings["rank"] = recipe.rank
@@ -412,6 +418,8 @@ def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None) -
         "tesseraq.method": _name(recipe),
         "tesseraq.recipe": json.dumps(settings if calibration else {"seed": recipe.seed}),
     }
+    if recipe.scheme.rounds:
+        entries[ACTIVATIONS_KEY] = to_metadata(recipe.scheme, ranges)
     if calibration:
         entries["tesseraq.calibration"] = f"{calibration.name} {calibration.fingerprint()}"
     return entries
@@ -421,17 +429,19 @@ def _name(recipe: Recipe) -> str:
     """What the file says of how it was made."""
     init = f" from {recipe.init}" if recipe.method == "tesseraq" and recipe.init != "auto" else ""
     init += " per channel" if recipe.granularity == "channel" else ""
+    init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""
     return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 
 def _report(recipe: Recipe, blocks: int, resumed: int, fallbacks: dict[str, str], started: float) -> ConversionReport:
     seen = inspect(recipe.out)
-    learned = next((t for t in seen.types if t.type == recipe.type.lower() and recipe.learns), None)
+    grids = [t for t in seen.tensors if t.name.startswith("blk.") and t.type in GRIDS and recipe.learns]
+    weights = sum(math.prod(t.shape) for t in grids)
     return ConversionReport(
         out=recipe.out,
         bytes=seen.bytes,
         bits_per_weight=seen.bpw,
-        block_bits_per_weight=learned.bpw if learned else 0.0,
+        block_bits_per_weight=8 * sum(t.bytes for t in grids) / weights if weights else 0.0,
         blocks=blocks,
         resumed=resumed,
         seconds=time.monotonic() - started,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.schemes import ActivationScheme, scheme_of
 
 METHODS = ("tesseraq", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
 """Methods by name: those that learn the rounding, then those to compare with."""
@@ -18,6 +19,13 @@ FINISHES = ("none", "distill")
 
 GRANULARITIES = ("group", "channel")
 """What shares a scale and a zero-point."""
+
+
+AUTO = "auto"
+"""Type of an embedding that is chosen within `target_size`."""
+
+CANDIDATES = ("tsq2", "tsq3", "tsq4")
+"""Types that a budget is spent on unless others are named."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +71,23 @@ class Recipe:
         model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
         out: the GGUF file to write.
         type: tensor type of the matrices in the decoder blocks; a float type means that nothing is learned.
+        rules: pairs (regular expression, type); the last one that matches a matrix's checkpoint name gives it its type.
+        target_bpw: bits per weight that the blocks' matrices may have; their types are then chosen.
+        target_size: bytes that the file may have; types of the blocks' matrices and the embedding are then chosen.
+        candidates: types to choose from.
         method: how codes are learned, one of `METHODS`.
         init: what TesseraQ begins at, one of `INITIALISATIONS`.
         finish: the last pass over the whole model, one of `FINISHES`.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
+        activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
+        kv_bits: bits of keys and values while learning; None leaves them.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
         seqlen: tokens of a sequence; None takes the preset's.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
-        embedding_type: tensor type of the embedding.
+        embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size`.
         output_type: tensor type of the output matrix; None means that of the embedding.
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
         fresh: throw finished blocks of an earlier run away.
@@ -83,11 +97,17 @@ class Recipe:
     model: str
     out: Path
     type: str = "tsq2"
+    rules: tuple[tuple[str, str], ...] = ()
+    target_bpw: float | None = None
+    target_size: int | None = None
+    candidates: tuple[str, ...] = CANDIDATES
     method: str = "tesseraq"
     init: str = "auto"
     finish: str = "none"
     rank: int | None = None
     granularity: str = "group"
+    activations: str = "none"
+    kv_bits: int | None = None
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -111,6 +131,14 @@ class Recipe:
         _check("initialisation", self.init, INITIALISATIONS)
         _check("finish", self.finish, FINISHES)
         _check("granularity", self.granularity, GRANULARITIES)
+        if self.target_bpw is not None and self.target_size is not None:
+            raise UsageError("--target-bpw and --target-size are two budgets: give one")
+        if self.target_bpw is not None and not self.target_bpw > 0:
+            raise UsageError(f"--target-bpw must be more than 0, not {self.target_bpw:g}")
+        if self.embedding_type == AUTO and self.target_size is None:
+            raise UsageError("the type of the embedding can be chosen with --target-size only: name one")
+        if self.scheme.rounds and self.finish != "none":
+            raise UsageError("--finish learns with activations as they are: it is not possible with rounded ones")
         if self.granularity == "channel" and self.finish != "none":
             raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
         if self.rank is not None and self.rank < 1:
@@ -127,6 +155,16 @@ class Recipe:
         return replace(preset, samples=self.samples or preset.samples, length=self.seqlen or preset.length)
 
     @property
+    def scheme(self) -> ActivationScheme:
+        """How activations are rounded while learning."""
+        return scheme_of(self.activations, self.kv_bits)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether types are chosen within a budget."""
+        return self.target_bpw is not None or self.target_size is not None
+
+    @property
     def learns(self) -> bool:
         """Whether anything is learned or rounded block by block: True for types with a grid."""
         from tesseraq_gguf.grids import GRIDS
@@ -136,7 +174,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
-        return self.learns and self.method != "rtn"
+        return self.learns and (self.method != "rtn" or self.scheme.static or self.budgeted)
 
 
 def _check(what: str, name: str, known: tuple[str, ...]) -> None:

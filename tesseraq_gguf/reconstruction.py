@@ -14,18 +14,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
+from tesseraq_gguf.schemes import ActivationScheme, Range
 
-Finished = Callable[[int], "tuple[dict[str, QuantizedTensor], float | None, float | None] | None"]
-"""Gives what an earlier run learned for a block (tensors, loss before, loss after), or None."""
+Finished = Callable[[int], "BlockResult | None"]
+"""Gives what an earlier run learned for a block, or None."""
 
 Weights = Mapping[str, Tensor]
 """Weights of a block's matrices by module name, float32 [out, in]."""
@@ -51,6 +54,7 @@ class BlockProblem:
         autocast: dtype of matrix products while learning; float32 means no autocast.
         generator: the block's own random numbers, a function of the run's seed and the block's index alone.
         report: called with (steps done, steps in all) while learning.
+        rounding: rounds activations of the quantised chain; None leaves them.
     """
 
     block: LoadedBlock
@@ -63,6 +67,7 @@ class BlockProblem:
     autocast: torch.dtype
     generator: torch.Generator
     report: Callable[[int, int], None]
+    rounding: ActivationRounding | None = None
 
     def matrices(self) -> dict[str, Tensor]:
         """Return the full-precision weights to learn, float32 [out, in], by module name."""
@@ -73,6 +78,10 @@ class BlockProblem:
         """Run the block on hidden states [batch, length, hidden], with `weights` in place of its own where given."""
         return self.block.run(hidden, self.arguments, weights)
 
+    def quantised(self, hidden: Tensor, weights: Weights) -> Tensor:
+        """Run the block as the file will: with `weights`, and with activations rounded where the scheme says so."""
+        return self.block.run(hidden, self.arguments, weights, rounding=self.rounding)
+
     def loss(self, weights: Weights, samples: Tensor) -> Tensor:
         """Weighted squared error of the block's output, summed over channels, mean over tokens.
 
@@ -82,7 +91,7 @@ class BlockProblem:
         """
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
         with self._precision():
-            out = self.forward(hidden, weights)
+            out = self.quantised(hidden, weights)
         error = (out.float() - target).pow(2)
         first, rest = error[:, 0] @ self.sensitivity[0], error[:, 1:] @ self.sensitivity[1]
         return (first.sum() + rest.sum()) / (first.numel() + rest.numel())
@@ -93,6 +102,18 @@ class BlockProblem:
     def draw(self, count: int) -> Tensor:
         """Draw `count` different sample indices."""
         return torch.randperm(len(self.inputs), generator=self.generator)[:count]
+
+    def input_ranges(self) -> dict[str, Range]:
+        """Return lowest and highest input of each matrix on the quantised chain, activations not rounded, by name."""
+        ranges: dict[str, Range] = {}
+
+        def see(name: str, x: Tensor) -> None:
+            low, high = x.aminmax()
+            before = ranges.get(name, (0.0, 0.0))
+            ranges[name] = min(before[0], float(low)), max(before[1], float(high))
+
+        self.observe(len(self.inputs), see)
+        return ranges
 
     @torch.no_grad()
     def observe(self, samples: int, see: Callable[[str, Tensor], None]) -> None:
@@ -163,6 +184,7 @@ class BlockResult:
         loss_after: the same with the learned weights.
         seconds: time it took.
         resumed: True if an earlier run had learned it.
+        ranges: static ranges of what the matrices are fed, by checkpoint name, where the scheme has them.
     """
 
     index: int
@@ -171,6 +193,7 @@ class BlockResult:
     loss_after: float | None
     seconds: float
     resumed: bool = False
+    ranges: Mapping[str, Range] = field(default_factory=dict)
 
 
 @dataclass
@@ -185,6 +208,7 @@ class Reconstruction:
         autocast: dtype of matrix products while learning.
         report: called with (block, steps done, steps in all).
         granularity: what shares a scale: `group` or `channel`.
+        activations: how activations of the quantised chain are rounded.
     """
 
     decoder: Decoder
@@ -194,6 +218,7 @@ class Reconstruction:
     autocast: torch.dtype
     report: Callable[[int, int, int], None] = lambda *_: None
     granularity: str = "group"
+    activations: ActivationScheme = field(default_factory=ActivationScheme)
 
     def run(
         self,
@@ -222,24 +247,28 @@ class Reconstruction:
             started = time.monotonic()
             problem = self._problem(index, full, quantised, sensitivity[index], recorded)
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
-            _run_in_place(problem, full, {})
-            stored = finished(index)
-            before: float | None
-            after: float | None
-            if stored is None:
+            _run_in_place(full, problem.forward, problem.device)
+            result = finished(index)
+            if result is None:
+                ranges = problem.input_ranges() if self.activations.static else {}
+                self._round(problem, ranges)
                 before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
                 learned = self.method.learn(problem)
                 weights = _dequantized(problem, learned)
                 after = _mean_loss(problem, weights)
+                named = {f"{problem.block.prefix}{name}.weight": r for name, r in ranges.items()}
                 tensors = _named(problem, learned)
-                result = BlockResult(index, tensors, before, after, time.monotonic() - started)
+                result = BlockResult(index, tensors, before, after, time.monotonic() - started, ranges=named)
             else:
-                tensors, before, after = stored
-                weights = problem.block.adopt(tensors)
-                result = BlockResult(index, tensors, before, after, time.monotonic() - started, resumed=True)
-            _run_in_place(problem, quantised, weights)
+                weights = problem.block.adopt(result.tensors)
+                self._round(problem, problem.block.by_module(result.ranges))
+            _run_in_place(quantised, partial(problem.quantised, weights=weights), problem.device)
             del problem, weights
             yield result
+
+    def _round(self, problem: BlockProblem, ranges: Mapping[str, Range]) -> None:
+        if self.activations.rounds:
+            problem.rounding = ActivationRounding(self.activations, ranges)
 
     def _problem(
         self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs
@@ -283,12 +312,10 @@ def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> 
 
 
 @torch.no_grad()
-def _run_in_place(problem: BlockProblem, activations: Tensor, weights: Weights) -> None:
-    """Replace activations [samples, length, hidden] by the block's output, sample by sample."""
+def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    """Replace activations [samples, length, hidden] by what `run` makes of them, sample by sample."""
     for sample in range(len(activations)):
-        activations[sample] = (
-            problem.forward(activations[sample : sample + 1].to(problem.device), weights)[0].float().cpu()
-        )
+        activations[sample] = run(activations[sample : sample + 1].to(device))[0].float().cpu()
 
 
 @torch.no_grad()

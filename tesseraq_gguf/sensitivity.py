@@ -13,14 +13,16 @@ reconstruction. The same pass sees what the embedding and the output matrix need
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tesseraq_gguf.models.decoder import Decoder
+from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 
 _FLOOR = 1e-4
 """Smallest weight against the mean: no channel is given up."""
@@ -42,8 +44,30 @@ class Sensitivity:
     output_moment: Tensor
 
 
+Passed = Mapping[str, "tuple[Tensor, Tensor]"]
+"""What a block's matrices were fed and felt, by module name: inputs [tokens, in], and the gradient of the answers'
+log-probability with respect to outputs [tokens, out]."""
+
+
+class Witness(Protocol):
+    """Sees more of the pass than what `Sensitivity` keeps."""
+
+    def ends(self, final: Tensor, bottom: Tensor) -> None:
+        """Take final hidden states, before the final norm, and the gradient below the first block.
+
+        Both are float32 [samples, length, hidden] on the CPU.
+        """
+
+    def block(self, block: LoadedBlock, passed: Passed) -> None:
+        """Take a block, on the way down, with what its matrices were fed and felt."""
+
+
 def measure_sensitivity(
-    decoder: Decoder, tokens: Tensor, seed: int, report: Callable[[int, int], None] = lambda *_: None
+    decoder: Decoder,
+    tokens: Tensor,
+    seed: int,
+    report: Callable[[int, int], None] = lambda *_: None,
+    witness: Witness | None = None,
 ) -> Sensitivity:
     """Diagonal Fisher information of the hidden states before and after each block.
 
@@ -54,6 +78,7 @@ def measure_sensitivity(
         tokens: a few calibration sequences, int64 [samples, length].
         seed: of the drawn answers.
         report: called with (blocks done, blocks in all).
+        witness: sees blocks and ends of the model; None sees nothing.
     """
     hidden, recorded = decoder.stem(tokens)
     total = 2 * len(decoder)
@@ -75,13 +100,42 @@ def measure_sensitivity(
             weights.append(_weights(gradient))
             block, inputs = decoder.load_block(index), torch.load(levels[index])
             below = []
-            for h, g in zip(inputs.split(1), gradient.split(1), strict=True):
-                h = h.to(decoder.device).requires_grad_()
-                out = block.run(h, recorded.arguments[index])
-                below.append(torch.autograd.grad(out, h, g.to(decoder.device))[0].cpu())
+            with _watched(block if witness else None) as passed:
+                for h, g in zip(inputs.split(1), gradient.split(1), strict=True):
+                    h = h.to(decoder.device).requires_grad_()
+                    out = block.run(h, recorded.arguments[index])
+                    below.append(torch.autograd.grad(out, h, g.to(decoder.device))[0].cpu())
             gradient = torch.cat(below)
+            if witness:
+                witness.block(block, {name: (torch.cat(fed), torch.cat(felt)) for name, (fed, felt) in passed.items()})
+            del passed
             report(total - index, total)
+    if witness:
+        witness.ends(hidden, gradient)
     return Sensitivity(weights[::-1], _weights(gradient)[1].cpu(), moment.cpu())
+
+
+@contextmanager
+def _watched(block: LoadedBlock | None) -> Iterator[dict[str, tuple[list[Tensor], list[Tensor]]]]:
+    """Collect what the block's matrices are fed and feel inside; None collects nothing."""
+    passed: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        fed, felt = passed.setdefault(name, ([], []))
+
+        def forward(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            fed.append(args[0].detach().flatten(0, -2))
+            out.register_hook(lambda gradient: felt.append(gradient.flatten(0, -2)))
+
+        return forward
+
+    matrices = block.matrices() if block else {}
+    handles = [module.register_forward_hook(hook(name)) for name, module in matrices.items()]
+    try:
+        yield passed
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _weights(gradient: Tensor) -> Tensor:

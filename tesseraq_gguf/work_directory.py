@@ -97,15 +97,19 @@ class WorkDirectory:
     def keep(self, result: BlockResult) -> None:
         """Write a finished block; it appears whole or not at all."""
         notes = {"loss_before": json.dumps(result.loss_before), "loss_after": json.dumps(result.loss_after)}
+        if result.ranges:
+            notes["ranges"] = json.dumps(result.ranges)
         save_tensors(self._file(_block(result.index)), result.tensors, notes)
 
-    def finished(self, index: int) -> tuple[dict[str, QuantizedTensor], float | None, float | None] | None:
-        """Return what an earlier run learned for a block (tensors, loss before, loss after), or None."""
+    def finished(self, index: int) -> BlockResult | None:
+        """Return what an earlier run learned for a block, or None."""
         file = self._file(_block(index))
         if not file.is_file():
             return None
         tensors, notes = load_tensors(file)
-        return tensors, json.loads(notes["loss_before"]), json.loads(notes["loss_after"])
+        before, after = json.loads(notes["loss_before"]), json.loads(notes["loss_after"])
+        ranges = {name: (low, high) for name, (low, high) in json.loads(notes.get("ranges", "{}")).items()}
+        return BlockResult(index, tensors, before, after, seconds=0.0, resumed=True, ranges=ranges)
 
     def block(self, index: int) -> dict[str, QuantizedTensor]:
         """Return what was learned for a finished block."""
@@ -119,6 +123,16 @@ class WorkDirectory:
         """Return tensors and notes kept under a name, or None."""
         file = self._file(name)
         return load_tensors(file) if file.is_file() else None
+
+    def keep_note(self, name: str, text: str) -> None:
+        """Write a text under a name."""
+        with temporary_sibling(self.folder / f"{name}.txt") as partial:
+            partial.write_text(text, encoding="utf-8")
+
+    def note(self, name: str) -> str | None:
+        """Return the text kept under a name, or None."""
+        file = self.folder / f"{name}.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else None
 
     def files(self, blocks: int, finish: bool) -> list[Path]:
         """Return the files that hold the result.

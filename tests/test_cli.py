@@ -149,6 +149,11 @@ BAD = [
     ("convert model out.gguf --granularity row", "unknown granularity 'row'"),
     ("convert model out.gguf --granularity channel --type q2_k", "--granularity channel is not possible in q2_k"),
     ("convert model out.gguf --granularity channel --finish distill", "not possible with --granularity channel"),
+    ("convert model out.gguf --activations a7", "unknown rounding of activations 'a7'"),
+    ("convert model out.gguf --kv-bits 5", "--kv-bits 5 is not possible"),
+    ("convert model out.gguf --activations a4 --finish distill", "not possible with rounded ones"),
+    ("convert model out.gguf --type f16 --activations a8", "--activations has no meaning"),
+    ("convert model out.gguf --method rtn --activations a8-static --preset best", "--preset has no meaning"),
     ("convert model out.gguf --rank 64", "--rank has no meaning"),
     ("convert model out.gguf --method flexround --rank 64", "--rank has no meaning"),
     ("convert model out.gguf --method lrq --rank 0", "--rank must be at least 1"),
@@ -191,7 +196,24 @@ BAD = [
     ("eval good.gguf --text short.txt --reference cut.gguf", "truncated"),
     ("eval good.gguf --text short.txt --chunks 0", "--chunks"),
     ("eval good.gguf --text short.txt --ctx 1", "--ctx"),
-    ("eval good.gguf", "--text"),
+    ("eval good.gguf", "give --text, --tasks, or both"),
+    ("eval good.gguf --limit 3", "give --text, --tasks, or both"),
+    ("eval good.gguf --tasks arc_easy --ctx 64", "--ctx has no meaning without --text"),
+    ("eval good.gguf --tasks arc_easy --chunks 2", "--chunks has no meaning without --text"),
+    ("eval good.gguf --tasks arc_easy --reference good.gguf", "--reference has no meaning without --text"),
+    ("eval good.gguf --text short.txt --limit 3", "--limit has no meaning without --tasks"),
+    ("eval good.gguf --text short.txt --shots 3", "--shots has no meaning without --tasks"),
+    ("eval missing.gguf --tasks arc_easy", "no file at missing.gguf"),
+    ("eval cut.gguf --tasks arc_easy", "truncated"),
+    ("eval foreign.gguf --tasks arc_easy", "999"),
+    ("eval good.gguf --text short.txt --activations a8", "--activations has a meaning with --simulate only"),
+    ("eval good.gguf --text short.txt --simulate --kv-bits 8", "give --activations as well"),
+    ("eval good.gguf --text short.txt --simulate --activations a9", "unknown rounding of activations 'a9'"),
+    ("eval good.gguf --text short.txt --simulate --activations a8-static", "has no ranges for a8-static"),
+    ("eval good.gguf --text short.txt --simulate --chunks 0", "--chunks"),
+    ("eval cut.gguf --text short.txt --simulate", "truncated"),
+    ("eval good.gguf --tasks arc_easy --simulate", "--simulate has no meaning without --text"),
+    ("eval good.gguf --tasks arc_easy --text short.txt --simulate", "--simulate is for a text alone"),
     ("chat missing.gguf", "no file at missing.gguf"),
     ("chat cut.gguf -p hello", "truncated"),
     ("chat other.gguf -p hello", "is not a GGUF file"),
@@ -229,7 +251,9 @@ def test_an_output_that_cannot_be_written(run, tiny_model):
     assert "cannot be written" in run("convert", tiny_model, "/proc/out.gguf").error
 
 
-@pytest.mark.parametrize("command", ["eval FILE --text TEXT", "chat FILE -p hello", "runtime path"])
+@pytest.mark.parametrize(
+    "command", ["eval FILE --text TEXT", "eval FILE --tasks arc_easy", "chat FILE -p hello", "runtime path"]
+)
 def test_without_a_runtime_the_error_says_how_to_get_it(command, run, tiny_gguf, long_text, tmp_path, monkeypatch):
     monkeypatch.setenv("TESSERAQ_GGUF_CACHE", str(tmp_path))
     monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)

@@ -18,7 +18,12 @@ def _result(index: int) -> BlockResult:
     q = torch.randint(0, 4, (2, 64), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
     code = torch.full((2, 1), 70, dtype=torch.uint8)
     return BlockResult(
-        index, {f"layers.{index}.w": QuantizedTensor("tsq2", {"q": q, "d": code, "z": code + 1})}, 2.5, 1.25, 1.0
+        index,
+        {f"layers.{index}.w": QuantizedTensor("tsq2", {"q": q, "d": code, "z": code + 1})},
+        2.5,
+        1.25,
+        1.0,
+        ranges={f"layers.{index}.w": (-0.1, 3.0)},
     )
 
 
@@ -28,8 +33,10 @@ def test_blocks_come_back_as_they_were(tmp_path):
         work.keep(_result(0))
         work.keep(_result(1))
     with WorkDirectory(tmp_path / "work", IDENTITY, fresh=False) as work:
-        tensors, before, after = work.finished(1)
-        assert (before, after) == (2.5, 1.25)
+        found = work.finished(1)
+        tensors = found.tensors
+        assert (found.index, found.loss_before, found.loss_after, found.resumed) == (1, 2.5, 1.25, True)
+        assert found.ranges == {"layers.1.w": (-0.1, 3.0)}
         assert tensors.keys() == {"layers.1.w"}
         for name, array in _result(1).tensors["layers.1.w"].arrays.items():
             assert torch.equal(tensors["layers.1.w"].arrays[name], array)

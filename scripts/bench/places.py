@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pad_gemma import pad
 
+from bench.rows import RANKS
 from tesseraq_gguf.calibration import load_calibration
 from tesseraq_gguf.models import resolve_model
 from tesseraq_gguf.paths import temporary_sibling
@@ -20,6 +24,9 @@ from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.runtime.source import ensure_source
 
 AUTOROUND_VERSION = "0.16.1"
+
+_STRETCH = 2000
+_PARTS = 5
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,9 @@ class Places(Mapping[str, object]):
             "autoround": self._autoround,
             "autoround_script": lambda: Path(__file__).with_name("autoround.py"),
             "calibration": lambda: options.calibration,
+            "learned_text": lambda: self._part(kept=False),
+            "kept_text": lambda: self._part(kept=True),
+            **{f"width_{n}th": partial(self._width, n) for n in RANKS},
             "preset": lambda: options.preset,
             "iters": lambda: options.iters,
             "threads": lambda: options.threads,
@@ -102,7 +112,7 @@ class Places(Mapping[str, object]):
     def _tool(self, name: str) -> Path:
         return self.runtime.tool(name)
 
-    def _made(self, name: str, make: Callable[[Path], None]) -> Path:
+    def _made(self, name: str, make: Callable[[Path], object]) -> Path:
         file = self.options.work / name
         if not file.exists():
             self.say(f"making {name}")
@@ -131,6 +141,20 @@ class Places(Mapping[str, object]):
         name = f"{kind}-imatrix-{options.imatrix_chunks or 'all'}.gguf"
         return self._made(name, lambda out: run([*command, "-o", str(out)]))
 
+    def _part(self, kept: bool) -> Path:
+        text = self.options.calibration.read_text(encoding="utf-8", errors="replace")
+
+        def make(out: Path) -> None:
+            out.write_text(parted(text)[kept], encoding="utf-8")
+
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        return self._made(f"{'kept' if kept else 'learned'}-{digest}.txt", make)
+
+    def _width(self, share: int) -> int:
+        """A share 1/n of the model's width."""
+        config = resolve_model(self.options.model, self.say).config()
+        return int(config.get("text_config", config)["hidden_size"]) // share
+
     def _tokens(self) -> Path:
         options = self.options
 
@@ -156,8 +180,26 @@ class Places(Mapping[str, object]):
         return python
 
 
-def run(command: list[str], log: Path | None = None) -> None:
+def parted(text: str) -> tuple[str, str]:
+    """Cut a text into four fifths to learn on and a fifth to keep: every fifth stretch of some 2000 characters.
+
+    Stretches end at line ends, so both parts are of the same kinds of text.
+    """
+    stretches = [""]
+    for line in text.splitlines(keepends=True):
+        if len(stretches[-1]) >= _STRETCH:
+            stretches.append("")
+        stretches[-1] += line
+    kept = stretches[_PARTS - 1 :: _PARTS]
+    learned = [s for index, s in enumerate(stretches) if index % _PARTS != _PARTS - 1]
+    return "".join(learned), "".join(kept)
+
+
+def run(command: list[str], log: Path | None = None) -> int:
     """Run a program to its end; what it says goes to a log, where one can watch it.
+
+    Returns:
+        The most memory that it, or a program that it ran, had in use, in bytes; 0 where the system does not tell.
 
     Raises:
         RuntimeError: it failed; the message has the end of what it said.
@@ -165,11 +207,27 @@ def run(command: list[str], log: Path | None = None) -> None:
     with log.open("a+b") if log else tempfile.TemporaryFile() as said:
         said.write(f"$ {' '.join(command)}\n".encode())
         said.flush()
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)
-        if done.returncode:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT)
+        try:
+            code, peak = _end_of(process)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        if code:
             said.seek(0)
             tail = "\n".join(said.read().decode("utf-8", "replace").splitlines()[-12:])
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{tail}")
+            raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{tail}")
+        return peak
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Wait for a program; return its exit code and the most memory it had in use, in bytes."""
+    if not hasattr(os, "wait4"):
+        return process.wait(), 0
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def remove(path: Path) -> None:

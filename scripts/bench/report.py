@@ -44,6 +44,33 @@ def table(measured: Measured) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def rounding_table(measured: Measured) -> str:
+    """Lay the study of rounding out: by type, samples, then divergence on the text that is measured."""
+    heads = ("type", "method", "sequences", "variables", "peak memory",
+             "perplexity", "KL divergence", "perplexity, kept part", "KL divergence, kept part", "made in")  # fmt: skip
+    types = list(dict.fromkeys(row.type for row, _ in measured))
+    ordered = sorted(measured, key=lambda m: (types.index(m[0].type), -(m[0].samples or 0), m[1].kld))
+    lines = [heads, ("---", "---", *["---:"] * (len(heads) - 2)), *(_rounding_cells(*m) for m in ordered)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _rounding_cells(row: Row, result: Result) -> tuple[str, ...]:
+    assert result.kept
+    rank = f", rank 1/{row.rank} of the width" if row.rank else ""
+    return (
+        _type(row),
+        row.method + rank,
+        "" if row.method == "RTN" else str(row.samples),
+        f"{result.variables:,}" if result.variables else "",
+        f"{result.peak_bytes / 1e9:.2f} GB" if result.peak_bytes else "",
+        _perplexity(result),
+        f"{result.kld:.4f}",
+        f"{result.kept[0]:.2f} ± {result.kept[1]:.2f}",
+        f"{result.kept[2]:.4f}",
+        _time(result),
+    )
+
+
 def notes(measured: Measured) -> str:
     """List what the rows' notes say, and the mixtures of types."""
     lines = []
@@ -180,19 +207,22 @@ def _place(axes: Any, figure: Any, labels: Sequence[tuple[Result, str, str]], po
 
 
 def _cells(row: Row, result: Result) -> tuple[str, ...]:
-    perplexity = (
-        f"{result.perplexity:.2f} ± {result.perplexity_error:.2f}" if sane(result) else f"{result.perplexity:.0f}"
-    )
     return (
         row.family + (" (padded)" if row.padded else ""),
         row.method,
         _type(row),
         f"{result.bits:.2f}",
-        perplexity,
+        _perplexity(result),
         f"{result.kld:.4f}",
         f"{100 * result.top1:.1f} %",
         "" if row.family == REFERENCE else _time(result),
     )
+
+
+def _perplexity(result: Result) -> str:
+    if not sane(result):
+        return f"{result.perplexity:.0f}"
+    return f"{result.perplexity:.2f}" + ("" if result.perplexity_error is None else f" ± {result.perplexity_error:.2f}")
 
 
 def _type(row: Row) -> str:

@@ -25,12 +25,16 @@ class Result:
         types: how many block matrices there are of each type.
         embedding: type of the embedding.
         perplexity: on the evaluation text.
-        perplexity_error: its standard error.
+        perplexity_error: its standard error; None if it was lost.
         kld: mean Kullback-Leibler divergence from the 16-bit model, in nats.
         top1: share of places where both find the same token most likely.
         seconds: wall time that making the file took.
         cpu_seconds: processor time that it took, of all threads; says more on a machine that does other things too.
             None if it was made in several runs that were not timed alike.
+        peak_bytes: the most memory that making it took; None if that was not measured.
+        variables: how many numbers were learned at once, in the largest block; None where nothing is learned.
+        kept: perplexity, its error, divergence and agreement on the kept part of the calibration text, for rows of the
+            study of rounding.
     """
 
     key: str
@@ -38,11 +42,14 @@ class Result:
     types: dict[str, int]
     embedding: str
     perplexity: float
-    perplexity_error: float
+    perplexity_error: float | None
     kld: float
     top1: float
     seconds: float
     cpu_seconds: float | None
+    peak_bytes: int | None = None
+    variables: int | None = None
+    kept: tuple[float, float, float, float] | None = None
 
 
 def result_key(row: Row, setting: Mapping[str, Any]) -> str:

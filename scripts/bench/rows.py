@@ -12,6 +12,9 @@ from dataclasses import dataclass
 OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
 FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
 
+TYPES, ROUNDING = "types", "rounding"
+"""Studies: what a type of some size can do, ours and theirs; and how rounding is learned, by what it generalises to."""
+
 Command = tuple[str, ...]
 
 
@@ -28,6 +31,10 @@ class Row:
         commands: what makes the file.
         bits: bits per weight, if the file does not tell.
         note: what a reader must know.
+        study: which table it stands in. Rows of `ROUNDING` learn on four fifths of the calibration text and are
+            measured on the rest of it as well.
+        rank: of LRQ's scaling matrices, as a share 1/n of the model's width: n. None for other methods.
+        samples: calibration sequences, where the study says so.
     """
 
     name: str
@@ -38,6 +45,9 @@ class Row:
     commands: tuple[Command, ...]
     bits: float | None = None
     note: str = ""
+    study: str = TYPES
+    rank: int | None = None
+    samples: int | None = None
 
     def filled(self, places: Mapping[str, object]) -> list[list[str]]:
         """Return the commands with every name in braces replaced."""
@@ -48,7 +58,20 @@ CUSTOM_TYPES = ("tsq2", "tsq3", "tsq4")
 STOCK_TYPES = ("q2_0", "q4_0", "q4_1")
 K_TYPES = ("q2_k", "q3_k", "q4_k")
 INITIALISATIONS = ("none", "gptq", "awq", "omniquant", "awq+gptq")
-METHOD_NAMES = {"rtn": "RTN", "gptq": "GPTQ", "awq": "AWQ", "omniquant": "OmniQuant"}
+METHOD_NAMES = {
+    "rtn": "RTN",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "omniquant": "OmniQuant",
+    "tesseraq": "TesseraQ",
+    "lrq": "LRQ",
+    "flexround": "FlexRound",
+}
+ROUNDING_SAMPLES = 128
+"""Calibration sequences of the study of rounding, where it does not vary them."""
+
+RANKS = (16, 8, 4, 2)
+"""Ranks of the same, as shares of the model's width: a sixteenth to a half."""
 
 # what `--pure` is told, by the type that comes of it: the file type IQ2_S is made of iq2_xs, IQ2_M of iq2_s
 LLAMA_TYPES = {
@@ -67,7 +90,7 @@ AUTOROUND_BITS = 2 + (16 + 2) / 64
 
 def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
-    return [*_references(), *_llama_rows(), *_autoround_rows(), *_our_rows()]
+    return [*_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_budget_rows(), *_rounding_rows()]
 
 
 def _references() -> Iterator[Row]:
@@ -136,5 +159,47 @@ def _our_rows() -> Iterator[Row]:
             # as many sequences as a text of 386 leaves to learn on when a last pass holds some out
             note = "its blocks come from a run that was stopped before its last pass; times are nearly right"
             yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
-            note = "made when the preset took 256 sequences, and 200 steps for the last pass"
+            note = "its 363 sequences are those of the row above; blocks and last pass were made in two runs"
             yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more, note=note)
+
+
+def _budget_rows() -> Iterator[Row]:
+    """Types chosen within a budget, against one type for all: their rounding is GPTQ's, as cheap as it is good."""
+    for bits in ("2.75",):
+        command = ("{cli}", "convert", "{plain_model}", "{out}", "--target-bpw", bits, "--embedding-type", "q8_0",
+                   "--method", "gptq", "--preset", "{preset}", "--calibration", "{calibration}")  # fmt: skip
+        note = "types chosen among TSQ2, TSQ3 and TSQ4 by what each matrix costs the model's answers"
+        yield Row(f"ours-budget-{bits}-gptq", OURS, f"GPTQ, `--target-bpw {bits}`", None, False, (command,), note=note)
+
+
+def _rounding_rows() -> Iterator[Row]:
+    """LRQ against FlexRound, TesseraQ and what they begin at: same type, same text, same number of steps."""
+
+    def row(type: str, method: str, *options: str, rank: int | None = None, samples: int = ROUNDING_SAMPLES) -> Row:
+        name = f"rounding-{type}-{method}"
+        command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", type, "--embedding-type", "q8_0",
+                   "--method", method, *options)  # fmt: skip
+        if method != "rtn":
+            command += ("--preset", "{preset}", "--calibration", "{learned_text}")
+            command += ("--samples", str(samples), "--seqlen", "128")
+        if rank:
+            command += ("--rank", f"{{width_{rank}th}}")
+            name += f"-rank{rank}"
+        if samples != ROUNDING_SAMPLES:
+            name += f"-{samples}"
+        title = METHOD_NAMES[method]
+        return Row(name, OURS, title, type, False, (command,), study=ROUNDING, rank=rank, samples=samples)
+
+    for type in ("tsq3", "tsq4", "q4_0"):
+        yield row(type, "rtn")
+        yield row(type, "awq")
+        yield row(type, "lrq", rank=4)
+        yield row(type, "flexround")
+        yield row(type, "tesseraq")
+    for rank in RANKS:
+        if rank != 4:  # is among the rows above
+            yield row("tsq3", "lrq", rank=rank)
+    for samples in (8, 32):
+        yield row("tsq3", "lrq", rank=4, samples=samples)
+        yield row("tsq3", "flexround", samples=samples)
+        yield row("tsq3", "tesseraq", samples=samples)

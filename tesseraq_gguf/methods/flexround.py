@@ -33,6 +33,6 @@ class FullDivisor:
         return full + row
 
 
-def flexround(steps: int) -> ScaledRounding:
-    """Return the method with so many Adam steps per block."""
-    return ScaledRounding(lambda weight, _: FullDivisor(weight), RATES, steps)
+def flexround(steps: int, batch: int) -> ScaledRounding:
+    """Return the method with so many Adam steps per block, of `batch` samples each."""
+    return ScaledRounding(lambda weight, _: FullDivisor(weight), RATES, steps=steps, batch=batch)

@@ -30,7 +30,7 @@ def round_blocks(
     for index in range(len(decoder)):
         started = time.monotonic()
         if (stored := finished(index)) is not None:
-            yield BlockResult(index, stored[0], None, None, 0.0, resumed=True)
+            yield stored
             continue
         block = decoder.load_block(index)
         named = {f"{block.prefix}{name}.weight": module.weight for name, module in block.matrices().items()}

@@ -11,7 +11,6 @@ The gradient with respect to S is -W/exp(S) where the code is not clamped: large
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tesseraq_gguf.fusion import fused
 from tesseraq_gguf.grids import Grid
 from tesseraq_gguf.methods.start import Initialisation, Nearest, Start
 from tesseraq_gguf.quantized import QuantizedTensor
@@ -53,8 +53,8 @@ class ScaledRounding:
 
     Attributes:
         divisor: makes S for a matrix.
-        rates: learning rates for the paper's 5000 steps, by bits of a code; other types take the nearest. With fewer
-            steps they grow with the root of the ratio.
+        rates: learning rates for the paper's 5000 steps, by bits of a code; other types take the nearest.
+        growth: exponent with which the rates grow by the ratio of 5000 to `steps`.
         steps: Adam steps of a block; the rate falls to 0 as a cosine.
         batch: samples of a step.
         ranges: gives s1 and z to begin at.
@@ -62,6 +62,7 @@ class ScaledRounding:
 
     divisor: MakeDivisor
     rates: Mapping[int, float]
+    growth: float = 0.5
     steps: int = PAPER_STEPS
     batch: int = 2
     ranges: Initialisation = field(default_factory=Nearest)
@@ -89,7 +90,7 @@ class ScaledRounding:
     def rate(self, bits: int) -> float:
         """Learning rate at first, for codes of so many bits."""
         nearest = min(self.rates, key=lambda known: abs(known - bits))
-        return self.rates[nearest] * math.sqrt(PAPER_STEPS / self.steps)
+        return self.rates[nearest] * (PAPER_STEPS / self.steps) ** self.growth
 
 
 class ScaledMatrix:
@@ -135,18 +136,31 @@ class _Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:
-        divided = weight * torch.exp(-log)
-        q = (divided / scale).add_(zero).round_()
-        inside = (q >= 0) & (q <= highest)
-        offset = q.clamp_(0, highest).sub_(zero)
-        ctx.save_for_backward(divided, offset, inside, scale)
-        return offset * scale
+        ctx.save_for_backward(weight, log, scale, zero)
+        ctx.highest = highest
+        return _round(weight, log, scale, zero, highest)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
-        divided, offset, inside, scale = ctx.saved_tensors
-        # within the range, Ŵ is W/exp(S) but for the rounding: its part in s1 cancels
-        to_log = (gradient * divided).mul_(inside).neg_()
-        to_scale = (gradient * offset).sum(-1, keepdim=True) + to_log.sum(-1, keepdim=True) / scale
+        to_log, to_scale = _round_backward(gradient, *ctx.saved_tensors, ctx.highest)
         return None, to_log, to_scale, None, None
+
+
+@fused
+def _round(weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:
+    q = torch.round(weight * torch.exp(-log) / scale + zero)
+    return (q.clamp(0, highest) - zero) * scale
+
+
+@fused
+def _round_backward(
+    gradient: Tensor, weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int
+) -> tuple[Tensor, Tensor]:
+    divided = weight * torch.exp(-log)
+    q = torch.round(divided / scale + zero)
+    inside = (q >= 0) & (q <= highest)
+    # within the range, Ŵ is W/exp(S) but for the rounding: its part in s1 cancels
+    to_log = torch.where(inside, -gradient * divided, 0.0)
+    to_scale = (gradient * (q.clamp(0, highest) - zero)).sum(-1, keepdim=True) + to_log.sum(-1, keepdim=True) / scale
+    return to_log, to_scale

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tesseraq_gguf.fusion import fused
 from tesseraq_gguf.grids import Arrays, Grid
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.start import Initialisation, Start
@@ -179,7 +180,7 @@ class SoftMatrix:
 
 def soft_step(x: Tensor) -> Tensor:
     """σr(x) = clip(1.2·σ(x) - 0.1, 0, 1), any shape."""
-    return (torch.sigmoid(x) * STRETCH - SHIFT).clamp_(0, 1)
+    return (torch.sigmoid(x) * STRETCH - SHIFT).clamp(0, 1)
 
 
 def inverse_soft_step(y: Tensor) -> Tensor:
@@ -188,22 +189,36 @@ def inverse_soft_step(y: Tensor) -> Tensor:
 
 
 class _SoftWeight(torch.autograd.Function):
-    """scale·(base + σr(ν) - z), with a backward of half the memory passes that the composed operations would take."""
+    """scale·(base + σr(ν) - z). Backward computes σr again: to keep it would cost more than it does."""
 
     @staticmethod
     def forward(ctx: Any, rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        offset = soft_step(rounding).add_(base).sub_(zero)
-        ctx.save_for_backward(rounding, offset, scale)
-        return offset * scale
+        ctx.save_for_backward(rounding, base, scale, zero)
+        return _soft_weight(rounding, base, scale, zero)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        rounding, offset, scale = ctx.saved_tensors
-        to_scale = (gradient * offset).sum(1, keepdim=True)
-        to_offset = gradient * scale
-        slope = torch.sigmoid(rounding)
-        stretched = slope * STRETCH - SHIFT
-        inside = (stretched > 0) & (stretched < 1)
-        slope.mul_(1 - slope).mul_(STRETCH).mul_(inside)
-        return slope.mul_(to_offset), None, to_scale, -to_offset.sum(1, keepdim=True)
+        to_rounding, to_scale, to_zero = _soft_weight_backward(gradient, *ctx.saved_tensors)
+        return to_rounding, None, to_scale, to_zero
+
+
+@fused
+def _soft_weight(rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return (soft_step(rounding) + base - zero) * scale
+
+
+@fused
+def _soft_weight_backward(
+    gradient: Tensor, rounding: Tensor, base: Tensor, scale: Tensor, zero: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    slope = torch.sigmoid(rounding)
+    stretched = slope * STRETCH - SHIFT
+    inside = (stretched > 0) & (stretched < 1)
+    to_offset = gradient * scale
+    to_scale = (gradient * (stretched.clamp(0, 1) + base - zero)).sum(1, keepdim=True)
+    return (
+        to_offset * torch.where(inside, slope * (1 - slope) * STRETCH, 0.0),
+        to_scale,
+        -to_offset.sum(1, keepdim=True),
+    )

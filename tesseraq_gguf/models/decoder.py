@@ -8,15 +8,16 @@ safetensors files; `mean_loss` and `answer_gradient` run final norm and output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from tesseraq_gguf.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models.source import ModelSource
@@ -24,6 +25,8 @@ from tesseraq_gguf.quantized import QuantizedTensor
 
 _ANSWERS = 256
 """Positions whose answers, a number for every word of the vocabulary, are in memory at a time."""
+
+_T = TypeVar("_T")
 
 CAUSAL_LM_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
@@ -47,6 +50,11 @@ class LoadedBlock:
     def matrices(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the block by module name: the matrices that methods learn."""
         return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+
+    def by_module(self, named: Mapping[str, _T]) -> dict[str, _T]:
+        """Return what is known of matrices of this block by checkpoint name, by module name."""
+        ours = {name: v for name, v in named.items() if name.startswith(self.prefix)}
+        return {name.removeprefix(self.prefix).removesuffix(".weight"): v for name, v in ours.items()}
 
     def replace(self, name: str, value: Tensor) -> None:
         """Give a parameter, by its name within the block, a new value of the same shape, for good."""
@@ -81,6 +89,7 @@ class LoadedBlock:
         arguments: dict[str, Any],
         weights: Mapping[str, Tensor] | None = None,
         vectors: Mapping[str, Tensor] | None = None,
+        rounding: ActivationRounding | None = None,
     ) -> Tensor:
         """Run the block.
 
@@ -89,10 +98,38 @@ class LoadedBlock:
             arguments: what the model hands to this block besides hidden states.
             weights: matrices [out, in] by module name to use in place of the block's own.
             vectors: other parameters to use in place of the block's own, by name within the block.
+            rounding: rounds what the block's matrices are fed, and keys and values.
+
+        Raises:
+            ModelError: keys and values are to be rounded, and this architecture's attention takes no cache.
         """
         replaced = {f"{name}.weight": w for name, w in (weights or {}).items()} | dict(vectors or {})
-        out = functional_call(self.module, replaced, (hidden,), arguments)
+        with self._rounded(rounding, arguments) as given:
+            out = functional_call(self.module, replaced, (hidden,), given)
         return out if isinstance(out, Tensor) else out[0]
+
+    @contextmanager
+    def _rounded(self, rounding: ActivationRounding | None, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Give arguments with which a block rounds its activations; inside, what its matrices are fed is rounded."""
+        if rounding is None:
+            yield arguments
+            return
+
+        def hook(name: str) -> Callable[..., tuple[Tensor]]:
+            return lambda _module, args: (rounding.feed(name, args[0]),)
+
+        cache = RoundedCache(rounding) if rounding.scheme.key_value_bits else None
+        place = next((name for name in ("cache", "past_key_values", "past_key_value") if name in arguments), None)
+        handles = [module.register_forward_pre_hook(hook(name)) for name, module in self.matrices().items()]
+        try:
+            yield arguments | {place: cache} if place and cache else arguments
+        finally:
+            for handle in handles:
+                handle.remove()
+        if cache and not cache.used:
+            raise ModelError(
+                f"keys and values of {type(self.module).__name__} cannot be rounded: its attention takes no cache"
+            )
 
 
 @dataclass(frozen=True)
@@ -212,6 +249,14 @@ class Decoder:
             logits = self._logits(norm, head, h.to(self.device))
             total += float(nn.functional.cross_entropy(logits[:-1], t[1:].to(self.device), reduction="sum"))
         return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    def answers(self) -> Callable[[Tensor], Tensor]:
+        """Return a function from final hidden states [positions, hidden] to the log-probabilities of all answers.
+
+        Its results are float32 [positions, vocabulary], on the device. It holds the output matrix.
+        """
+        norm, head = self._head()
+        return torch.no_grad()(lambda hidden: self._logits(norm, head, hidden.to(self.device)).log_softmax(-1))
 
     def answer_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient of the log-probability of answers drawn from the model itself.

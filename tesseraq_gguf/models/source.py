@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from tesseraq_gguf.paths import cache_folder, temporary_sibling
 Say = Callable[[str], None]
 
 DEMO = "demo"
+
+_EXPANSION = 2
+"""Grows when the folder made of a GGUF file changes."""
 
 
 @dataclass(frozen=True)
@@ -155,14 +159,44 @@ def _expand_gguf(file: Path, name: str, say: Say) -> ModelSource:
     except FileFormatError as error:
         raise ModelError(str(error)) from error
     digest = _digest(file)
-    folder = cache_folder("models") / digest[:24]
+    folder = cache_folder("models") / f"{digest[:24]}-{_EXPANSION}"
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
             say(f"Reading {file.name} with transformers (once; it needs memory for the whole model)")
             with temporary_sibling(folder) as partial:
-                partial.mkdir()
-                _write_folder(file, partial)
+                expand(file, partial)
     return ModelSource(name, folder, gguf=file.resolve())
+
+
+def expand(file: Path, folder: Path) -> ModelSource:
+    """Let transformers turn a GGUF file into a Hugging Face folder, which must not be there.
+
+    Raises:
+        ModelError: transformers cannot read it.
+    """
+    folder.mkdir()
+    with _readable(file, folder) as readable:
+        _write_folder(readable, folder)
+    return ModelSource(file.stem, folder, file.resolve())
+
+
+@contextmanager
+def _readable(file: Path, folder: Path) -> Iterator[Path]:
+    """Give the file, or for a while a copy in float32 if it has tensor types that transformers does not know."""
+    import gguf
+
+    known = {int(t) for t in gguf.GGMLQuantizationType}
+    if all(tensor.type_id in known for tensor in open_gguf(file).tensors):
+        yield file
+        return
+    from tesseraq_gguf.converter.writer import write_plain
+
+    copy = folder / file.name
+    write_plain(ModelSource(file.stem, folder, file), copy, "f32")
+    try:
+        yield copy
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 def _write_folder(file: Path, folder: Path) -> None:
@@ -192,11 +226,21 @@ def _write_folder(file: Path, folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict()
     config.pop("quantization_config", None)
+    config |= _lost_by_gguf(config)
     config["architectures"] = [type(model).__name__]
     config["dtype"] = "float16"
     tokenizer.save_pretrained(folder)
     # written last: its presence says that the folder is whole
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+
+
+def _lost_by_gguf(config: dict[str, Any]) -> dict[str, Any]:
+    """Return what a GGUF file does not hold and transformers fills in with a default of its own."""
+    if str(config.get("model_type")).startswith("gemma3"):
+        # llama.cpp knows the scale of the attention by the size of the model: 27B, with 62 blocks, is the odd one
+        width, heads = config["hidden_size"], config["num_attention_heads"]
+        return {"query_pre_attn_scalar": width // heads if config["num_hidden_layers"] == 62 else config["head_dim"]}
+    return {}
 
 
 def _digest(file: Path) -> str:

@@ -53,7 +53,7 @@ def random_arrays(name: str, rows: int, blocks: int, seed: int) -> dict[str, Arr
 
 @st.composite
 def valid_arrays(draw: st.DrawFn, name: str) -> dict[str, Array]:
-    """One to four rows of one to three blocks: each array without a pattern, or one value all over with some others in it.
+    """One to four rows of one to three blocks: each array without a pattern, or one value all over and some others.
 
     A value drawn for every code would be more than hypothesis takes for one example of a super-block.
     """

@@ -89,7 +89,7 @@ def test_the_gradient_is_the_formulas(weight):
 
 
 @pytest.mark.parametrize("tensor_type", ["tsq2", "q4_0", "q2_k"])
-@pytest.mark.parametrize("method", [flexround(60), lrq(60, 64)], ids=["flexround", "lrq"])
+@pytest.mark.parametrize("method", [flexround(60, 4), lrq(60, 4, 64)], ids=["flexround", "lrq"])
 def test_it_lowers_the_loss(tensor_type, method, problem_on):
     problem = problem_on(tensor_type)
     before = loss_of(problem, {name: s.tensor for name, s in Nearest().start(problem).items()})
@@ -103,7 +103,7 @@ def test_it_lowers_the_loss(tensor_type, method, problem_on):
 
 def test_zero_points_stay(problem_on):
     problem = problem_on("tsq3")
-    learned = lrq(10, 16).learn(problem)
+    learned = lrq(10, 2, 16).learn(problem)
     for name, start in Nearest().start(problem).items():
         assert torch.equal(learned[name].arrays["z"], start.tensor.arrays["z"])
         assert not torch.equal(learned[name].arrays["q"], start.tensor.arrays["q"])
@@ -126,12 +126,13 @@ def test_the_rank_holds_for_every_shape_and_saves_variables():
 
 
 def test_the_same_seed_gives_the_same_codes(problem_on):
-    first, second = (lrq(5, 8).learn(problem_on("tsq2")) for _ in range(2))
+    first, second = (lrq(5, 2, 8).learn(problem_on("tsq2")) for _ in range(2))
     assert all(torch.equal(first[name].arrays["q"], second[name].arrays["q"]) for name in first)
 
 
 def test_the_rate_grows_with_the_root_of_the_steps_saved():
-    assert lrq(5000, 8).rate(4) == pytest.approx(9e-4)
-    assert lrq(5000, 8).rate(3) == pytest.approx(6e-4)
-    assert lrq(1250, 8).rate(3) == pytest.approx(1.2e-3)
-    assert flexround(5000).rate(5) == flexround(5000).rate(4) == pytest.approx(3e-3)
+    assert lrq(5000, 2, 8).rate(4) == pytest.approx(9e-4)
+    assert lrq(5000, 2, 8).rate(3) == pytest.approx(6e-4)
+    assert lrq(1250, 2, 8).rate(3) == pytest.approx(4**0.85 * 6e-4)
+    assert flexround(1250, 2).rate(3) == pytest.approx(2 * 2.5e-3)
+    assert flexround(5000, 2).rate(5) == flexround(5000, 2).rate(4) == pytest.approx(3e-3)

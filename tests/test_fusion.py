@@ -1,0 +1,71 @@
+"""Compiled arithmetic: the same numbers, and a way on where nothing can be compiled."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from tesseraq_gguf import fusion
+from tesseraq_gguf.fusion import fused
+from tesseraq_gguf.methods import scaled_rounding, tesseraq
+
+
+def _inputs(groups: int) -> dict[str, torch.Tensor]:
+    random = torch.Generator().manual_seed(groups)
+    names = ("gradient", "weight", "log", "rounding")
+    large = {name: torch.randn(groups, 64, generator=random) for name in names}
+    large["log"] *= 0.1
+    scale = torch.rand(groups, 1, generator=random) + 0.5
+    zero = 3 * torch.rand(groups, 1, generator=random)
+    return large | {"scale": scale, "zero": zero, "base": torch.randint(0, 3, (groups, 64), generator=random).float()}
+
+
+@pytest.mark.slow
+def test_compiled_functions_give_what_they_say(monkeypatch):
+    """Of two sizes each, without a word in the log; a code may go either way at a tie, which none is here."""
+    monkeypatch.setattr(fusion, "WORTH", 1)
+    monkeypatch.setattr(logging.getLogger(fusion.__name__), "warning", lambda *said: pytest.fail(str(said)))
+    for groups in (40, 72):
+        x = _inputs(groups)
+        soft = (x["rounding"], x["base"], x["scale"], x["zero"])
+        hard = (x["weight"], x["log"], x["scale"], x["zero"])
+        for function, arguments in (
+            (tesseraq._soft_weight, soft),
+            (tesseraq._soft_weight_backward, (x["gradient"], *soft)),
+            (scaled_rounding._round, (*hard, 7)),
+            (scaled_rounding._round_backward, (x["gradient"], *hard, 7)),
+        ):
+            got, want = function(*arguments), function.__wrapped__(*arguments)
+            for g, w in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (got, want)), strict=True):
+                torch.testing.assert_close(g, w, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(monkeypatch, caplog):
+    calls = []
+
+    def broken(function, **_):
+        def call(*_arguments):
+            calls.append(1)
+            raise RuntimeError("no compiler here\nand much more")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(fusion, "WORTH", 10)
+    double = fused(lambda x, y: 2 * x + y)
+    x = torch.arange(12.0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            torch.testing.assert_close(double(x, 1), 2 * x + 1)
+    assert len(calls) == 1
+    assert [r.message for r in caplog.records] == [
+        "learning takes longer here, torch.compile does not work: no compiler here"
+    ]
+    torch.testing.assert_close(double(x[:5], 1), 2 * x[:5] + 1)
+
+
+def test_small_matrices_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    assert fused(lambda x: x + 1)(torch.zeros(3)).tolist() == [1, 1, 1]
