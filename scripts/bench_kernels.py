@@ -42,6 +42,9 @@ WIDTH, INNER, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 4
 
 PROMPT, GENERATE = 512, 64
 
+GPU = "\n## On a GPU\n"
+"""Heading of what `scripts/test_gpu` writes."""
+
 QUIET = 0.05
 """Share of the processors' time that other programs may take on a machine that counts as quiet."""
 
@@ -105,9 +108,9 @@ def quantize_rows(ggml: ctypes.CDLL, type_id: int, rows: int, columns: int) -> n
     return np.tile(out, (-(-rows // 64), 1))[:rows]
 
 
-def write_model(gguf: Any, ggml: ctypes.CDLL, path: Path, name: str, layers: int) -> tuple[int, int]:
+def write_model(gguf: Any, ggml: ctypes.CDLL, path: Path, type_id: int, layers: int) -> tuple[int, int]:
     """Write a model in one type. Returns the weights that a token meets, and their bytes."""
-    kind = gguf.GGMLQuantizationType(TYPES[name])
+    kind = gguf.GGMLQuantizationType(type_id)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(4096)
     writer.add_embedding_length(WIDTH)
@@ -163,7 +166,7 @@ def measure_models(
     ggml.ggml_row_size.restype = ctypes.c_size_t
     found: dict[str, dict[str, float]] = {}
     for name in options.types:
-        weights, size = write_model(gguf, ggml, folder / f"{name}.gguf", name, options.layers)
+        weights, size = write_model(gguf, ggml, folder / f"{name}.gguf", TYPES[name], options.layers)
         found[name] = {"weights": weights, "bytes": size, "prompt": 0.0, "decoding": 0.0}
     for turn in range(options.rounds):
         for name, best in found.items():
@@ -332,6 +335,12 @@ def busy_share(seconds: float = 3.0) -> float:
     return 1 - (idle_later - idle) / max(1, total_later - total)
 
 
+def gpu_section(page: Path) -> str:
+    """The end of a page that `scripts/test_gpu` wrote, from its heading on; nothing if there is none."""
+    _, heading, rest = page.read_text().partition(GPU) if page.exists() else ("", "", "")
+    return heading + rest
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -364,7 +373,7 @@ def main() -> None:
             other = measure_models(older, source, options, folder / "other")
     text = report(kernels, models, other, options, describe(runtime, busy))
     print(text)
-    options.out.write_text(text)
+    options.out.write_text(text + gpu_section(options.out))
 
 
 if __name__ == "__main__":

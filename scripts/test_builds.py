@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.runtime import Runtime, build
+from tesseraq_gguf.runtime.cuda import EVERYWHERE
 from tesseraq_gguf.runtime.locate import read_runtime
 from tesseraq_gguf.runtime.target import Target
 from tesseraq_gguf.runtime.toolchain import find_emulator
@@ -92,13 +93,16 @@ class Machine:
 def main() -> int:
     """Build and check; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="by default all")
+    parser.add_argument("targets", nargs="*", choices=[*TARGETS, "cuda", []], help="by default all but cuda")
     parser.add_argument("--force", action="store_true", help="build even what is there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         models, text = make_models(folder)
         for name in options.targets or TARGETS:
+            if name == "cuda":
+                check_cuda(models, text, options.force)
+                continue
             target = TARGETS[name]
             begin = time.monotonic()
             runtime = build(portable=target.portable, target=target.triple, force=options.force)
@@ -109,6 +113,17 @@ def main() -> int:
             check_runtime(copied(runtime, folder / "somewhere else" / name), target, models, text)
     print(f"\n{len(_failures)} failures" + "".join(f"\n  {line}" for line in _failures))
     return bool(_failures)
+
+
+def check_cuda(models: Mapping[str, Path], text: Path, force: bool) -> None:
+    """Build for every GPU that upstream builds for, and start what was linked; on the CPU, if there is no GPU."""
+    runtime = build("cuda", cuda_architectures=EVERYWHERE, force=force)
+    print(f"\ncuda: {runtime.root}")
+    machine = Machine("this machine", (), None, False)
+    code, said = run(machine, runtime, "llama-bench", ["--help"])
+    report(code == 0, "llama-bench starts with the CUDA backend linked", said[-100:] if code else "exit code 0")
+    for model in models.values():
+        perplexity(machine, runtime, model, text)
 
 
 def make_models(folder: Path) -> tuple[dict[str, Path], Path]:

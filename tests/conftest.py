@@ -15,22 +15,23 @@ WORDS = "the quick brown fox jumps over the lazy dog while seven wizards box wit
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
 
-def make_tiny_model(folder: Path, template: str | None = None) -> Path:
-    """Save a Llama of 2 blocks with random weights and a tokenizer of 320 tokens."""
+def make_tiny_model(folder: Path, template: str | None = None, **shape: int) -> Path:
+    """Save a Llama of 2 blocks with random weights, and a tokenizer of 320 tokens; `shape` changes its config."""
     import sentencepiece
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
+    small = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    config = LlamaConfig(**(small | shape))
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -1,9 +1,7 @@
 #pragma once
 
-// Fields and codes of TSQ blocks in registers. docs/formats.md has the layout.
+// Fields and codes of TSQ blocks in registers. docs/formats.md has the layout. Included after common.cuh.
 // Blocks begin at even addresses, and no more can be said of them: 16 bits are the widest load that is always aligned.
-
-#include "common.cuh"
 
 // d and z of a block, as they stand in it: d in the low byte
 static __device__ __forceinline__ uint32_t tsq_load_dz(const void * block) {

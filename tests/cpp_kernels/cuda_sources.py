@@ -54,7 +54,7 @@ def our_types_only(text: str) -> str:
 
 
 def for_host(text: str) -> str:
-    """A file for the host compiler: launches, shared memory and tensor cores' instructions become calls of the emulator."""
+    """A file for the host compiler: launches, shared memory and tensor cores become calls of the emulator."""
     text = _LAUNCH.sub(r"emulator::launch(EMULATED(\1), \2)(", text)
     text = _SHARED.sub(r"int * \1 = (int *) emulator::running->shared.data();", text)
     text = _LDMATRIX.sub(r"emulator::ldmatrix<\1>(xi, \2);", text)

@@ -39,11 +39,15 @@ That of Q2_K spills 312 and 720 there, that of Q5_1, whose tiles ours are, 184 a
 
 def compile_unit(source: SourceTree, name: str, architecture: str, folder: Path) -> list[Kernel]:
     """Compile one of `UNITS`."""
-    unit = HERE / name if name == "mmq-largest.cu" else folder / name
-    if not unit.is_file():
-        unit.write_text(our_types_only((backend(source) / name).read_text()))
     # the real cuBLAS is 400 MB, and nothing is linked
-    options = [f"-I{backend(source)}", f"-I{HERE / 'cublas'}", *include_paths(source)]
+    options = [f"-I{HERE / 'cublas'}", *include_paths(source)]
+    unit = {"mmq-largest.cu": HERE, "mmvq.cu": folder}.get(name, backend(source)) / name
+    if (folder / name).is_file():  # a copy that a test has changed
+        unit = folder / name
+    elif name == "mmvq.cu":
+        unit.write_text(our_types_only((backend(source) / name).read_text()))
+    if unit.parent != backend(source):  # in its place, a file must do without, as in a build
+        options.append(f"-I{backend(source)}")
     return compile_kernels(str(NVCC), options, unit, architecture, folder / "out.cubin")
 
 
