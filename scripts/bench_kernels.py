@@ -23,7 +23,18 @@ from tesseraq_gguf.runtime.locate import read_runtime
 from tesseraq_gguf.runtime.toolchain import X86_INSTRUCTION_SETS, find_toolchain
 
 HERE = Path(__file__).resolve().parent
-TYPES = {"tsq2": 500, "tsq3": 501, "tsq4": 502, "bcq4": 503, "bcq4_a4": 504, "tq2_0": 35, "q2_K": 10, "q3_K": 11, "q4_0": 2, "q2_0": 42}
+TYPES = {
+    "tsq2": 500,
+    "tsq3": 501,
+    "tsq4": 502,
+    "bcq4": 503,
+    "bcq4_a4": 504,
+    "tq2_0": 35,
+    "q2_K": 10,
+    "q3_K": 11,
+    "q4_0": 2,
+    "q2_0": 42,
+}
 """`ggml_type` of the types of whole models."""
 
 WIDTH, INNER, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 4
@@ -48,8 +59,20 @@ IN_CACHE = (
 )
 """What is compared with what, and how many times as fast it should be."""
 
-DECODING = (("tsq2", "tq2_0", 1.25), ("tsq2", "q2_K", 3.0), ("tsq3", "q3_K", 2.2), ("tsq4", "q4_0", 1.5), ("bcq4", "q4_0", 0.95))
-PROMPTS = (("tsq2", "q4_0", 2.0), ("tsq3", "q4_0", 2.0), ("tsq4", "q4_0", 2.0), ("bcq4", "q4_0", 0.8), ("bcq4_a4", "q4_0", 0.8))
+DECODING = (
+    ("tsq2", "tq2_0", 1.25),
+    ("tsq2", "q2_K", 3.0),
+    ("tsq3", "q3_K", 2.2),
+    ("tsq4", "q4_0", 1.5),
+    ("bcq4", "q4_0", 0.95),
+)
+PROMPTS = (
+    ("tsq2", "q4_0", 2.0),
+    ("tsq3", "q4_0", 2.0),
+    ("tsq4", "q4_0", 2.0),
+    ("bcq4", "q4_0", 0.8),
+    ("bcq4_a4", "q4_0", 0.8),
+)
 
 
 def compile_kernels(runtime: Runtime, source: SourceTree, program: Path) -> None:
@@ -236,7 +259,9 @@ def report(
     compared = [(n, b, kernels[x] / kernels[y], goal) for n, x, y, b, goal in IN_CACHE if x in kernels]
     lines += ratios(compared)
     if encoders:
-        lines += ["Activations on the way to BCQ4, in 8 bits, and to BCQ4_A4, in codewords; and what that is of the time of a"]
+        lines += [
+            "Activations on the way to BCQ4, in 8 bits, and to BCQ4_A4, in codewords; and what that is of the time of a"
+        ]
         lines += [f"product with {WIDTH} rows of BCQ4:", ""]
         products = {columns: kernels.get(f"bcq4_x{w}") for columns, w in ((1, 1), (PROMPT, 12))}
         lines += table(

@@ -18,6 +18,7 @@ from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.methods import lobcq
 from tesseraq_gguf.models import Decoder, resolve_model
 
+
 def _error(arrays: Tensor, codebooks: Tensor) -> float:
     return lobcq.assign(lobcq.on_lattice(arrays).view(-1, bcq.GROUP), codebooks.float())[1]
 

@@ -144,7 +144,9 @@ def convert(
     ] = "group",
     codebooks: Annotated[
         str,
-        typer.Option(help="Codebooks of bcq types: universal, or model, designed from this model and put into the file."),
+        typer.Option(
+            help="Codebooks of bcq types: universal, or model, designed from this model and put into the file."
+        ),
     ] = "universal",
     rank: Annotated[
         int | None,
@@ -419,7 +421,17 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
     given = {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
     learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
     if not _learns(type):
-        ignored = ["method", *learning, "granularity", "codebooks", "output_type", "work_dir", "fresh", "seed", "device"]
+        ignored = [
+            "method",
+            *learning,
+            "granularity",
+            "codebooks",
+            "output_type",
+            "work_dir",
+            "fresh",
+            "seed",
+            "device",
+        ]
         reason = f"--type {type} learns nothing"
     elif method == "rtn":
         ignored, reason = learning, "--method rtn uses no calibration"

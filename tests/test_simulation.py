@@ -17,7 +17,9 @@ def x():
     return torch.randn(5, 7, 192, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(("fake", "error"), [(int8_blocks, 1e-4), (codebook_blocks, 6e-3), (fp4_blocks, 2e-2), (int4_blocks, 2e-2)])
+@pytest.mark.parametrize(
+    ("fake", "error"), [(int8_blocks, 1e-4), (codebook_blocks, 6e-3), (fp4_blocks, 2e-2), (int4_blocks, 2e-2)]
+)
 def test_errors_are_small_and_zeros_stay(fake, error, x):
     assert fake(x).shape == x.shape
     assert float((fake(x) - x).square().sum() / x.square().sum()) < error

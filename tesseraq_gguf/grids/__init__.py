@@ -58,7 +58,9 @@ def grid_for(tensor_type: str, columns: int, granularity: str, codebooks: Tensor
     if granularity == "group":
         return grid
     if not grid.uniform:
-        raise UsageError(f"--granularity channel is not possible in {grid.type}: every 8 weights have their own codebook")
+        raise UsageError(
+            f"--granularity channel is not possible in {grid.type}: every 8 weights have their own codebook"
+        )
     if grid.span != grid.group:
         raise UsageError(f"--granularity channel is not possible in {grid.type}: its scales belong to super-blocks")
     return per_channel(grid, columns)

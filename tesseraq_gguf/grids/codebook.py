@@ -153,7 +153,9 @@ class CodebookGrid(Grid):
 
     def with_codebooks(self, codebooks: Tensor) -> CodebookGrid:
         """Return the grid of a model that brings its own codebooks, int8 [8, 16]."""
-        return CodebookGrid(self.type, self.bits, self.group, self.span, self.learns_zero, codebooks.to(torch.int8), True)
+        return CodebookGrid(
+            self.type, self.bits, self.group, self.span, self.learns_zero, codebooks.to(torch.int8), True
+        )
 
     def _of(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """Codebooks of a matrix: what is stored with it, for a tensor explains itself."""

@@ -36,11 +36,14 @@ def rows(seed: int, count: int, blocks: int) -> Array:
     return np.random.default_rng(seed).integers(0, 256, (count, blocks * 36), dtype=np.uint8)
 
 
-def test_header_and_json_have_the_same_codebooks() -> None:
+def test_header_json_and_page_have_the_same_codebooks() -> None:
     header = (cache.kernels_dir() / "bcq-codebooks.h").read_text()
     numbers = [int(n) for row in re.findall(r"\{([^}]*)\}", header) for n in row.split(",")]
     assert numbers == bcq.UNIVERSAL.flatten().tolist()
     assert bcq.UNIVERSAL.shape == (8, 16)
+    page = (cache.kernels_dir().parent / "docs" / "formats.md").read_text()
+    for i, row in enumerate(bcq.UNIVERSAL.tolist()):
+        assert f"| {i} | {' | '.join(map(str, row))} |" in page
     # a block of zeros needs a codebook with a 0
     assert (bcq.UNIVERSAL == 0).any()
 
