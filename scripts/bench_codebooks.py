@@ -19,7 +19,7 @@ from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.runtime import find_runtime
-from tesseraq_gguf.simulation import Fake, codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
+from tesseraq_gguf.kernel_arithmetic import Fake, codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
 
 CTX = 512
 SCORED = CTX - 1 - CTX // 2

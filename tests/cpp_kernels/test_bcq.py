@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.packers.tsq import decode_scale
 from tesseraq_gguf.runtime import SourceTree, cache
-from tesseraq_gguf.simulation import codebook_blocks
+from tesseraq_gguf.kernel_arithmetic import codebook_blocks
 
 from . import test_arm
 from .conftest import pointer
