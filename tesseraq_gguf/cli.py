@@ -440,9 +440,8 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str) -> None:
         reason = f"--method {method} knows one way"
     else:
         ignored, reason = ["rank"], "--rank is lrq's alone"
-    if _learns(type) and not type.lower().startswith("bcq"):
-        if "codebooks" in given:
-            raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
+    if "codebooks" in given and _learns(type) and not type.lower().startswith("bcq"):
+        raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")

@@ -8,8 +8,8 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.grids.codebook import universal
-from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.kernel_arithmetic import codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
+from tesseraq_gguf.models import Decoder
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.packers.tsq import decode_scale
-from tesseraq_gguf.runtime import SourceTree, cache
 from tesseraq_gguf.kernel_arithmetic import codebook_blocks
+from tesseraq_gguf.runtime import SourceTree, cache
 
 from . import test_arm
 from .conftest import pointer
@@ -136,7 +136,7 @@ def test_own_codebooks_are_checked() -> None:
     good = np.sort(np.random.default_rng(0).integers(-31, 32, (8, 16)), axis=1)
     assert (bcq.read_codebooks(good.flatten().tolist()) == good).all()
     for bad in (good[:, ::-1], good * 2 + 31, good[:7], good / 2):
-        with pytest.raises(ValueError, match="BCQ codebooks|BCQ codewords"):
+        with pytest.raises(ValueError, match=r"BCQ codebooks|BCQ codewords"):
             bcq.read_codebooks(bad)
 
 
