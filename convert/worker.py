@@ -120,7 +120,7 @@ class LearnedTensors:
         return int(rows), int(columns)
 
     def codebooks(self) -> NDArray[np.int8] | None:
-        """Return the codebooks that matrices bring, int8 [8, 16], or None if those that have any have the universal ones."""
+        """Return the codebooks that matrices bring, int8 [8, 16], or None if all have the universal ones."""
         for name, kind in self.types.items():
             if kind in bcq.TYPES:  # all have the same
                 arrays = self[name].arrays

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.block_activations import Fake, codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
 from tesseraq_gguf.calibration import load_calibration
 from tesseraq_gguf.codebooks import best_design, draw
 from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
 from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.kernel_arithmetic import Fake, codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.runtime import find_runtime
 
@@ -46,10 +46,11 @@ class Bench:
         self.source = resolve_model(options.model, lambda *_: None)
         self.decoder = Decoder(self.source, torch.device("cpu"))
         self.tokens = chunks(self.source, options.text, options.chunks)
-        name, grid = self.decoder.embedding_name(), grid_of(EMBEDDING)
-        matrix = self.decoder.matrix(name)
-        parts = [grid.dequantize(grid.quantize(rows)) for rows in matrix.split(16384)]
-        self.embeddings = {name: torch.cat(parts)}
+        name = self.decoder.embedding_name()
+        blocks = self.decoder.matrix(name).unflatten(1, (-1, 32))
+        scale = blocks.abs().amax(2, keepdim=True) / 127  # q8_0 as llama.cpp rounds to it
+        rounded = (blocks / scale.clamp_min(1e-30)).round_() * scale.half().float()
+        self.embeddings = {name: rounded.flatten(1)}
 
     def perplexity(self, weights: Mapping[str, Tensor], activations: Fake | None) -> tuple[float, float]:
         """Perplexity and its error with matrices by checkpoint name in place of the model's."""
@@ -76,7 +77,7 @@ def compare(bench: Bench, options: argparse.Namespace) -> None:
     """W4 with several activations, and BCQ4_A4 through llama.cpp."""
     grid = grid_of("bcq4_a4")
     weights = {name: grid.dequantize(grid.quantize(w)) for name, w in bench.matrices()}
-    print("\n| weights, activations | perplexity |\n| --- | --- |")
+    print("| weights, activations | perplexity |\n| --- | --- |")
     show("16 bits, 16 bits", bench.perplexity({}, None))
     rows: dict[str, Fake | None] = {
         "float": None,

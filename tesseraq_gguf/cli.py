@@ -671,9 +671,8 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
         raise UsageError("--candidates are for --target-bpw and --target-size: there is no target")
     if "type" in given and budget:
         raise UsageError("--type gives all matrices one type, a target chooses among --candidates: give one of them")
-    if _learns(type) and not type.lower().startswith("bcq"):
-        if "codebooks" in given:
-            raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
+    if "codebooks" in given and _learns(type) and not type.lower().startswith("bcq"):
+        raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")

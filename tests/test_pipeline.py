@@ -17,6 +17,8 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.converter.gguf_file import open_gguf
+from tesseraq_gguf.converter.packers import bcq
+from tesseraq_gguf.converter.verify import own_codebooks
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.pipeline import SilentProgress
@@ -214,14 +216,14 @@ def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == f"tesseraq from {init}"
 
 
-@pytest.mark.parametrize("type", ["tsq3", "tsq4", "q2_0", "q4_0", "q4_1", "q8_0"])
+@pytest.mark.parametrize("type", ["tsq3", "tsq4", "bcq4", "bcq4_a4", "q2_0", "q4_0", "q4_1", "q8_0"])
 def test_every_type_can_be_learned(type, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
     report = convert(_recipe(make_model("llama-576"), tmp_path / "out.gguf", long_text, type=type), told)
     assert all(r.loss_after < r.loss_before for r in told.results)
     seen = inspect(tmp_path / "out.gguf")
     assert {t.type for t in seen.tensors if t.name.startswith("blk.") and len(t.shape) == 2} == {type}
-    assert ("any llama.cpp" in report.runs_on) == (not type.startswith("tsq"))
+    assert ("any llama.cpp" in report.runs_on) == (not type.startswith(("tsq", "bcq")))
 
 
 @pytest.mark.parametrize(("type", "instead"), [("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0")])
@@ -325,3 +327,22 @@ def test_names_and_numbers_that_cannot_be_meant(tmp_path):
 def test_best_is_the_papers_setting():
     best = PRESETS["best"]
     assert (best.samples, best.length, best.steps, best.batch, best.rounding_rate) == (512, 2048, 250, 4, 1e-3)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_path):  # noqa: F811
+    out = tmp_path / "out.gguf"
+    recipe = _recipe(make_model("llama"), out, long_text, type="bcq4", method=method, codebooks="model")
+    report = convert(recipe, Listener())
+    assert report.block_bits_per_weight == 4.5
+    own = own_codebooks(open_gguf(out))
+    assert own is not None
+    assert not np.array_equal(own, bcq.UNIVERSAL)
+    convert(_recipe(make_model("llama"), out, long_text, type="bcq4", method=method), Listener())
+    assert own_codebooks(open_gguf(out)) is None
+
+
+@pytest.mark.parametrize("options", [{"method": "lrq"}, {"method": "flexround"}, {"init": "omniquant"}])
+def test_codebooks_refuse_methods_that_step_by_one_scale(options, make_model, long_text, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="not evenly spaced"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="bcq4", **options))

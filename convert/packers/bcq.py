@@ -1,9 +1,9 @@
 """BCQ types: blocks of 64 weights, value d·c, an unsigned 8-bit float d and a codeword c of a codebook of 16.
 
-Eight neighbouring weights share one of eight codebooks of integers from -31 to 31. Byte 0 of a block is the E5M3 code of
-d, as in TSQ types; bytes 1 to 3 are eight selectors of 3 bits, little-endian, selector k from bit 3k up; then come 64
-indices of 4 bits in two planes, those of TSQ4: byte 4 + j has weight j in its low bits and weight j + 32 in its high
-ones. BCQ4 and BCQ4_A4 have the same bytes. See docs/formats.md.
+Eight neighbouring weights share one of eight codebooks of integers from -31 to 31. Byte 0 of a block is the E5M3 code
+of d, as in TSQ types; bytes 1 to 3 are eight selectors of 3 bits, little-endian, selector k from bit 3k up; then come
+64 indices of 4 bits in two planes, those of TSQ4: byte 4 + j has weight j in its low bits and weight j + 32 in its
+high ones. BCQ4 and BCQ4_A4 have the same bytes. See docs/formats.md.
 
 The codebooks are universal, `UNIVERSAL`, unless a file brings its own in its metadata.
 """
@@ -71,8 +71,8 @@ def write_universal(codebooks: NDArray[np.int8]) -> None:
 _HEADER = """\
 #pragma once
 
-// The universal codebooks of BCQ types, written by scripts/design_codebooks; convert/packers/bcq_codebooks.json holds the same
-// numbers for Python.
+// The universal codebooks of BCQ types, written by scripts/design_codebooks; convert/packers/bcq_codebooks.json holds
+// the same numbers for Python.
 
 #define BCQ_UNIVERSAL_CODEBOOKS \\
 {lines}

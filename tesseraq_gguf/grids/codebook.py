@@ -1,8 +1,8 @@
 """Grids of the BCQ types: groups of 64 with an 8-bit float d, and codewords out of codebooks of 16 for every 8 weights.
 
-A value is d·c, with c = codebooks[s][q]: an index q for each weight, a selector s for every 8, E5M3 codes of d for every
-64. Codewords are integers from -31 to 31, ascending in a codebook, but not evenly spaced: what methods do in steps of
-one code goes from codeword to codeword here.
+A value is d·c, with c = codebooks[s][q]: an index q for each weight, a selector s for every 8, E5M3 codes of d for
+every 64. Codewords are integers from -31 to 31, ascending in a codebook, but not evenly spaced: what methods do in
+steps of one code goes from codeword to codeword here.
 
 Whatever makes bytes equals the C reference bit for bit.
 """
@@ -37,7 +37,7 @@ def universal() -> Tensor:
 def nearest_indices(codebooks: Tensor) -> Tensor:
     """Index of the codeword nearest to x by floor(2x) + 64, int64 [8, 128].
 
-    Halfway between two codewords is a multiple of one half, so nothing is lost by the floor; there the upper one counts.
+    Halfway between two codewords is a multiple of one half, so the floor loses nothing; there the upper one counts.
     """
     half = torch.arange(-64, 64, device=codebooks.device)
     borders = codebooks[:, 1:].to(torch.int64) + codebooks[:, :-1]

@@ -143,7 +143,7 @@ def assign(blocks: Tensor, codebooks: Tensor) -> tuple[Tensor, float]:
 
 
 def refit(blocks: Tensor, chosen: Tensor, codebooks: Tensor) -> tuple[Tensor, float]:
-    """Step (ii): codebooks fitted to their blocks, float32 [N_c, 16] ascending, and the mean squared error per scalar."""
+    """Step (ii): codebooks fitted to their blocks, float32 [N_c, 16] ascending, and the mean squared error."""
     histograms = _histograms(blocks, chosen, len(codebooks))
     fitted, total = [], 0.0
     for histogram, codebook in zip(histograms, codebooks, strict=True):
@@ -154,7 +154,7 @@ def refit(blocks: Tensor, chosen: Tensor, codebooks: Tensor) -> tuple[Tensor, fl
 
 
 def lloyd_max(histogram: Tensor, levels: Tensor, steps: int) -> Tensor:
-    """Move 16 levels, float64 [16] ascending, to the means of what is nearest to them until they stay, or `steps` times.
+    """Move 16 levels, float64 [16] ascending, to the means of what is nearest to them until they stay.
 
     Args:
         histogram: how many scalars stand on each lattice point, float64 [points].

@@ -14,9 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseraq_gguf.block_activations import codebook_blocks
+from tesseraq_gguf.kernel_arithmetic import codebook_blocks
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.packers.tsq import decode_scale
+from tesseraq_gguf.kernel_arithmetic import codebook_blocks
 from tesseraq_gguf.runtime import SourceTree, cache
 
 from . import test_arm
@@ -36,11 +37,14 @@ def rows(seed: int, count: int, blocks: int) -> Array:
     return np.random.default_rng(seed).integers(0, 256, (count, blocks * 36), dtype=np.uint8)
 
 
-def test_header_and_json_have_the_same_codebooks() -> None:
+def test_header_json_and_page_have_the_same_codebooks() -> None:
     header = (cache.kernels_dir() / "bcq-codebooks.h").read_text()
     numbers = [int(n) for row in re.findall(r"\{([^}]*)\}", header) for n in row.split(",")]
     assert numbers == bcq.UNIVERSAL.flatten().tolist()
     assert bcq.UNIVERSAL.shape == (8, 16)
+    page = (cache.kernels_dir().parent / "docs" / "formats.md").read_text()
+    for i, row in enumerate(bcq.UNIVERSAL.tolist()):
+        assert f"| {i} | {' | '.join(map(str, row))} |" in page
     # a block of zeros needs a codebook with a 0
     assert (bcq.UNIVERSAL == 0).any()
 
@@ -133,7 +137,7 @@ def test_own_codebooks_are_checked() -> None:
     good = np.sort(np.random.default_rng(0).integers(-31, 32, (8, 16)), axis=1)
     assert (bcq.read_codebooks(good.flatten().tolist()) == good).all()
     for bad in (good[:, ::-1], good * 2 + 31, good[:7], good / 2):
-        with pytest.raises(ValueError, match="BCQ codebooks|BCQ codewords"):
+        with pytest.raises(ValueError, match=r"BCQ codebooks|BCQ codewords"):
             bcq.read_codebooks(bad)
 
 

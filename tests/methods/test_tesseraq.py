@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import as_problem, loss_of
+from problems import as_problem, loss_of, mlp_problem
 
-from tesseraq_gguf.grids import TSQ2
+from tesseraq_gguf.grids import TSQ2, grid_of
 from tesseraq_gguf.grids.tsq import decode_scale
 from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.start import AsItStarts, Start
@@ -162,3 +162,36 @@ def test_the_seed_decides(problem):
         outcomes.append(method.learn(problem)["mlp.up_proj"].arrays["q"])
     assert torch.equal(outcomes[0], outcomes[1])
     assert not torch.equal(outcomes[0], outcomes[2])
+
+
+def test_on_codebooks_each_method_beats_the_one_before():
+    """Between the two nearest codewords, as between neighbouring codes."""
+    problem = mlp_problem("bcq4", 128, 192)
+    rounded = {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
+    start = AsItStarts(GPTQ()).learn(problem)
+    learned = TesseraQ(steps=4, batch=4, rounding_rate=6e-2, scale_rate=1e-2).learn(problem)
+    assert loss_of(problem, start) < 0.8 * loss_of(problem, rounded)
+    assert loss_of(problem, learned) < 0.9 * loss_of(problem, start)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["universal", "own"])
+def test_what_leaves_a_codebook_grid_is_what_was_learned(own):
+    grid = grid_of("bcq4")
+    if own:
+        codebooks = torch.randint(-31, 32, (8, 16), generator=torch.Generator().manual_seed(3)).sort(1).values
+        grid = grid.with_codebooks(codebooks)
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    start = Start(grid.quantize(weight), weight)
+    soft = SoftMatrix(start, grid)
+    inside = (grid.dequantize(start.tensor) - weight).abs() < 0.2 * weight.abs()
+    torch.testing.assert_close(soft.weight()[inside], weight[inside], atol=0.05, rtol=0.2)
+    with torch.no_grad():
+        soft.tuning += 0.21
+    soft.settle_scale()
+    soft.settle_zero()
+    soft.harden(0.0)
+    tensor = soft.finish()
+    assert torch.equal(grid.dequantize(tensor), soft.weight())
+    assert ("c" in tensor.arrays) == own
+    # the tensor explains itself to a grid that knows nothing of its codebooks
+    assert torch.equal(grid_of("bcq4").dequantize(tensor), soft.weight())

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.block_activations import codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.grids.codebook import universal
+from tesseraq_gguf.kernel_arithmetic import codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
 from tesseraq_gguf.models import Decoder
 
 

@@ -1,4 +1,4 @@
-"""What a model answers with quantised weights and activations, in torch: the arithmetic of our kernels, block after block.
+"""What a model answers with 4-bit weights and activations, in torch: the arithmetic of our kernels, block by block.
 
 Matrices are replaced by their dequantised weights, and what they are fed by what a kernel would make of it. Sums of
 products are torch's, in float32, and differ from a kernel's by rounding alone.
