@@ -14,7 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseraq_gguf.kernel_arithmetic import codebook_blocks
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.packers.tsq import decode_scale
 from tesseraq_gguf.kernel_arithmetic import codebook_blocks
