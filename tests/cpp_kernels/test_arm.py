@@ -51,7 +51,8 @@ def run(source: SourceTree, program: Path, command: list[str], units: list[str],
 
 
 def test_rows(source: SourceTree, tmp_path: Path, processor: str) -> None:
-    run(source, tmp_path / "sanitize", [CC, "-std=gnu11", *UBSAN], ["tsq.c", "tsq-cpu.c", "arm/tsq.c"], processor)
+    units = ["tsq.c", "tsq-cpu.c", "arm/tsq.c", "bcq.c", "bcq-cpu.c", "arm/bcq.c", "../ggml-threading.cpp"]
+    run(source, tmp_path / "sanitize", [CC, "-std=gnu11", *UBSAN], units, processor)
 
 
 def test_repacked_rows(source: SourceTree, tmp_path: Path, processor: str) -> None:
