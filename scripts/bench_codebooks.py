@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.calibration import load_calibration
+from tesseraq_gguf.calibration import load_calibration, tokens_of
 from tesseraq_gguf.codebooks import best_design, draw
 from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.kernel_arithmetic import Fake, codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.runtime import find_runtime
+from tesseraq_gguf.simulation import chunks_of
 
 CTX = 512
 SCORED = CTX - 1 - CTX // 2
@@ -29,14 +30,9 @@ EMBEDDING = "q8_0"
 
 
 def chunks(source: ModelSource, text: Path, count: int) -> Tensor:
-    """Tokens as llama-perplexity cuts them: int64 [count, 512], every chunk opened by the first token of all."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False).input_ids[: count * CTX]
-    tokens = torch.tensor(ids).view(-1, CTX).clone()
-    tokens[:, 0] = tokens[0, 0]
-    return tokens
+    """Tokens as llama-perplexity cuts them: int64 [count, 512]."""
+    begin, ids = tokens_of(source, text.read_text(encoding="utf-8"), special=False)
+    return chunks_of(ids, begin[0] if begin else None, CTX, count)
 
 
 class Bench:

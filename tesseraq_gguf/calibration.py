@@ -121,8 +121,13 @@ def _pieces(source: ModelSource, text: str, length: int) -> Tensor:
     return torch.cat([torch.tensor(begin, dtype=torch.int64).expand(count, len(begin)), pieces], dim=1)
 
 
-def tokens_of(source: ModelSource, text: str) -> tuple[list[int], list[int]]:
+def tokens_of(source: ModelSource, text: str, special: bool = True) -> tuple[list[int], list[int]]:
     """Return what the model's tokenizer opens a sequence with, at most one token, and the tokens of a text.
+
+    Args:
+        source: the model.
+        text: any text.
+        special: whether the names of special tokens in it mean these; llama.cpp's tools read them as plain text.
 
     Raises:
         ModelError: the model has no tokenizer that can be loaded.
@@ -132,7 +137,7 @@ def tokens_of(source: ModelSource, text: str) -> tuple[list[int], list[int]]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
         with_specials = tokenizer("a").input_ids
-        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=not special, verbose=False).input_ids
     except Exception as error:  # tokenizers raise many unrelated kinds
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ModelError(f"{source.name}: the tokenizer cannot be loaded: {reason}") from error

@@ -61,7 +61,7 @@ def simulate(
     device = device or torch.device("cpu")
     with tempfile.TemporaryDirectory(prefix="tesseraq-simulate-") as folder:
         source = expand(file, Path(folder) / "model")
-        ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"))[1]
+        ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"), special=False)[1]
         tokens = chunks_of(ids, opening(file), ctx, chunks)
         student = Decoder(source, device)
         hidden = final_states(student, tokens, scheme, ranges, lambda *done: watch("model", *done))

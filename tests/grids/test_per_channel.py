@@ -9,7 +9,7 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.grids import GRIDS, grid_for, grid_of
 
 COLUMNS = 256
-ONE_LEVEL = [name for name, grid in GRIDS.items() if grid.span == grid.group]
+ONE_LEVEL = [name for name, grid in GRIDS.items() if grid.span == grid.group and grid.uniform]
 
 
 @pytest.fixture
