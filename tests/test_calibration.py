@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.calibration import load_calibration
+from tesseraq_gguf.calibration import load_calibration, tokens_of
 from tesseraq_gguf.errors import CalibrationError
 from tesseraq_gguf.models import ModelSource
 
@@ -83,3 +83,11 @@ def test_a_text_set_is_read_as_far_as_needed(make_model, monkeypatch):  # noqa: 
     monkeypatch.setattr(datasets, "load_dataset", rows)
     assert load_calibration(make_model("llama"), "c4", 4, 16, seed=0).tokens.shape == (4, 16)
     assert len(taken) < 10
+
+
+def test_names_of_special_tokens_can_be_plain_text(make_model):  # noqa: F811
+    source = make_model("llama")
+    assert 2 in tokens_of(source, "the </s> fox")[1]  # the end of a sequence
+    plain = tokens_of(source, "the </s> fox", special=False)[1]
+    assert 2 not in plain
+    assert len(plain) > len(tokens_of(source, "the </s> fox")[1])
