@@ -67,7 +67,7 @@ METHOD_NAMES = {
     "lrq": "LRQ",
     "flexround": "FlexRound",
 }
-ROUNDING_SAMPLES = 128
+ROUNDING_SAMPLES = 512
 """Calibration sequences of the study of rounding, where it does not vary them."""
 
 RANKS = (16, 8, 4, 2)
@@ -205,7 +205,7 @@ def _rounding_rows() -> Iterator[Row]:
     for rank in RANKS:
         if rank != 4:  # is among the rows above
             yield row("tsq3", "lrq", rank=rank)
-    for samples in (8, 32):
+    for samples in (8, 32, 128):
         yield row("tsq3", "lrq", rank=4, samples=samples)
         yield row("tsq3", "flexround", samples=samples)
         yield row("tsq3", "tesseraq", samples=samples)
