@@ -181,9 +181,7 @@ def _budget_rows() -> Iterator[Row]:
 def _rounding_rows() -> Iterator[Row]:
     """LRQ against FlexRound, TesseraQ and what they begin at: same type, same text, same number of steps."""
 
-    def row(
-        type: str, method: str, *, init: str = "", rank: int | None = None, samples: int = ROUNDING_SAMPLES
-    ) -> Row:
+    def row(type: str, method: str, *, init: str = "", rank: int | None = None, samples: int = ROUNDING_SAMPLES) -> Row:
         name = f"rounding-{type}-{method}"
         command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", type, "--embedding-type", "q8_0",
                    "--method", method, *(("--init", init) if init else ()))  # fmt: skip
