@@ -5,11 +5,14 @@ parameters must be moved in just the same way, and no converter can move them. S
 which every element is the index of its row, and what comes out says which row went where; a second matrix of column
 indices shows that the columns stayed. Whatever else a converter does to a matrix (another value, another shape, a merge
 with other matrices) is noticed, and `Unplaceable` says so.
+
+Experts of a mixture are the exception: a converter collects the matrices of a block's experts and stacks those of one
+kind, once the last one has come. They are probed together, by `stacked_placements`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +38,12 @@ class Placement:
     Attributes:
         name: its name in the file.
         rows: for each of its rows the row of the matrix, int64; None if they are the matrix's rows in their order.
+        layer: which layer of a stack the matrix is; None if the tensor is no stack.
     """
 
     name: str
     rows: NDArray[np.int64] | None
+    layer: int | None = None
 
     def take(self, array: NDArray[Any]) -> NDArray[Any]:
         """Bring an array [rows of the matrix, …] into the order of the file."""
@@ -91,6 +96,57 @@ def placements(modify: Modify, name: str, shape: tuple[int, int]) -> list[Placem
         raise Unplaceable("the converter drops, repeats or adds rows")
     in_order = np.arange(rows)
     return [Placement(target, None if np.array_equal(order, in_order) else order) for target, order in found]
+
+
+_NARROW = 8
+"""Columns of the probes of stacks: a block has hundreds of experts."""
+
+
+def stacked_placements(modify: Modify, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Placement]:
+    """Find the layers that matrices become in the stacks which a converter makes of all of them.
+
+    Args:
+        modify: the converter, which must not remember earlier calls.
+        shapes: shapes [rows, columns] by checkpoint name: all expert matrices of one block.
+
+    Raises:
+        Unplaceable: the converter does anything but stack them and move rows.
+    """
+    by_row = _stacks(modify, shapes, lambda _, rows, columns: torch.arange(float(rows))[:, None].expand(rows, columns))
+    by_column = _stacks(modify, shapes, lambda _, rows, columns: torch.arange(float(columns)).expand(rows, columns))
+    by_name = _stacks(modify, shapes, lambda index, rows, columns: torch.full((rows, columns), float(index)))
+    names, found = list(shapes), dict[str, Placement]()
+    for target, layers in by_name.items():
+        for layer, marks in enumerate(layers):
+            name = names[int(marks[0, 0])]
+            rows, columns = by_row[target][layer], by_column[target][layer]
+            kept = torch.equal(columns, torch.arange(float(columns.shape[1])).expand_as(columns))
+            if not (kept and bool((marks == marks[0, 0]).all()) and torch.equal(rows, rows[:, :1].expand_as(rows))):
+                raise Unplaceable(f"the converter mixes experts, rows or columns in {target}")
+            order = rows[:, 0].to(torch.int64).numpy()
+            if name in found or not np.array_equal(np.sort(order), np.arange(shapes[name][0])):
+                raise Unplaceable(f"the converter drops, repeats or adds rows in {target}")
+            in_order = np.array_equal(order, np.arange(len(order)))
+            found[name] = Placement(target, None if in_order else order, layer)
+    if found.keys() != shapes.keys():
+        raise Unplaceable("the converter does not stack all experts")
+    return found
+
+
+def _stacks(
+    modify: Modify, shapes: Mapping[str, tuple[int, int]], probe: Callable[[int, int, int], Tensor]
+) -> dict[str, Tensor]:
+    """What the converter makes of probes (index of the matrix, rows, columns) by name: [layers, rows, columns]."""
+    made: dict[str, Tensor] = {}
+    for index, (name, (rows, columns)) in enumerate(shapes.items()):
+        try:
+            out = modify(probe(index, rows, min(columns, _NARROW)).contiguous(), name, block_index(name))
+            made |= {target: _eager(tensor) for target, tensor in out}
+        except Exception as error:
+            raise Unplaceable(f"the converter refuses it ({str(error) or type(error).__name__})") from error
+    if not made or any(tensor.dim() != 3 for tensor in made.values()):
+        raise Unplaceable("the converter merges it with other matrices")
+    return made
 
 
 def _eager(tensor: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ class Expected:
     Attributes:
         name: its name in the file.
         type: its tensor type.
-        weights: the learner's weights in the order of the file, float32 [rows, columns], or [values] of a vector.
+        weights: the learner's weights in the order of the file, float32 [rows, columns], [layers, rows, columns] of a
+            stack, or [values] of a vector.
     """
 
     name: str
@@ -59,7 +60,7 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
                 f"{want.name} is {tensor.type} {list(tensor.shape)} in the file, "
                 f"but learned was {want.type} {list(shape)}. {_REPORT}"
             )
-        data, weights = np.ascontiguousarray(file.data(tensor)), np.atleast_2d(want.weights)
+        data, weights = np.ascontiguousarray(file.data(tensor)), want.weights.reshape(-1, want.weights.shape[-1])
         rows = len(weights)
         if want.type == "f32":
             stored = data.view(np.float32).reshape(weights.shape)

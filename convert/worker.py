@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 
 from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.packers import bcq, packer_of
-from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements
+from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
 from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
+from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.quantized import QuantizedTensor, load_tensors
 
 Emit = Callable[[dict[str, Any]], None]
@@ -155,6 +156,7 @@ class Converter:
         self.model: Any = kind(folder, guess, Path(job["out"]), model_name=name)
         if folder.name != name:
             self.model.dir_model_card = _named_card(folder, Path(job["scratch"]) / name)
+        self._expanded = job["gguf"] is not None
         self._names = self._checkpoint_names()
 
     def _checkpoint_names(self) -> dict[str, str]:
@@ -167,14 +169,21 @@ class Converter:
 
     def name(self, checkpoint_name: str) -> str:
         """Return what the class calls a tensor."""
-        try:
-            return self._names[checkpoint_name]
-        except KeyError:
-            raise Unplaceable("llama.cpp's converter does not know it") from None
+        found = next((self._names[alias] for alias in aliases(checkpoint_name) if alias in self._names), None)
+        if found is None:
+            raise Unplaceable("llama.cpp's converter does not know it")
+        return found
 
-    def placements(self, name: str, shape: tuple[int, int]) -> list[Placement]:
-        """Find where the rows of a matrix go."""
-        return placements(self.model.modify_tensors, self.name(name), shape)
+    def placements(self, family: dict[str, tuple[int, int]]) -> dict[str, list[Placement]]:
+        """Find where the rows of a matrix go, or of all experts of a block; shapes and answers by checkpoint name."""
+        own = {self.name(name): name for name in family}
+        if len(own) == 1:
+            ((name, shape),) = family.items()
+            return {name: placements(self.model.modify_tensors, self.name(name), shape)}
+        if self._expanded:
+            raise Unplaceable("experts out of a GGUF file are not supported: convert from the Hugging Face folder")
+        found = stacked_placements(self.model.modify_tensors, {n: family[name] for n, name in own.items()})
+        return {own[name]: [place] for name, place in found.items()}
 
     def modified(self, name: str, weights: Any) -> list[tuple[str, Any]]:
         """Return what the class makes of weights."""
@@ -199,22 +208,35 @@ class Plan:
 
     Attributes:
         by_matrix: placements by checkpoint name.
-        by_target: checkpoint name and placement by name in the file.
+        by_target: checkpoint names and placements by name in the file: one, or the layers of a stack in their order.
         dropped: learned matrices that cannot be placed, with the reason.
     """
 
     def __init__(self, converter: Converter, shapes: dict[str, tuple[int, int]]) -> None:
         self.by_matrix: dict[str, list[Placement]] = {}
-        self.by_target: dict[str, tuple[str, Placement]] = {}
+        self.by_target: dict[str, list[tuple[str, Placement]]] = {}
         self.dropped: dict[str, str] = {}
-        for name, shape in shapes.items():
+        for family in _families(shapes):
             try:
-                found = converter.placements(name, shape)
+                found = converter.placements(family)
             except Unplaceable as reason:
-                self.dropped[name] = str(reason)
+                self.dropped |= dict.fromkeys(family, str(reason))
                 continue
-            self.by_matrix[name] = found
-            self.by_target |= {p.name: (name, p) for p in found}
+            self.by_matrix |= found
+            for name, places in found.items():
+                for place in places:
+                    self.by_target.setdefault(place.name, []).append((name, place))
+        for layers in self.by_target.values():
+            layers.sort(key=lambda layer: layer[1].layer or 0)
+
+
+def _families(shapes: dict[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:
+    """Matrices that a converter must see together: the experts of a block; each other matrix is on its own."""
+    families: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in shapes.items():
+        stack = stack_of(name)
+        families.setdefault(stack.partition("*")[0] if stack else name, {})[name] = shape
+    return list(families.values())
 
 
 def check(job: dict[str, Any], emit: Emit) -> None:
@@ -261,24 +283,29 @@ def _expected(probe: Converter, plan: Plan, learned: LearnedTensors) -> Iterator
     for name in plan.by_matrix:
         tensor = learned[name]
         weights = grid_of(tensor.type).dequantize(tensor)
+        # stacks come with the last of a block's experts, all at once
         for target, moved in probe.modified(name, weights):
-            yield Expected(target, tensor.type, moved.numpy())
+            yield Expected(target, learned.types[plan.by_target[target][0][0]], moved.numpy())
     for name in learned.vectors:
         for target, moved in probe.modified(name, learned.vector(name)):
             yield Expected(target, "f32", moved.float().numpy())
 
 
-def _packed(learned: LearnedTensors, name: str, placement: Placement) -> DeferredTensor:
-    kind = tensor_type(learned.types[name])
-    rows, columns = learned.weights_shape(name)
+def _packed(learned: LearnedTensors, layers: list[tuple[str, Placement]]) -> DeferredTensor:
+    """A tensor made of one matrix, or of one for each layer."""
+    first, placement = layers[0]
+    kind = tensor_type(learned.types[first])
+    rows, columns = learned.weights_shape(first)
     if placement.rows is not None:
         rows = len(placement.rows)
 
     def parts() -> Iterator[NDArray[Any]]:
-        arrays = {key: placement.take(a.numpy()) for key, a in learned[name].arrays.items()}
-        yield packer_of(kind.name).pack(arrays)
+        for name, place in layers:
+            arrays = {key: place.take(a.numpy()) for key, a in learned[name].arrays.items()}
+            yield packer_of(kind.name).pack(arrays)
 
-    return DeferredTensor((rows, columns // kind.block_weights * kind.block_bytes), np.uint8, parts)
+    outer = () if placement.layer is None else (len(layers),)
+    return DeferredTensor((*outer, rows, columns // kind.block_weights * kind.block_bytes), np.uint8, parts)
 
 
 def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, emit: Emit) -> Any:
@@ -299,7 +326,9 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
             return modify(data, name, block)
         kind = gguf.GGMLQuantizationType(tensor_type(learned.types[own[name]]).id)
         for placement in plan.by_matrix[own[name]]:
-            model.gguf_writer.add_tensor(placement.name, _packed(learned, own[name], placement), raw_dtype=kind)
+            if not placement.layer:  # a stack is added with its first layer
+                layers = plan.by_target[placement.name]
+                model.gguf_writer.add_tensor(placement.name, _packed(learned, layers), raw_dtype=kind)
         return []
 
     def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
@@ -336,8 +365,8 @@ def _from_gguf(
     fallbacks = []
     for tensor in source.tensors:
         if plan is not None and tensor.name in plan.by_target:
-            name, placement = plan.by_target[tensor.name]
-            deferred, kind = _packed(learned, name, placement), learned.types[name]
+            layers = plan.by_target[tensor.name]
+            deferred, kind = _packed(learned, layers), learned.types[layers[0][0]]
         elif tensor.name in vectors:
             deferred, kind = _vector(vectors.pop(tensor.name)), "f32"
         else:
@@ -418,7 +447,7 @@ def _check_row_order(job: dict[str, Any], source: GgufFile, plan: Plan) -> None:
 
     tensors = {t.name: t for t in source.tensors}
     files = ModelSource(job["name"], Path(job["folder"])).weight_map()
-    for target, (name, placement) in plan.by_target.items():
+    for target, ((name, placement),) in plan.by_target.items():  # of a file's experts nothing is learned
         if target not in tensors:
             raise ConversionError(f"{name} belongs into {target}, which {source.path.name} does not have")
         tensor = tensors[target]

@@ -37,9 +37,11 @@ from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
+from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.parallel import Team, join
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.quantized import plain_vector
+from tesseraq_gguf.rare_experts import RARE
 from tesseraq_gguf.recipe import AUTO_INIT, LEARNED, Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.rules import read_rules, rules_of
@@ -150,7 +152,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     team = join() if recipe.calibrates else Team()
     calibration = _calibration(recipe, source, progress)
     if calibration:
-        _check_team(team, recipe, len(calibration.tokens))
+        _check_team(team, recipe, len(calibration.tokens), decoder)
     progress.stage("Asking llama.cpp's converter about the model")
     plan = plan_types(recipe, source, decoder, tree)
     for name, reason in plan.fallbacks.items():
@@ -167,6 +169,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
+            if result.rare:
+                progress.note(_rare(result))
             ranges |= result.ranges
             progress.block(result, len(decoder))
         if not team.first:
@@ -193,10 +197,18 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     return team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
 
 
-def _check_team(team: Team, recipe: Recipe, samples: int) -> None:
-    """Refuse teams that cannot share a step's sequences evenly."""
+def _rare(result: BlockResult) -> str:
+    experts = sorted({int(name.partition(".experts.")[2].partition(".")[0]) for name in result.rare})
+    named = f"expert {experts[0]} was" if len(experts) == 1 else f"experts {', '.join(map(str, experts))} were"
+    return f"block {result.index + 1}: {named} fed fewer than {RARE} calibration tokens: rounded with care, not learned"
+
+
+def _check_team(team: Team, recipe: Recipe, samples: int, decoder: Decoder) -> None:
+    """Refuse teams that cannot share a step's sequences evenly, or a model's experts."""
+    if team.size > 1 and any(stack_of(name) for name in decoder.matrix_shapes()):
+        raise UsageError("several processes cannot share a model with experts yet: run one, without torchrun")
     batch = recipe.settings.batch
-    if batch % team.size or samples < batch:
+    if team.size > 1 and (batch % team.size or samples < batch):
         sizes = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
         raise UsageError(
             f"a step has {batch} of {samples} sequences, which {team.size} processes cannot share: "

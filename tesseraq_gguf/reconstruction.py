@@ -26,6 +26,7 @@ from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
+from tesseraq_gguf.rare_experts import Visits, counted, rarely, round_rare
 from tesseraq_gguf.schemes import ActivationScheme, Range
 
 Finished = Callable[[int], "BlockResult | None"]
@@ -203,6 +204,7 @@ class BlockResult:
         seconds: time it took.
         resumed: True if an earlier run had learned it.
         ranges: static ranges of what the matrices are fed, by checkpoint name, where the scheme has them.
+        rare: matrices of experts that calibration hardly visited, by checkpoint name: they were rounded, not learned.
     """
 
     index: int
@@ -212,6 +214,7 @@ class BlockResult:
     seconds: float
     resumed: bool = False
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    rare: tuple[str, ...] = ()
 
 
 @dataclass
@@ -271,25 +274,36 @@ class Reconstruction:
             problem = self._problem(index, full, quantised, sensitivity[index], recorded)
             problem.samples = samples
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
-            _run_in_place(full, problem.forward, problem.device)
+            with counted(problem) as visits:
+                _run_in_place(full, problem.forward, problem.device)
             result = finished(index)
             if result is None:
                 ranges = problem.input_ranges() if self.activations.static else {}
                 self._round(problem, ranges)
                 before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
                 # processes have the same variables in every step; what leaves is the first one's to the bit
-                learned = _of_the_first(problem, self.method.learn(problem))
+                learned = _of_the_first(problem, self._learn(problem, visits))
                 weights = _dequantized(problem, learned)
                 after = _mean_loss(problem, weights)
                 named = {f"{problem.block.prefix}{name}.weight": r for name, r in ranges.items()}
                 tensors = _named(problem, learned)
-                result = BlockResult(index, tensors, before, after, time.monotonic() - started, ranges=named)
+                rare = tuple(f"{problem.block.prefix}{name}.weight" for name in rarely(visits))
+                seconds = time.monotonic() - started
+                result = BlockResult(index, tensors, before, after, seconds, ranges=named, rare=rare)
             else:
                 weights = problem.block.adopt(result.tensors)
                 self._round(problem, problem.block.by_module(result.ranges))
             _run_in_place(quantised, partial(problem.quantised, weights=weights), problem.device)
             del problem, weights
             yield result
+
+    def _learn(self, problem: BlockProblem, visits: Visits) -> dict[str, QuantizedTensor]:
+        """Let the method learn what calibration says enough about; the rest is rounded before."""
+        grids = dict(problem.grids)
+        rounded = round_rare(problem, visits)
+        learned = self.method.learn(problem) if problem.grids else {}
+        problem.grids = grids
+        return learned | rounded
 
     def _round(self, problem: BlockProblem, ranges: Mapping[str, Range]) -> None:
         if self.activations.rounds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from tesseraq_gguf.converter.writer import check_source
 from tesseraq_gguf.embeddings import embedding_costs
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.recipe import AUTO, Recipe
 from tesseraq_gguf.rules import ruled
 from tesseraq_gguf.runtime.source import SourceTree
@@ -106,6 +107,9 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
             fallbacks[name] = said
         if found:
             types[name] = found
+    for stack, members in _together(types).items():
+        if len(kinds := {types[name] for name in members}) > 1:
+            raise UsageError(f"the experts of {stack} become one tensor: they cannot be {' and '.join(sorted(kinds))}")
     outside = {}
     for name, asked in _asked_outside(recipe, decoder).items():
         if not tensor_type(asked).plain:  # floats, and 8 bits, where rounding to nearest is as good as any
@@ -143,11 +147,17 @@ def within_budget(
         UsageError: the budget is too small for the smallest types.
     """
     shapes = decoder.matrix_shapes()
-    items = {name: Item({t: bytes_of(shapes[name], t) for t in costs}, costs) for name, costs in meter.costs.items()}
-    settled = sum(bytes_of(shapes[name], type) for name, type in plan.types.items() if name not in items)
+    together = _together(meter.candidates)
+    items = {name: _item(members, meter, shapes) for name, members in together.items()}
+    settled = sum(bytes_of(shapes[name], type) for name, type in plan.types.items() if name not in meter.candidates)
+
+    def choice(budget: int) -> TypePlan:
+        chosen = choose(items, budget)
+        return plan.with_choice({n: t for name, t in chosen.items() for n in together.get(name, [name])}, decoder)
+
     if recipe.target_bpw is not None:
         weights = sum(shapes[name][0] * shapes[name][1] for name in plan.types)
-        return plan.with_choice(choose(items, int(recipe.target_bpw * weights / 8) - settled), decoder)
+        return choice(int(recipe.target_bpw * weights / 8) - settled)
     ends = dict.fromkeys((decoder.embedding_name(), decoder.output_name()))
     shape = (decoder.config.vocab_size, decoder.hidden_size)
     if recipe.embedding_type == AUTO:
@@ -163,7 +173,25 @@ def within_budget(
         settled += sum(bytes_of(shape, plan.outside.get(name, plan.embedding_type)) for name in ends)
     assert recipe.target_size is not None
     rest = _bytes_of_the_rest(source, decoder, shapes)
-    return plan.with_choice(choose(items, recipe.target_size - settled - rest), decoder)
+    return choice(recipe.target_size - settled - rest)
+
+
+def _together(names: Iterable[str]) -> dict[str, list[str]]:
+    """Matrices that must have one type: those of a stack, by its name; each other one is on its own."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(stack_of(name) or name, []).append(name)
+    return found
+
+
+def _item(members: list[str], meter: CostMeter, shapes: Mapping[str, tuple[int, int]]) -> Item:
+    """Sizes and costs of matrices with one type. An expert that no token came to has no costs."""
+    types = meter.candidates[members[0]]
+    known = [meter.costs[name] for name in members if name in meter.costs]
+    return Item(
+        {t: sum(bytes_of(shapes[name], t) for name in members) for t in types},
+        {t: sum(costs[t] for costs in known) for t in types},
+    )
 
 
 def _bytes_of_the_rest(source: ModelSource, decoder: Decoder, shapes: Mapping[str, tuple[int, int]]) -> int:

@@ -27,6 +27,7 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # architecture, what differs from SMALL
 KINDS: dict[str, tuple[str, dict]] = {
     "llama": ("Llama", {}),
@@ -47,6 +48,10 @@ KINDS: dict[str, tuple[str, dict]] = {
             "num_key_value_heads": 1,
         },
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 192}),
+    "qwen3-moe": ("Qwen3Moe", MIXTURE | {"head_dim": 64}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "phi-fused": ("Phi3", {"original_max_position_embeddings": 512}),
 }
 

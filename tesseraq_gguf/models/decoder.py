@@ -20,6 +20,7 @@ from torch.func import functional_call
 from tesseraq_gguf.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.models.experts import aliases, unroll
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.quantized import QuantizedTensor
 
@@ -181,6 +182,8 @@ class Decoder:
         self._model = _skeleton(source)
         self.config = self._model.config.get_text_config()
         self._blocks_name, self._blocks = _find_blocks(self._model, self.config.num_hidden_layers)
+        for block in self._blocks:
+            unroll(block)
 
     def __len__(self) -> int:
         """Return the number of decoder blocks."""
@@ -380,7 +383,8 @@ class Decoder:
         from safetensors import safe_open
 
         base = self._base_prefix()
-        stored = next((n for n in (name, name.removeprefix(base)) if n in self._files), None)
+        called = [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
+        stored = next((n for n in called if n in self._files), None)
         if stored is None:
             raise ModelError(f"{self.source.name}: the weight files have no tensor {name}")
         with safe_open(self._files[stored], "pt") as tensors:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.experts import stack_of
 
 _TOLERANCE = 1e-3
 """Relative change of an output that float32 (or TF32) arithmetic may make; a wrong fold makes several per cent."""
@@ -125,7 +126,11 @@ class _Trace:
         random = torch.Generator().manual_seed(0)
         s = torch.exp2(torch.rand(fold.channels, generator=random) * 2 - 1).to(self._hidden.device)
         _, outputs = self._run(fold.parameters(self.block, s))
-        return all(_close(outputs[name], before) for name, before in self._outputs.items() if name != fold.producer)
+        return all(
+            name in outputs and _close(outputs[name], before)  # experts may be chosen anew
+            for name, before in self._outputs.items()
+            if name != fold.producer
+        )
 
     def scaled(self, producer: str, factors: Tensor) -> dict[str, Tensor]:
         """Return what each linear reads when the output of a linear is multiplied by factors [its outputs]."""
@@ -211,12 +216,18 @@ def _of_linears(trace: _Trace, learnable: Set[str], taken: Set[str]) -> list[Fol
     order = [name for name in trace.inputs if name in learnable]
     consumers = [name for name in order if name not in taken]
     for position, producer in enumerate(order):
-        later = [name for name in order[position + 1 :] if name in consumers]
+        later = [name for name in order[position + 1 :] if name in consumers and _beside(producer, name)]
         fold = _of_rows(trace, producer, later)
         if fold is not None:
             found.append(fold)
             consumers.remove(fold.consumers[0])
     return found
+
+
+def _beside(producer: str, consumer: str) -> bool:
+    """Whether a matrix may read rows of another: those of an expert read rows of the same expert alone."""
+    inside = [name.rpartition(".")[0] for name in (producer, consumer) if stack_of(name)]
+    return not inside or (len(inside) == 2 and inside[0] == inside[1])
 
 
 def _of_rows(trace: _Trace, producer: str, consumers: list[str]) -> Fold | None:
@@ -231,7 +242,7 @@ def _of_rows(trace: _Trace, producer: str, consumers: list[str]) -> Fold | None:
         factors[first : first + count] = probe
         scaled = trace.scaled(producer, factors)
         for name in readers:
-            spread = _sources(trace.inputs[name], scaled[name], probe)
+            spread = _sources(trace.inputs[name], scaled[name], probe) if name in scaled else None
             if spread is None:
                 continue
             fold = Fold(producer, first, count, 0.0, (name,), spread)
@@ -262,6 +273,8 @@ def _sources(before: Tensor, after: Tensor, probe: Tensor) -> Tensor | None:
     Returns:
         Channels, int64 [inputs]; None if some input is not a multiple of one channel.
     """
+    if before.shape != after.shape:
+        return None
     x, y = before.flatten(0, -2).double(), after.flatten(0, -2).double()
     energy = x.square().sum(0)
     ratio = (x * y).sum(0) / energy
@@ -285,4 +298,6 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
     return float((a - b).norm()) <= _TOLERANCE * float(b.norm()) and math.isfinite(float(a.norm()))

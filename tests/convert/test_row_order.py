@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tesseraq_gguf.converter.row_order import Unplaceable, block_index, placements
+from tesseraq_gguf.converter.row_order import Unplaceable, block_index, placements, stacked_placements
 
 SHAPE = (12, 5)
 
@@ -72,3 +72,56 @@ def test_refused(case):
 def test_too_large_to_count_in_float32():
     with pytest.raises(Unplaceable, match="too large"):
         placements(lambda data, name, block: [("a", data)], "a", ((1 << 24) + 1, 1))
+
+
+EXPERTS = {
+    f"layers.2.experts.{e}.{kind}": (6, 12) if kind == "up" else (12, 6) for e in range(3) for kind in ("up", "down")
+}
+
+
+def _stacking(change=lambda target, layers: layers):
+    """A converter that collects a block's experts and stacks them once the last one has come."""
+    collected = {}
+
+    def modify(data, name, block):
+        collected[name] = data
+        if len(collected) < len(EXPERTS):
+            return []
+        stacks = {
+            kind: torch.stack([collected[f"layers.{block}.experts.{e}.{kind}"] for e in range(3)])
+            for kind in ("up", "down")
+        }
+        collected.clear()
+        return [(target, change(target, layers)) for target, layers in stacks.items()]
+
+    return modify
+
+
+def test_stacks_of_experts():
+    order = torch.tensor([2, 0, 1])
+    rows = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+
+    def change(target, layers):
+        return layers[order][:, rows] if target == "up" else layers
+
+    found = stacked_placements(_stacking(change), EXPERTS)
+    assert found.keys() == EXPERTS.keys()
+    for e in range(3):
+        up, down = found[f"layers.2.experts.{e}.up"], found[f"layers.2.experts.{e}.down"]
+        assert (up.name, up.layer, up.rows.tolist()) == ("up", [1, 2, 0][e], rows.tolist())
+        assert (down.name, down.layer, down.rows) == ("down", e, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda _, layers: layers.flip(2), "mixes experts, rows or columns"),
+        (lambda _, layers: layers[[0, 0, 1]], "drops, repeats or adds"),
+        (lambda _, layers: layers[:2], "does not stack all"),
+        (lambda _, layers: torch.where(torch.arange(layers.shape[1])[:, None] > 2, layers, layers.flip(0)), "mixes"),
+        (lambda _, layers: layers.flatten(0, 1), "merges it"),
+    ],
+)
+def test_anything_but_stacking_is_refused(change, said):
+    with pytest.raises(Unplaceable, match=said):
+        stacked_placements(_stacking(change), EXPERTS)

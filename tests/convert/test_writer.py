@@ -26,6 +26,7 @@ from tesseraq_gguf.converter.writer import WrittenFile, check_output, check_sour
 from tesseraq_gguf.errors import ConversionError, ModelError, RuntimeMissingError, UsageError, VerificationError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.models.experts import aliases
 from tesseraq_gguf.quantized import load_tensors, save_tensors
 from tesseraq_gguf.runtime import ensure_source
 
@@ -40,6 +41,7 @@ KINDS = [
     "qwen3",
     "gemma3",
     "phi-fused",
+    "mixtral",
 ]
 
 
@@ -90,7 +92,10 @@ def stock(make_model, learn, tmp_path_factory) -> dict[str, Path]:
         source, folder = make_model(kind), tmp_path_factory.mktemp("stock") / kind
         shutil.copytree(source.folder, folder)
         learned = {
-            name: grid_of(t.type).dequantize(t) for block in learn(source) for name, t in load_tensors(block)[0].items()
+            alias: grid_of(t.type).dequantize(t)
+            for block in learn(source)
+            for name, t in load_tensors(block)[0].items()
+            for alias in aliases(name)
         }
         for file in folder.glob("*.safetensors"):
             tensors = {name: learned.get(name, t.float()) for name, t in load_file(file).items()}
