@@ -1,0 +1,26 @@
+#pragma once
+
+// Codebooks on the device. Those in use are a model's (bcq-lease.h), so they are data, and not part of the kernels.
+//
+// A __device__ variable belongs to the unit of compilation that it stands in, and kernels of BCQ are made in several: each such unit
+// has a copy (bcq-unit.cuh), and a bcq_unit says where. Before a graph with BCQ tensors is computed, bcq_prepare copies what the
+// kernels on the CPU look things up in to all of them, if a device has not got it yet.
+
+#include "tesseraq/bcq.h"
+
+struct bcq_device_tables {
+    uint8_t shifted [BCQ_CODEBOOKS][BCQ_LEVELS]; // codewords + BCQ_OFFSET
+    int8_t  codeword[BCQ_CODEBOOKS][BCQ_LEVELS];
+    int8_t  nearest4[128][BCQ_CODEBOOKS];        // that of bcq_tables, by the number first: lanes differ in the codebook
+};
+
+// the copy of a unit, in a list of all
+struct bcq_unit {
+    const void * symbol;
+    bcq_unit   * next;
+
+    explicit bcq_unit(const void * symbol);
+};
+
+// Gives the current device the codebooks in use, if a tensor of the graph needs any. The stream is not captured at the time.
+void bcq_prepare(const ggml_cgraph * cgraph, cudaStream_t stream);
