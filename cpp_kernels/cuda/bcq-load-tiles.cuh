@@ -50,8 +50,8 @@ template <ggml_type type, int J, bool fallback> static __device__ __forceinline_
         float * df = x_df + i*(2*MMQ_TILE_NE_K/QI8_0) + i/(QI8_0/2) + kbx*(QK_BCQ/QK8_0);
 #endif // defined(AMD_MFMA_AVAILABLE) || defined(TURING_MMA_AVAILABLE) || defined(AMD_WMMA_AVAILABLE)
 
-        const uint32_t v = bcq_load_indices(block, 2*k);
-        const uint32_t w = bcq_load_indices(block, 2*k + 1);
+        const uint32_t v = bcq_indices(block)[2*k];
+        const uint32_t w = bcq_indices(block)[2*k + 1];
         const uint2 low  = bcq_lookup(bcq_load_codebook(bcq_selector_of(head, k)),     bcq_low_group(v, w));
         const uint2 high = bcq_lookup(bcq_load_codebook(bcq_selector_of(head, k + 4)), bcq_high_group(v, w));
 

@@ -26,6 +26,7 @@ static __device__ __forceinline__ int bcq_dot_group(uint32_t indices, int codebo
 static __device__ __forceinline__ float vec_dot_bcq4_q8_1(
         const void * __restrict__ vbq, const block_q8_1 * __restrict__ bq8_1, const int & kbx, const int & iqs) {
     const block_bcq4 * block = (const block_bcq4 *) vbq + kbx;
+    const uint32_t   * qs    = bcq_indices(block) + iqs;
     const uint32_t     head  = bcq_load_head(block);
 
     // selectors of this half, times 16, the bytes of a codebook: the first group's from bit 4 up
@@ -43,12 +44,9 @@ static __device__ __forceinline__ float vec_dot_bcq4_q8_1(
 
 #pragma unroll
     for (int i = 0; i < VDR_BCQ4_Q8_1_MMVQ; i += 2) {
-        const uint32_t v = bcq_load_indices(block, iqs + i);
-        const uint32_t w = bcq_load_indices(block, iqs + i + 1);
-
-        s0 = bcq_dot_group(bcq_low_group(v, w),  offsets >> (3*i/2)      & 0x70,
+        s0 = bcq_dot_group(bcq_low_group(qs[i], qs[i + 1]),  offsets >> (3*i/2)      & 0x70,
             get_int_b4(bq8_1[0].qs, iqs + i), get_int_b4(bq8_1[0].qs, iqs + i + 1), s0);
-        s1 = bcq_dot_group(bcq_high_group(v, w), offsets >> (3*i/2 + 12) & 0x70,
+        s1 = bcq_dot_group(bcq_high_group(qs[i], qs[i + 1]), offsets >> (3*i/2 + 12) & 0x70,
             get_int_b4(bq8_1[1].qs, iqs + i), get_int_b4(bq8_1[1].qs, iqs + i + 1), s1);
     }
 

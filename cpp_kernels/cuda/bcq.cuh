@@ -11,9 +11,9 @@ static __device__ __forceinline__ uint32_t bcq_load_head(const void * block) {
     return *(const uint32_t *) block;
 }
 
-// integer i of the indices
-static __device__ __forceinline__ uint32_t bcq_load_indices(const void * block, int i) {
-    return ((const uint32_t *) block)[1 + i];
+// the indices of a block in integers
+static __device__ __forceinline__ const uint32_t * bcq_indices(const void * block) {
+    return (const uint32_t *) block + 1;
 }
 
 static __device__ __forceinline__ float bcq_scale(uint32_t head) {
@@ -33,14 +33,21 @@ static __device__ __forceinline__ uint32_t bcq_prmt(uint32_t a, uint32_t b, uint
     return result;
 }
 
+// low nibbles of a, high nibbles of b, in one instruction; compilers take two
+static __device__ __forceinline__ uint32_t bcq_low_and_high_nibbles(uint32_t a, uint32_t b) {
+    uint32_t result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(result) : "r"(a), "r"(b), "r"(0x0F0F0F0F));
+    return result;
+}
+
 // Integers 2*k and 2*k + 1 of the indices, v and w, have those of two groups of 8 weights: k in the low nibbles, k + 4 in the high ones.
 // Each group comes into an integer of its own, in the order in which bcq_lookup wants it: weights 0, 4, 1, 5, 2, 6, 3, 7.
 static __device__ __forceinline__ uint32_t bcq_low_group(uint32_t v, uint32_t w) {
-    return (v & 0x0F0F0F0F) | (w << 4 & 0xF0F0F0F0);
+    return bcq_low_and_high_nibbles(v, w << 4);
 }
 
 static __device__ __forceinline__ uint32_t bcq_high_group(uint32_t v, uint32_t w) {
-    return (v >> 4 & 0x0F0F0F0F) | (w & 0xF0F0F0F0);
+    return bcq_low_and_high_nibbles(v >> 4, w);
 }
 
 // Codewords of a group, + BCQ_OFFSET, in bytes: x those of weights 0, 4, 1, 5, y those of 2, 6, 3, 7. A half of a codebook is what an
@@ -49,6 +56,6 @@ static __device__ __forceinline__ uint2 bcq_lookup(const uint4 & codebook, uint3
     const uint32_t other = indices ^ 0x88888888;
 
     return make_uint2(
-        bcq_prmt(codebook.x, codebook.y, indices)       | bcq_prmt(codebook.z, codebook.w, other),
-        bcq_prmt(codebook.x, codebook.y, indices >> 16) | bcq_prmt(codebook.z, codebook.w, other >> 16));
+        bcq_prmt(codebook.x, codebook.y, indices)       + bcq_prmt(codebook.z, codebook.w, other),
+        bcq_prmt(codebook.x, codebook.y, indices >> 16) + bcq_prmt(codebook.z, codebook.w, other >> 16));
 }
