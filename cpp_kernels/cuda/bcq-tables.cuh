@@ -8,7 +8,8 @@
 
 #include "tesseraq/bcq.h"
 
-struct bcq_device_tables {
+// a codebook is loaded at once, and all of them are a line of the cache
+struct alignas(128) bcq_device_tables {
     uint8_t shifted [BCQ_CODEBOOKS][BCQ_LEVELS]; // codewords + BCQ_OFFSET
     int8_t  codeword[BCQ_CODEBOOKS][BCQ_LEVELS];
     int8_t  nearest4[128][BCQ_CODEBOOKS];        // that of bcq_tables, by the number first: lanes differ in the codebook

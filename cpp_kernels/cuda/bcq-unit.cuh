@@ -4,7 +4,7 @@
 
 #include "tesseraq/cuda/bcq-tables.cuh"
 
-static __device__ __align__(128) bcq_device_tables bcq_device; // a codebook is loaded at once, all of them are a line of the cache
+static __device__ bcq_device_tables bcq_device;
 
 static const bcq_unit bcq_this_unit(&bcq_device);
 
