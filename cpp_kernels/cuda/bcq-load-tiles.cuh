@@ -30,8 +30,7 @@ template <ggml_type type, int J, bool fallback> static __device__ __forceinline_
     const int kbx = txi / threads_per_block;
     const int k   = txi % threads_per_block;
 
-    // not all at once: the sums of the product stay in registers meanwhile
-#pragma unroll 2
+#pragma unroll
     for (int i0 = 0; i0 < I; i0 += nrows*nwarps) {
         int i = i0 + threadIdx.y*nrows + threadIdx.x/threads_per_row;
 

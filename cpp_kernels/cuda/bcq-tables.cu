@@ -1,4 +1,5 @@
 #include "ggml-cuda/common.cuh"
+#include "ggml-impl.h"
 
 #include "tesseraq/cuda/bcq-tables.cuh"
 
@@ -12,8 +13,8 @@ bcq_unit::bcq_unit(const void * symbol) : symbol(symbol), next(bcq_units) {
 }
 
 static bool bcq_is_in(const ggml_cgraph * cgraph) {
-    for (int i = 0; i < ggml_graph_n_nodes((ggml_cgraph *) cgraph); ++i) {
-        const ggml_tensor * src0 = ggml_graph_node((ggml_cgraph *) cgraph, i)->src[0];
+    for (int i = 0; i < cgraph->n_nodes; ++i) {
+        const ggml_tensor * src0 = cgraph->nodes[i]->src[0];
         if (src0 && tesseraq_has_codebooks(src0->type)) {
             return true;
         }

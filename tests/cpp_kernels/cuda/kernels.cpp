@@ -2,6 +2,7 @@
 
 #include "kernels.h"
 
+#include "ggml-impl.h"
 #include "tesseraq/cuda/bcq-tables.cuh"
 
 #include <algorithm>
@@ -80,12 +81,6 @@ extern "C" void ggml_abort(const char * file, int line, const char * format, ...
 extern "C" void ggml_critical_section_start(void) {}
 extern "C" void ggml_critical_section_end(void) {}
 
-// a graph of one multiplication by a BCQ tensor
-static ggml_tensor weights_node, product_node;
-
-extern "C" int           ggml_graph_n_nodes(ggml_cgraph *)    { return 1; }
-extern "C" ggml_tensor * ggml_graph_node(ggml_cgraph *, int)  { return &product_node; }
-
 // ------------------------------------------------------------ codebooks of a model
 
 static std::vector<int8_t> own_codebooks(random_t & random) {
@@ -99,14 +94,19 @@ static std::vector<int8_t> own_codebooks(random_t & random) {
     return codebooks;
 }
 
-// takes the universal codebooks (none) or others into use, as a model does that is loaded, and computes a graph
+// takes the universal codebooks (none) or others into use, as a model does that is loaded, and computes a graph of one product
 static void use(const int8_t * codebooks) {
     if (!bcq_acquire(codebooks)) {
         fail("codebooks are refused");
     }
-    weights_node.type   = GGML_TYPE_BCQ4;
-    product_node.src[0] = &weights_node;
-    bcq_prepare(nullptr, nullptr);
+    ggml_tensor weights = {}, product = {}, * nodes[] = { &product };
+    weights.type   = GGML_TYPE_BCQ4;
+    product.src[0] = &weights;
+
+    ggml_cgraph graph = {};
+    graph.n_nodes = 1;
+    graph.nodes   = nodes;
+    bcq_prepare(&graph, nullptr);
 }
 
 int main(int argc, char ** argv) {
