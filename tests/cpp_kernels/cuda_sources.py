@@ -34,9 +34,7 @@ _MMA = re.compile(
     re.DOTALL,
 )
 _PRMT = re.compile(r'asm\("prmt\.b32 [^"]*" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
-_LOP3 = re.compile(
-    r'asm\("lop3\.b32 [^"]*, (0x\w+);" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);'
-)
+_LOP3 = re.compile(r'asm\("lop3\.b32 [^"]*, (0x\w+);" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
 _ASM = re.compile(r"\basm( volatile)?\(.*?\);", re.DOTALL)
 _OTHER_TYPES = re.compile(r"(\n *TESSERAQ_CUDA_TYPES\(TESSERAQ_CASE_\w+\)\n).*?(\n *default:)", re.DOTALL)
 
@@ -74,7 +72,7 @@ def ours(source: SourceTree) -> Path:
 
 
 def copy_for_host(source: SourceTree, folder: Path) -> None:
-    """Copy the backend and ours into a folder, as they are in the source, for the host compiler, with our types alone."""
+    """Copy the backend and ours into a folder, side by side, for the host compiler, with our types alone."""
     for origin in (backend(source), ours(source)):
         copy = folder / origin.relative_to(backend(source).parent)
         copy.mkdir(parents=True)

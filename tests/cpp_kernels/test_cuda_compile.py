@@ -36,8 +36,8 @@ columns, and 2 for experts.
 SPILLS = {("mmq-largest.cu", "75"): 128, ("mmq-largest.cu", "80"): 512}
 """Bytes that a kernel may spill, stores and loads, where upstream's product of 128 columns does not fit into registers.
 
-That of Q2_K spills 312 and 720 there; that of Q5_1, whose tiles TSQ has, 184 and 268; that of IQ4_NL, which is looked up
-in a table and has Q8_0's tiles as BCQ4 has, 284 and 468 (nvcc 13.0).
+That of Q2_K spills 312 and 720 there; that of Q5_1, whose tiles TSQ has, 184 and 268; that of IQ4_NL, which is looked
+up in a table and has Q8_0's tiles, as BCQ4, 284 and 468 (nvcc 13.0).
 """
 
 
