@@ -31,7 +31,7 @@ OPTIONS = ("-std=c++17", "-O1", "-g1", "-w", "-fsanitize=address,undefined", "-f
 
 
 def build(source: SourceTree, folder: Path, parts: Sequence[str], capability: int) -> Path:
-    """Compile the program with some parts, and return it. Copies of files that are there already are taken as they are."""
+    """Compile the program with some parts, and return it. Copies that are there already are taken as they are."""
     if not (folder / "ggml-cuda").exists():
         copy_for_host(source, folder)
     program = folder / "kernels"
