@@ -25,8 +25,8 @@ static __device__ __forceinline__ int bcq_selector_of(uint32_t head, int group) 
     return head >> (8 + 3*group) & 7;
 }
 
-// Bytes a (0 to 3) and b (4 to 7) by the low four nibbles of the selectors. One with its high bit set gives the sign of the byte, eight times:
-// zero, where all bytes are positive. __byte_perm has no such bit.
+// Bytes a (0 to 3) and b (4 to 7) by the low four nibbles of the selectors. One with its high bit set gives the sign of the byte, eight
+// times: zero, where all bytes are positive. __byte_perm has no such bit.
 static __device__ __forceinline__ uint32_t bcq_prmt(uint32_t a, uint32_t b, uint32_t selectors) {
     uint32_t result;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selectors));

@@ -8,8 +8,8 @@
 
 #define BCQ_ENCODE_WARPS 4 // to a thread block
 
-// A warp encodes 64 numbers, zeros if x is none; docs/formats.md says to what. Lane 8*g + b tries codebook b for groups g and g + 4, and has
-// their codewords c, four to an integer, if it turns out to be the best one.
+// A warp encodes 64 numbers, zeros if x is none; docs/formats.md says to what. Lane 8*g + b tries codebook b for groups g and g + 4,
+// and has their codewords c, four to an integer, if it turns out to be the best one.
 static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, float & d, bool (&best)[2], int (&c)[2][2]) {
     const int g = threadIdx.x / BCQ_CODEBOOKS;
     const int b = threadIdx.x % BCQ_CODEBOOKS;

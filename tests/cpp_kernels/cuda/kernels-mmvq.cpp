@@ -19,7 +19,8 @@ struct activations {
     int64_t                 stride; // blocks
     std::vector<block_q8_1> q;
 
-    activations(const tested_type & type, int64_t ncols_x, int64_t n, random_t & random) : stride(GGML_PAD(ncols_x, MATRIX_ROW_PADDING)/QK8_1), q(n*stride) {
+    activations(const tested_type & type, int64_t ncols_x, int64_t n, random_t & random) :
+            stride(GGML_PAD(ncols_x, MATRIX_ROW_PADDING)/QK8_1), q(n*stride) {
         const std::vector<float> x = normal(ncols_x*n, random);
         quantize_row_q8_1_cuda(x.data(), nullptr, q.data(), type.type, ncols_x, ncols_x, ncols_x*n, ncols_x*n,
             stride*QK8_1, n, 1, 1, nullptr);

@@ -42,7 +42,8 @@ static void check_rows(random_t & random) {
     const int64_t nrows = 5, ncols = 9*QK, stride = ncols + 3, padded = GGML_PAD(ncols, MATRIX_ROW_PADDING);
     const std::vector<float> x = rows(nrows, stride, random);
     std::vector<block_q8_1> y(nrows*padded/QK8_1);
-    quantize_row_q8_1_cuda(x.data(), nullptr, y.data(), GGML_TYPE_BCQ4_A4, ncols, stride, stride*nrows, stride*nrows, padded, nrows, 1, 1, nullptr);
+    quantize_row_q8_1_cuda(x.data(), nullptr, y.data(), GGML_TYPE_BCQ4_A4, ncols, stride, stride*nrows, stride*nrows,
+        padded, nrows, 1, 1, nullptr);
 
     for (int64_t i = 0; i < nrows; ++i) {
         for (int64_t k = 0; k < padded; k += QK) {
@@ -73,12 +74,14 @@ static void check_tiles(random_t & random) {
     const std::vector<float> x = rows(nrows, ncols, random);
 
     std::vector<block_q8_1_mmq> y(nrows*padded/QK8_1_MMQ);
-    quantize_mmq_q8_1_cuda(x.data(), nullptr, y.data(), GGML_TYPE_BCQ4_A4, ncols, ncols, ncols*nrows, ncols*nrows, padded, nrows, 1, 1, nullptr);
+    quantize_mmq_q8_1_cuda(x.data(), nullptr, y.data(), GGML_TYPE_BCQ4_A4, ncols, ncols, ncols*nrows, ncols*nrows,
+        padded, nrows, 1, 1, nullptr);
     compare_mmq("for MMQ", x, ncols, y, { 0, 1, 2, 3 });
 
     const std::vector<int32_t> ids = { 3, 0, 0, 2, 1 };
     y.resize(ids.size()*padded/QK8_1_MMQ);
-    quantize_mmq_q8_1_cuda(x.data(), ids.data(), y.data(), GGML_TYPE_BCQ4_A4, ncols, ncols, ncols*nrows, ncols*nrows, padded, ids.size(), 1, 1, nullptr);
+    quantize_mmq_q8_1_cuda(x.data(), ids.data(), y.data(), GGML_TYPE_BCQ4_A4, ncols, ncols, ncols*nrows, ncols*nrows,
+        padded, ids.size(), 1, 1, nullptr);
     compare_mmq("by ids", x, ncols, y, ids);
 
     // tokens to the rows of two experts each
