@@ -3,6 +3,8 @@
 
 #include "tesseraq/cuda/bcq-tables.cuh"
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -44,9 +46,12 @@ void bcq_prepare(const ggml_cgraph * cgraph, cudaStream_t stream) {
 
     memcpy(t.codeword, bcq_tables.codeword, sizeof(t.codeword));
     memcpy(t.shifted,  bcq_tables.shifted,  sizeof(t.shifted));
-    for (int i = 0; i < 128; ++i) {
+    for (int u = -128; u < 128; ++u) {
         for (int b = 0; b < BCQ_CODEBOOKS; ++b) {
-            t.nearest4[i][b] = bcq_tables.nearest4[b][i];
+            const int n = bcq_tables.nearest4[b][u >> 1 & 127];
+            const int e = std::min(std::abs(n - u), 127);
+            t.nearest[u & 255][b] = n/4;
+            t.error  [u & 255][b] = e*e;
         }
     }
 

@@ -12,7 +12,10 @@
 struct alignas(128) bcq_device_tables {
     uint8_t shifted [BCQ_CODEBOOKS][BCQ_LEVELS]; // codewords + BCQ_OFFSET
     int8_t  codeword[BCQ_CODEBOOKS][BCQ_LEVELS];
-    int8_t  nearest4[128][BCQ_CODEBOOKS];        // that of bcq_tables, by the number first: lanes differ in the codebook
+
+    // by a byte, an activation in quarters of its scale, and then by the codebook, in which lanes differ
+    int8_t   nearest[256][BCQ_CODEBOOKS]; // the nearest codeword
+    uint16_t error  [256][BCQ_CODEBOOKS]; // square of its error, in quarters
 };
 
 // the copy of a unit, in a list of all

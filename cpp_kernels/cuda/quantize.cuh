@@ -8,24 +8,21 @@
 
 #define BCQ_ENCODE_WARPS 4 // to a thread block
 
-// A warp encodes 64 numbers, zeros if x is none; docs/formats.md says to what. Lane 8*g + b tries codebook b for groups g and g + 4,
-// and has their codewords c, four to an integer, if it turns out to be the best one.
-static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, float & d, bool (&best)[2], int (&c)[2][2]) {
-    const int g = threadIdx.x / BCQ_CODEBOOKS;
-    const int b = threadIdx.x % BCQ_CODEBOOKS;
+// a number in quarters of the scale, in a byte
+static __device__ __forceinline__ uint32_t bcq_quarters(float x) {
+    return (uint8_t) min(max(__float2int_rn(x), -128), 127);
+}
 
-    float v[2][BCQ_GROUP];
-    float amax = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < BCQ_GROUP; ++j) {
-            v[i][j] = x ? x[(g + 4*i)*BCQ_GROUP + j] : 0.0f;
-            amax    = fmaxf(amax, fabsf(v[i][j]));
-        }
-    }
-    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFF, amax,  8, WARP_SIZE));
-    amax = fmaxf(amax, __shfl_xor_sync(0xFFFFFFFF, amax, 16, WARP_SIZE));
+// A warp encodes 64 numbers, zeros if x is none; docs/formats.md says to what. Lane 8*g + b tries codebook b for groups g and g + 4, and
+// gets the codewords of their numbers b.
+static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, float & d, int (&c)[2]) {
+    const int lane = threadIdx.x;
+    const int g    = lane / BCQ_CODEBOOKS;
+    const int b    = lane % BCQ_CODEBOOKS;
+
+    const float v    = x ? x[2*lane]     : 0.0f;
+    const float w    = x ? x[2*lane + 1] : 0.0f;
+    const float amax = warp_reduce_max<WARP_SIZE>(fmaxf(fabsf(v), fabsf(w)));
 
     // bcq_activation_scale, with divisions that round as those of the CPU do
     float id4 = 0.0f;
@@ -35,18 +32,21 @@ static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, 
         id4 = __fdiv_rn(4.0f, d);
     }
 
+    // four numbers to an integer: lanes 2*i and 2*i + 1 have 4*i and the next three
+    const uint32_t pair  = bcq_quarters(v*id4) | bcq_quarters(w*id4) << 8;
+    const uint32_t other = __shfl_xor_sync(0xFFFFFFFF, pair, 1, WARP_SIZE);
+    const uint32_t four  = lane % 2 ? other | pair << 16 : pair | other << 16;
+
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+        const int      first = 4*(g + 4*i); // a lane with the first four of the group
+        const uint32_t u     = __shfl_sync(0xFFFFFFFF, four, first,     WARP_SIZE);
+        const uint32_t u4    = __shfl_sync(0xFFFFFFFF, four, first + 2, WARP_SIZE);
+
         int error = 0;
-        c[i][0] = 0;
-        c[i][1] = 0;
 #pragma unroll
         for (int j = 0; j < BCQ_GROUP; ++j) {
-            const int u = min(max(__float2int_rn(v[i][j]*id4), -128), 127);
-            const int n = __ldg(&bcq_device.nearest4[(u >> 1) & 127][b]);
-            const int e = min(abs(n - u), 127);
-            error += e*e;
-            c[i][j/4] |= (int) ((uint32_t) (uint8_t) (n >> 2) << 8*(j % 4));
+            error += __ldg(&bcq_device.error[(j < 4 ? u : u4) >> 8*(j % 4) & 0xFF][b]);
         }
 
         // the least error, and of those that draw the first codebook
@@ -55,14 +55,10 @@ static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, 
         for (int offset = BCQ_CODEBOOKS/2; offset > 0; offset >>= 1) {
             key = min(key, __shfl_xor_sync(0xFFFFFFFF, key, offset, WARP_SIZE));
         }
-        best[i] = key % BCQ_CODEBOOKS == b;
-    }
-}
 
-// the integers that lanes have of a group go to where it begins
-static __device__ __forceinline__ void bcq_store_group(int8_t * qs, const int (&c)[2]) {
-    ((int *) qs)[0] = c[0];
-    ((int *) qs)[1] = c[1];
+        const uint32_t mine = (b < 4 ? u : u4) >> 8*(b % 4) & 0xFF;
+        c[i] = __ldg(&bcq_device.nearest[mine][key % BCQ_CODEBOOKS]);
+    }
 }
 
 // for MMVQ; grid and strides are those of quantize_q8_1, but that a warp takes 64 numbers
@@ -82,16 +78,13 @@ static __global__ void bcq_quantize_q8_1(
 
     ggml_cuda_pdl_sync();
     float d;
-    bool  best[2];
-    int   c[2][2];
-    bcq_encode(i0 < ne00 ? x + i3*s03 + i2*s02 + i1*s01 + i0 : nullptr, d, best, c);
+    int   c[2];
+    bcq_encode(i0 < ne00 ? x + i3*s03 + i2*s02 + i1*s01 + i0 : nullptr, d, c);
 
     block_q8_1 * y = (block_q8_1 *) vy + (((i3*ne2.z + i2)*ne1 + i1)*ne0 + i0)/QK8_1;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        if (best[i]) {
-            bcq_store_group(y[i].qs + threadIdx.x/BCQ_CODEBOOKS*BCQ_GROUP, c[i]);
-        }
+        y[i].qs[threadIdx.x] = c[i];
         if (threadIdx.x == 0) {
             y[i].ds = make_half2(d, 0.0f); // no kernel asks for the sum
         }
@@ -118,9 +111,8 @@ static __global__ void bcq_quantize_mmq_q8_1(
     }
 
     float d;
-    bool  best[2];
-    int   c[2][2];
-    bcq_encode(i0 < ne00 ? x + base + i0 : nullptr, d, best, c);
+    int   c[2];
+    bcq_encode(i0 < ne00 ? x + base + i0 : nullptr, d, c);
 
     const int64_t k_block = i0 / QK8_1_MMQ; // column block in the channel
     const int     k       = i0 % QK8_1_MMQ;
@@ -129,9 +121,7 @@ static __global__ void bcq_quantize_mmq_q8_1(
         block_q8_1_mmq & y = ((block_q8_1_mmq *) vy)[ib0 + (scatter ? ids[(int64_t) blockIdx.x*n_expert_used + slot] : blockIdx.x)];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            if (best[i]) {
-                bcq_store_group(y.qs + k + i*QK8_1 + threadIdx.x/BCQ_CODEBOOKS*BCQ_GROUP, c[i]);
-            }
+            y.qs[k + i*QK8_1 + threadIdx.x] = c[i];
             if (threadIdx.x == 0) {
                 y.d4[k/QK8_1 + i] = d;
             }
