@@ -60,10 +60,12 @@ TYPES = (
     _ours("tsq2"),
     _ours("tsq3"),
     _ours("tsq4"),
+    _ours("bcq4"),
     Type("IQ2_XXS", 16, 2.0625, 32, 8, warps=4, rows=1),
     Type("Q2_K", 10, 2.625, 16, 8, warps=4, rows=1),
     Type("Q3_K", 11, 3.4375, 16, 4, warps=4, rows=1),
     Type("Q4_0", 2, 4.5, 16, 4, warps=4, rows=1),
+    Type("IQ4_NL", 20, 4.5, 16, 4, warps=4, rows=1),
     Type("Q4_K", 12, 4.5, 16, 8, warps=4, rows=1),
 )
 
@@ -163,10 +165,7 @@ def cut(text: str, begin: str, end: str, instead: str, after: str = "") -> str:
 
 def case(name: str) -> str:
     """A case of MMVQ's switch over types."""
-    known = re.fullmatch(r"TSQ\d", name)
-    if known:
-        return f"TESSERAQ_CASE_MMVQ({name}, {name.lower()})\n"
-    return f"TESSERAQ_CASE_MMVQ({name}, )\n"
+    return f"TESSERAQ_CASE_MMVQ({name}, {name}, )\n"
 
 
 def read(function: str, kind: Type) -> Count:

@@ -31,8 +31,16 @@ from tests.conftest import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
-OURS = ("tsq2", "tsq3", "tsq4")
-TYPES = {"tsq2": 500, "tsq3": 501, "tsq4": 502, "q2_K": 10, "iq2_xxs": 16, "q4_0": 2}
+FILES: Mapping[str, Mapping[str, Any]] = {
+    **{kind: {"type": kind} for kind in ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4")},
+    "bcq4, own codebooks": {"type": "bcq4", "codebooks": "model"},
+}
+"""Files whose perplexity is measured, and what `Recipe` has to know of them."""
+
+TYPES = {
+    **{"tsq2": 500, "tsq3": 501, "tsq4": 502, "bcq4": 503, "bcq4_a4": 504},
+    **{"q2_K": 10, "iq2_xxs": 16, "q4_0": 2, "iq4_nl": 20},
+}
 """`ggml_type` of the types whose rates are compared."""
 
 LAYERS = 32
@@ -40,9 +48,9 @@ BANDWIDTH = {"H100 80GB HBM3": 3352, "H100 PCIe": 2039, "H200": 4800, "A100-SXM4
 """GB/s by a part of a GPU's name, from data sheets."""
 
 OPERATORS = {
-    "MUL_MAT": r"type_a=tsq[234],type_b=f32",
-    "MUL_MAT_ID": r"type_a=tsq[234],type_b=f32",
-    "GET_ROWS": r"type=tsq[234],",
+    "MUL_MAT": r"type_a=(tsq[234]|bcq4|bcq4_a4),type_b=f32",
+    "MUL_MAT_ID": r"type_a=(tsq[234]|bcq4|bcq4_a4),type_b=f32",
+    "GET_ROWS": r"type=(tsq[234]|bcq4|bcq4_a4),",
 }
 """What test-backend-ops is asked for, by operator; it compares the GPU with the CPU."""
 
@@ -73,10 +81,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         failures = [line for operator, cases in OPERATORS.items() if (line := check_operator(runtime, operator, cases))]
-        perplexities = {kind: measure_perplexities(runtime, kind, folder) for kind in OURS}
+        perplexities = {name: measure_perplexities(runtime, name, folder) for name in FILES}
         failures += [
-            f"perplexity of {kind}: {gpu} on the GPU, {cpu} on the CPU"
-            for kind, (gpu, cpu) in perplexities.items()
+            f"perplexity of {name}: {gpu} on the GPU, {cpu} on the CPU"
+            for name, (gpu, cpu) in perplexities.items()
             if not abs(gpu - cpu) < NOISE * cpu
         ]
         rates = measure_rates(runtime, folder, options.layers)
@@ -102,10 +110,11 @@ def check_operator(runtime: Runtime, operator: str, cases: str) -> str | None:
     return None
 
 
-def measure_perplexities(runtime: Runtime, kind: str, folder: Path) -> tuple[float, float]:
-    """Perplexity of the demo model, rounded to a type, on the GPU and on the CPU alone."""
-    model, text = folder / f"demo-{kind}.gguf", folder / "text.txt"
-    convert(Recipe("demo", model, type=kind, method="rtn"))
+def measure_perplexities(runtime: Runtime, name: str, folder: Path) -> tuple[float, float]:
+    """Perplexity of the demo model, rounded to one of `FILES`, on the GPU and on the CPU alone."""
+    model, text = folder / "demo.gguf", folder / "text.txt"
+    model.unlink(missing_ok=True)
+    convert(Recipe("demo", model, method="rtn", **FILES[name]))
     if not text.exists():
         with text.open("w") as out:
             subprocess.run([sys.executable, str(ROOT / "scripts" / "demo_text.py")], stdout=out, check=True)
@@ -115,7 +124,7 @@ def measure_perplexities(runtime: Runtime, kind: str, folder: Path) -> tuple[flo
         result = subprocess.run([*command, "--chunks", "10"], capture_output=True, text=True, errors="replace")
         value = re.search(r"Final estimate: PPL = ([\d.]+)", result.stdout + result.stderr)
         found.append(float(value[1]) if value else float("inf"))
-    print(f"perplexity of {kind}: GPU {found[0]}, CPU {found[1]}", flush=True)
+    print(f"perplexity of {name}: GPU {found[0]}, CPU {found[1]}", flush=True)
     return found[0], found[1]
 
 

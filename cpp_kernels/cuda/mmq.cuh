@@ -3,13 +3,17 @@
 // Our types in MMQ. Each has the tiles of one of upstream's types, from configuration to products, and a load_tiles of its own that
 // fills them. Included at the top of upstream's mmq.cuh.
 
-// the type of upstream that has the same tiles: Q5_1 has 8 bit integers, with a scale and an offset for every 32
+// the type of upstream that has the same tiles: Q5_1 has 8 bit integers, with a scale and an offset for every 32, Q8_0 the same without
+// an offset
 static constexpr __host__ __device__ ggml_type tesseraq_mmq_like(ggml_type type) {
     switch (type) {
         case GGML_TYPE_TSQ2:
         case GGML_TYPE_TSQ3:
         case GGML_TYPE_TSQ4:
             return GGML_TYPE_Q5_1;
+        case GGML_TYPE_BCQ4:
+        case GGML_TYPE_BCQ4_A4:
+            return GGML_TYPE_Q8_0;
         default:
             return GGML_TYPE_COUNT;
     }
@@ -36,8 +40,8 @@ static constexpr __host__ __device__ config_t tesseraq_mmq_config(ggml_type type
             ggml_cuda_mmq_get_util_funcs<tesseraq_mmq_like(type), J, fallback, prec_src1>());                   \
     }
 
-#define TESSERAQ_CASE_MMQ(NAME, name)                           \
-    case GGML_TYPE_##NAME:                                      \
+#define TESSERAQ_CASE_MMQ(TYPE, NAME, name)                     \
+    case GGML_TYPE_##TYPE:                                      \
         mul_mat_q_case<GGML_TYPE_##NAME>(ctx, args, stream);    \
         break;
 

@@ -2,11 +2,13 @@
 
 // Our types in mmvq.cu: the cases of its switches, and launch parameters.
 
-#define TESSERAQ_CASE_VEC_DOT(NAME, name) case GGML_TYPE_##NAME: return vec_dot_##name##_q8_1;
-#define TESSERAQ_CASE_VDR(NAME, name)     case GGML_TYPE_##NAME: return VDR_##NAME##_Q8_1_MMVQ;
+#include "tesseraq/cuda/bcq-unit.cuh"
 
-#define TESSERAQ_CASE_MMVQ(NAME, name)                                                                            \
-    case GGML_TYPE_##NAME:                                                                                        \
+#define TESSERAQ_CASE_VEC_DOT(TYPE, NAME, name) case GGML_TYPE_##TYPE: return vec_dot_##name##_q8_1;
+#define TESSERAQ_CASE_VDR(TYPE, NAME, name)     case GGML_TYPE_##TYPE: return VDR_##NAME##_Q8_1_MMVQ;
+
+#define TESSERAQ_CASE_MMVQ(TYPE, NAME, name)                                                                      \
+    case GGML_TYPE_##TYPE:                                                                                        \
         mul_mat_vec_q_switch_ncols_dst<GGML_TYPE_##NAME>                                                          \
             (vx, vy, ids, fusion, dst, ncols_x, nrows_x, ncols_dst, stride_row_x, stride_col_y, stride_col_dst,   \
              nchannels_x, nchannels_y, nchannels_dst, stride_channel_x, stride_channel_y, stride_channel_dst,     \
@@ -40,3 +42,18 @@
 // row i of a thread block: a last block that is not full takes its last row again, where upstream reads on
 #define TESSERAQ_MMVQ_ROW(type, i) \
     (rows_per_cuda_block > 1 && tesseraq_is_type(type) ? min(i, (int) (TESSERAQ_MMVQ_NROWS(type) - row0) - 1) : (i))
+
+// all threads of a block; codebooks are no result of the kernel before, so this need not wait for it
+static __device__ __forceinline__ void bcq_share_codebooks() {
+    const int thread = blockDim.x*threadIdx.y + threadIdx.x;
+    if (thread < BCQ_CODEBOOKS) {
+        bcq_shared_codebooks()[thread] = bcq_load_codebook(thread);
+    }
+    __syncthreads();
+}
+
+// at the beginning of a kernel
+#define TESSERAQ_MMVQ_BEGIN(type)                       \
+    if constexpr (tesseraq_has_codebooks(type)) {       \
+        bcq_share_codebooks();                          \
+    }

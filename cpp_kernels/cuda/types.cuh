@@ -3,16 +3,26 @@
 // Our tensor types in the CUDA backend: the list that upstream's switches are hooked to, and what a type is to its kernels.
 // Included by common.cuh, after its own ggml_cuda_type_traits.
 
+#include "tesseraq/bcq.h"
 #include "tesseraq/tsq.h"
 
-// X(NAME, name) for each type: GGML_TYPE_NAME has dequantize_name, vec_dot_name_q8_1 and ggml_cuda_mmq_load_tiles_name
-#define TESSERAQ_CUDA_TYPES(X) \
+// X(NAME, name) for each layout: there are dequantize_name, vec_dot_name_q8_1 and ggml_cuda_mmq_load_tiles_name
+#define TESSERAQ_CUDA_LAYOUTS(X) \
     X(TSQ2, tsq2) \
     X(TSQ3, tsq3) \
-    X(TSQ4, tsq4)
+    X(TSQ4, tsq4) \
+    X(BCQ4, bcq4)
+
+// X(TYPE, NAME, name) for each type: GGML_TYPE_TYPE has the bytes of GGML_TYPE_NAME, and its kernels
+#define TESSERAQ_CUDA_TYPES(X) \
+    X(TSQ2,    TSQ2, tsq2) \
+    X(TSQ3,    TSQ3, tsq3) \
+    X(TSQ4,    TSQ4, tsq4) \
+    X(BCQ4,    BCQ4, bcq4) \
+    X(BCQ4_A4, BCQ4, bcq4)
 
 // labels of a switch over types
-#define TESSERAQ_CASE(NAME, name) case GGML_TYPE_##NAME:
+#define TESSERAQ_CASE(TYPE, NAME, name) case GGML_TYPE_##TYPE:
 #define TESSERAQ_CASES TESSERAQ_CUDA_TYPES(TESSERAQ_CASE)
 
 static constexpr __host__ __device__ bool tesseraq_is_type(ggml_type type) {
@@ -22,6 +32,11 @@ static constexpr __host__ __device__ bool tesseraq_is_type(ggml_type type) {
         default:
             return false;
     }
+}
+
+// whether weights are looked up in the codebooks of a model
+static constexpr __host__ __device__ bool tesseraq_has_codebooks(ggml_type type) {
+    return type == GGML_TYPE_BCQ4 || type == GGML_TYPE_BCQ4_A4;
 }
 
 // qk: weights of a block, qr: codes of a byte of qs, qi: 32 bit integers of qs, bs: bytes of a block
@@ -47,4 +62,12 @@ struct ggml_cuda_type_traits<GGML_TYPE_TSQ4> {
     static constexpr int qr = 2;
     static constexpr int qi = QK_TSQ / (4*qr);
     static constexpr int bs = sizeof(block_tsq4);
+};
+
+template<>
+struct ggml_cuda_type_traits<GGML_TYPE_BCQ4> {
+    static constexpr int qk = QK_BCQ;
+    static constexpr int qr = 2;
+    static constexpr int qi = QK_BCQ / (4*qr);
+    static constexpr int bs = sizeof(block_bcq4);
 };

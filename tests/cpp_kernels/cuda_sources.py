@@ -33,6 +33,8 @@ _MMA = re.compile(
     r'\s*: "\+r"\((.*?)\), "\+r"\(.*?\)\s*: "r"\((.*?)\), "r"\((.*?)\)\);',
     re.DOTALL,
 )
+_PRMT = re.compile(r'asm\("prmt\.b32 [^"]*" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
+_LOP3 = re.compile(r'asm\("lop3\.b32 [^"]*, (0x\w+);" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
 _ASM = re.compile(r"\basm( volatile)?\(.*?\);", re.DOTALL)
 _OTHER_TYPES = re.compile(r"(\n *TESSERAQ_CUDA_TYPES\(TESSERAQ_CASE_\w+\)\n).*?(\n *default:)", re.DOTALL)
 
@@ -54,22 +56,31 @@ def our_types_only(text: str) -> str:
 
 
 def for_host(text: str) -> str:
-    """A file for the host compiler: launches, shared memory and tensor cores become calls of the emulator."""
+    """A file for the host compiler: launches, shared memory, instructions by name become calls of the emulator."""
     text = _LAUNCH.sub(r"emulator::launch(EMULATED(\1), \2)(", text)
     text = _SHARED.sub(r"int * \1 = (int *) emulator::running->shared.data();", text)
     text = _LDMATRIX.sub(r"emulator::ldmatrix<\1>(xi, \2);", text)
     text = _MMA.sub(r"emulator::mma_m8n8k16(&\1, \2, \3);", text)
+    text = _PRMT.sub(r"\1 = emulator::prmt(\2, \3, \4);", text)
+    text = _LOP3.sub(r"\2 = emulator::lop3<\1>(\3, \4, \5);", text)
     return _ASM.sub("emulator::unknown();", text)
 
 
-def copy_for_host(source: SourceTree, folder: Path) -> Path:
-    """Copy the backend into a folder, for the host compiler, with our types alone. Returns the copy's folder."""
-    copy = folder / "ggml-cuda"
-    (copy / "vendors").mkdir(parents=True)
-    for path in backend(source).glob("*.cu*"):
-        (copy / path.name).write_text(for_host(our_types_only(path.read_text())))
-    shutil.copy(backend(source) / "vendors" / "cuda.h", copy / "vendors" / "cuda.h")
-    return copy
+def ours(source: SourceTree) -> Path:
+    """The folder of our own part of the CUDA backend."""
+    return backend(source).parent / "tesseraq" / "cuda"
+
+
+def copy_for_host(source: SourceTree, folder: Path) -> None:
+    """Copy the backend and ours into a folder, side by side, for the host compiler, with our types alone."""
+    for origin in (backend(source), ours(source)):
+        copy = folder / origin.relative_to(backend(source).parent)
+        copy.mkdir(parents=True)
+        for path in origin.glob("*.cu*"):
+            (copy / path.name).write_text(for_host(our_types_only(path.read_text())))
+    vendors = Path("vendors", "cuda.h")
+    (folder / "ggml-cuda" / "vendors").mkdir()
+    shutil.copy(backend(source) / vendors, folder / "ggml-cuda" / vendors)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import pytest
 
 from tesseraq_gguf.runtime import SourceTree
 
-from .cuda_sources import HERE, copy_for_host, include_paths
+from .cuda_sources import HERE, copy_for_host, include_paths, ours
 
 pytestmark = [
     pytest.mark.runtime,
     pytest.mark.skipif(shutil.which("g++") is None or os.uname().sysname != "Linux", reason="needs g++ on Linux"),
 ]
 
-PARTS = {"dequantize": "convert", "get_rows": "getrows", "mmvq": "mmvq", "mmq": "mmq"}
+PARTS = {"dequantize": "convert", "get_rows": "getrows", "quantize": "quantize", "mmvq": "mmvq", "mmq": "mmq"}
 """What the program can be asked to check, and the source that does."""
 
 TENSOR_CORES, DP4A = 750, 610
@@ -30,20 +30,23 @@ TENSOR_CORES, DP4A = 750, 610
 OPTIONS = ("-std=c++17", "-O1", "-g1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
-def build(source: SourceTree, folder: Path, parts: Sequence[str], capability: int, first: Sequence[str] = ()) -> Path:
-    """Compile the program with some parts, and return it. Folders in `first` are looked at for headers first."""
-    copy = copy_for_host(source, folder)
+def build(source: SourceTree, folder: Path, parts: Sequence[str], capability: int) -> Path:
+    """Compile the program with some parts, and return it. Copies that are there already are taken as they are."""
+    if not (folder / "ggml-cuda").exists():
+        copy_for_host(source, folder)
     program = folder / "kernels"
-    include = [*(f"-I{path}" for path in first), f"-I{HERE}", f"-I{HERE / 'shim'}", f"-I{HERE / 'cublas'}", f"-I{copy}"]
+    copies = [folder, folder / "ggml-cuda"]
+    include = [f"-I{path}" for path in (HERE, HERE / "shim", HERE / "cublas", *copies)]
     options = [*OPTIONS, f"-D__CUDA_ARCH__={capability}", *include, *include_paths(source)]
-    sources = [HERE / "kernels.cpp", *(HERE / f"kernels-{PARTS[part]}.cpp" for part in parts)]
-    if "mmq" in parts or "mmvq" in parts:
-        sources.append(HERE / "kernels-quantize.cpp")
+    needed = {*parts, *(["quantize"] if {"mmq", "mmvq"} & set(parts) else [])}
+    sources = [HERE / f"kernels{name}.cpp" for name in ("", "-tables", *(f"-{PARTS[part]}" for part in sorted(needed)))]
     objects = [folder / f"{path.stem}.o" for path in sources]
     commands = [["g++", *options, "-c", str(path), "-o", str(to)] for path, to in zip(sources, objects, strict=True)]
-    reference = source.llama_cpp / "ggml" / "src" / "tesseraq" / "tsq.c"
-    objects.append(folder / "tsq.o")
-    commands.append(["gcc", "-O1", "-g1", *include_paths(source), "-c", str(reference), "-o", str(objects[-1])])
+    include = [*include_paths(source), f"-I{ours(source).parent.parent / 'ggml-cpu'}"]
+    for name in ("tsq", "bcq", "bcq-cpu"):
+        objects.append(folder / f"{name}.o")
+        reference = ours(source).parent / f"{name}.c"
+        commands.append(["gcc", "-O1", "-g1", *include, "-c", str(reference), "-o", str(objects[-1])])
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
             assert result.returncode == 0, result.stderr
@@ -74,16 +77,28 @@ def test_products_without_tensor_cores(source: SourceTree, tmp_path: Path) -> No
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_wrong_shift_is_found(source: SourceTree, tmp_path: Path) -> None:
-    """The test of the tests: with one shift broken in a copy of our headers, dequantising and dot products fail."""
-    broken = tmp_path / "first" / "tesseraq" / "cuda"
-    ours = source.llama_cpp / "ggml" / "src" / "tesseraq" / "cuda"
-    shutil.copytree(ours, broken)
-    header = broken / "tsq-dequantize.cuh"
+BROKEN = {
+    "a shift": ("tsq-dequantize.cuh", ">> iqs/8)", ">> iqs/16)", "tsq3 float32: weight "),
+    "a unit that is forgotten": (
+        "bcq-unit.cuh",
+        "bcq_this_unit(&bcq_device)",
+        "*bcq_this_unit",
+        "bcq4 float32: weight ",
+    ),
+    "codebooks that stay": ("bcq-tables.cu", "if (ready[device] && ", "if (ready[device] || ", "bcq4 float32: weight "),
+}
+"""What is broken in a copy of ours: the file, what it says, what it says then, and what the program has to say."""
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_found(source: SourceTree, tmp_path: Path, what: str) -> None:
+    """The test of the tests: with a line of ours broken, dequantising fails."""
+    name, right, wrong, message = BROKEN[what]
+    copy_for_host(source, tmp_path)
+    header = tmp_path / "tesseraq" / "cuda" / name
     text = header.read_text()
-    assert text.count(">> iqs/8)") == 1
-    header.write_text(text.replace(">> iqs/8)", ">> iqs/16)"))
-    program = build(source, tmp_path, ["dequantize"], TENSOR_CORES, first=[str(tmp_path / "first")])
-    result = run(program, "dequantize")
+    assert text.count(right) == 1
+    header.write_text(text.replace(right, wrong))
+    result = run(build(source, tmp_path, ["dequantize"], TENSOR_CORES), "dequantize")
     assert result.returncode == 1
-    assert result.stdout.startswith("tsq3 float32: weight ")
+    assert result.stdout.startswith(message)

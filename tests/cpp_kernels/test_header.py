@@ -59,8 +59,8 @@ def test_other_ids_are_empty(ggml: ctypes.CDLL) -> None:
 def test_gguf_py_of_the_source(source: SourceTree) -> None:
     code = """
 import sys, numpy as np, gguf
-from gguf.quants import dequantize
-from tesseraq_gguf.converter.packers import tsq
+from gguf.quants import bcq_dequantize_blocks, dequantize
+from tesseraq_gguf.converter.packers import bcq, tsq
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 assert gguf.__file__.startswith(sys.argv[1]), gguf.__file__
 for t in TENSOR_TYPES.values():
@@ -73,6 +73,13 @@ for bits in (2, 3, 4):
     expected = tsq.dequantize(*tsq.unpack(data, bits), bits)
     got = dequantize(data, gguf.GGMLQuantizationType[f"TSQ{bits}"])
     assert (got.view(np.uint32) == expected.view(np.uint32)).all()
+data = np.random.default_rng(0).integers(0, 256, (20, 3 * 36), dtype=np.uint8)
+arrays = bcq.BcqPacker().unpack(data)
+for name in bcq.TYPES:
+    assert (dequantize(data, gguf.GGMLQuantizationType[name.upper()]) == bcq.BcqPacker().dequantize(arrays)).all()
+own = np.sort(np.random.default_rng(1).integers(-31, 32, (8, 16)).astype(np.int8))
+got = bcq_dequantize_blocks(data.reshape(-1, 36), own.reshape(-1)).reshape(20, -1)
+assert (got == bcq.BcqPacker().dequantize(arrays | {"c": bcq.repeated(own, 20)})).all()
 """
     result = subprocess.run(
         [sys.executable, "-c", code, str(source.gguf_py)],

@@ -29,10 +29,11 @@ static void check(const matrix & m, cont_t cont, nc_t nc, const char * what) {
     compare(m, y, what);
 }
 
-void check_dequantize(random_t & random) {
-    for (const tsq_type & type : tsq_types) {
+void check_dequantize(const types_t & types, random_t & random) {
+    for (const tested_type * t : types) {
+        const tested_type & type = *t;
         for (const bool any_scale : { false, true }) {
-            const matrix m(type, 9, 9*QK_TSQ, random, any_scale);
+            const matrix m(type, 9, 9*QK, random, any_scale);
             check<float>      (m, ggml_get_to_fp32_cuda(type.type), ggml_get_to_fp32_nc_cuda(type.type), "float32");
             check<half>       (m, ggml_get_to_fp16_cuda(type.type), ggml_get_to_fp16_nc_cuda(type.type), "float16");
             check<nv_bfloat16>(m, ggml_get_to_bf16_cuda(type.type), ggml_get_to_bf16_nc_cuda(type.type), "bfloat16");

@@ -4,13 +4,14 @@
 
 #include "kernels.h"
 
-void check_get_rows(random_t & random) {
-    for (const tsq_type & type : tsq_types) {
-        const matrix m(type, 11, 5*QK_TSQ, random, true);
+void check_get_rows(const types_t & types, random_t & random) {
+    for (const tested_type * t : types) {
+        const tested_type & type = *t;
+        const matrix m(type, 11, 5*QK, random, true);
         const std::vector<int32_t> ids = { 10, 0, 7, 7, 3 };
         std::vector<float> y(ids.size()*m.ncols);
 
-        const size_t nb01 = m.blocks()*TSQ_BLOCK_SIZE(type.nbits);
+        const size_t nb01 = m.blocks()*type.block_size;
         const size_t nb10 = sizeof(int32_t);
         const size_t nb11 = nb10*ids.size();
         const size_t nb1  = sizeof(float)*m.ncols;

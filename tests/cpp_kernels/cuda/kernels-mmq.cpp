@@ -3,6 +3,7 @@
 
 #include "mmq.cuh"
 #include "quantize.cuh"
+#include "tesseraq/cuda/bcq-load-tiles.cuh"
 
 #include "kernels.h"
 
@@ -10,15 +11,30 @@ static constexpr int J = 16; // columns of a tile
 
 // ------------------------------------------------------------ a tile
 
-// what the tile should say of a weight, before the offset: the code less the whole part of the zero-point
-static int integer(const matrix & m, const uint8_t * block, int i, int & z, int & whole) {
-    const int nbits = m.type.nbits;
+// what the tile should say of a weight: an integer, a scale and an offset
+struct expected_weight {
+    int   integer;
+    float d;
+    float offset;
+};
+
+// TSQ: the code less the whole part of the zero-point, and for the offset what is left of it
+static expected_weight expected_tsq(const uint8_t * block, int nbits, int i) {
     const int steps = 1 << (7 - nbits);
-    uint8_t q[QK_TSQ];
+    uint8_t q[QK];
     tsq_unpack(block + TSQ_CODES, nbits, q);
-    z     = block[1] - 64;
-    whole = (int) floor((double) z/steps + 0.5);
-    return q[i] - whole;
+    const int   whole = (int) floor((double) (block[1] - 64)/steps + 0.5);
+    const float d     = tsq_decode_d(block[0]);
+    return { q[i] - whole, d, d*(whole - tsq_decode_z(block[1], nbits)) };
+}
+
+static expected_weight expected_in_tile(ggml_type type, const uint8_t * block, int i) {
+    if (tesseraq_has_codebooks(type)) {
+        int8_t c[QK];
+        bcq_decode((const block_bcq4 *) block, c);
+        return { c[i], tsq_decode_d(block[0]), 0.0f };
+    }
+    return expected_tsq(block, 2 + type - GGML_TYPE_TSQ2, i);
 }
 
 template <ggml_type type, bool fallback>
@@ -27,46 +43,53 @@ static void load_tiles_kernel(const char * x, int * tile, int kbx0, int i_max, i
 }
 
 template <ggml_type type, bool fallback>
-static void check_tile(const tsq_type & t, bool any_scale, random_t & random) {
+static void check_tile(const tested_type & t, bool any_scale, random_t & random) {
     const ggml_cuda_mmq_config config = ggml_cuda_mmq_get_config(type, J, fallback, __CUDA_ARCH__);
     const int nrows = fallback ? config.I - 28 : config.I;
     const int kbx0  = 4; // the second tile of three
-    const matrix m(t, nrows, 12*QK_TSQ, random, any_scale);
+    const matrix m(t, nrows, 12*QK, random, any_scale);
     std::vector<int> tile(ggml_cuda_mmq_get_nbytes_shared_x(config, __CUDA_ARCH__)/sizeof(int), -1);
 
     emulator::launch(EMULATED(load_tiles_kernel<type, fallback>), 1, dim3(32, config.nthreads/32), 0)(
         (const char *) m.data.data(), tile.data(), kbx0, nrows - 1, (int) m.blocks());
 
+    // Q8_0's tiles have a float for every 32 weights, Q5_1's a scale and an offset
+    const bool q8_0 = tesseraq_mmq_like(type) == GGML_TYPE_Q8_0;
 #if defined(TURING_MMA_AVAILABLE)
-    const int     stride_qs = ggml_cuda_mmq_get_sram_stride(config.sram_layout);
-    const half2 * dm        = (const half2 *) (tile.data() + 2*MMQ_TILE_NE_K);
-    const auto    dm_of     = [=](int i, int k) { return dm[i*stride_qs + k]; };
+    const int   stride_qs = ggml_cuda_mmq_get_sram_stride(config.sram_layout);
+    const int * scales    = tile.data() + 2*MMQ_TILE_NE_K;
+    const auto  scale_at  = [=](int i, int k) { return scales + i*stride_qs + k; };
 #else
-    const int     stride_qs = 2*MMQ_TILE_NE_K + 1;
-    const half2 * dm        = (const half2 *) (tile.data() + mmq_get_dp4a_tile_x_sizes(GGML_TYPE_Q5_1, config.I).qs);
-    const auto    dm_of     = [=](int i, int k) { return dm[i*(MMQ_TILE_NE_K/QI5_1) + i/QI5_1 + k]; };
+    const int   stride_qs = 2*MMQ_TILE_NE_K + 1;
+    const int * scales    = tile.data() + mmq_get_dp4a_tile_x_sizes(type, config.I).qs;
+    const auto  scale_at  = [=](int i, int k) { return scales + i*(MMQ_ITER_K/QK8_1) + i/(q8_0 ? QI8_0/2 : QI5_1) + k; };
 #endif // defined(TURING_MMA_AVAILABLE)
 
     for (int i = 0; i < nrows; ++i) {
         for (int k = 0; k < MMQ_ITER_K; ++k) {
-            const uint8_t * block = m.data.data() + (i*m.blocks() + kbx0 + k/QK_TSQ)*TSQ_BLOCK_SIZE(t.nbits);
-            int z;
-            int whole;
-            const int expected = integer(m, block, k%QK_TSQ, z, whole);
-            const int found    = ((const int8_t *) (tile.data() + i*stride_qs))[k];
+            const expected_weight expected =
+                expected_in_tile(type, m.data.data() + (i*m.blocks() + kbx0 + k/QK)*t.block_size, k%QK);
+            const int found = ((const int8_t *) (tile.data() + i*stride_qs))[k];
             const std::string where = std::string(t.name) + " tile: row " + std::to_string(i) + ", weight " + std::to_string(k);
-            if (found != expected) {
-                fail(where + " is " + std::to_string(found) + ", not " + std::to_string(expected));
+            if (found != expected.integer) {
+                fail(where + " is " + std::to_string(found) + ", not " + std::to_string(expected.integer));
             }
-            // exact for scales that half has with four bits
-            const float d      = tsq_decode_d(block[0]);
-            const float offset = d*(whole - tsq_decode_z(block[1], t.nbits));
-            const half2 pair   = dm_of(i, k/QK8_1);
-            const bool  exact  = d >= 0x1p-16f;
-            if (exact ? (float) pair.x != d || (float) pair.y != offset
-                      : std::abs(pair.x - d) > 0x1p-25f || std::abs(pair.y - offset) > 0x1p-25f) {
-                fail(where + " has scale " + std::to_string((float) pair.x) + " and offset " + std::to_string((float) pair.y) +
-                    ", not " + std::to_string(d) + " and " + std::to_string(offset));
+
+            float d;
+            float offset = 0.0f;
+            half2 pair;
+            if (q8_0) {
+                memcpy(&d, scale_at(i, k/QK8_1), sizeof(d));
+            } else {
+                memcpy(&pair, scale_at(i, k/QK8_1), sizeof(pair));
+                d      = pair.x;
+                offset = pair.y;
+            }
+            // exact, but for scales that half does not have with four bits
+            const float error = q8_0 || expected.d >= 0x1p-16f ? 0.0f : 0x1p-25f;
+            if (!(std::abs(d - expected.d) <= error && std::abs(offset - expected.offset) <= error)) {
+                fail(where + " has scale " + std::to_string(d) + " and offset " + std::to_string(offset) +
+                    ", not " + std::to_string(expected.d) + " and " + std::to_string(expected.offset));
             }
         }
     }
@@ -77,22 +100,23 @@ static void check_tile(const tsq_type & t, bool any_scale, random_t & random) {
 // The sums that stand beside the activations are from before their rounding, so this is close to the product with the activations as
 // they were, and not exactly anything simpler.
 template <ggml_type type, bool fallback>
-static void check_product(const tsq_type & t, int64_t nrows, int64_t ncols_x, int64_t ncols_dst, random_t & random) {
+static void check_product(const tested_type & t, int64_t nrows, int64_t ncols_x, int64_t ncols_dst, random_t & random) {
     const ggml_cuda_mmq_config config = ggml_cuda_mmq_get_config(type, J, fallback, __CUDA_ARCH__);
     const matrix m(t, nrows, ncols_x, random);
     const int64_t padded = GGML_PAD(ncols_x, MATRIX_ROW_PADDING);
 
     // as upstream allocates rows: up to a multiple of MATRIX_ROW_PADDING, with zeros
     std::vector<uint8_t> x = m.data;
-    x.resize(x.size() + (padded - ncols_x)/QK_TSQ*TSQ_BLOCK_SIZE(t.nbits));
+    x.resize(x.size() + (padded - ncols_x)/QK*t.block_size);
 
     std::normal_distribution<float> distribution(0.25f);
     std::vector<float> y(ncols_x*ncols_dst);
     for (float & value : y) {
         value = distribution(random);
     }
+    const std::vector<float> a = as_multiplied(t, y);
     std::vector<block_q8_1_mmq> q(ncols_dst*padded/QK8_1_MMQ + J);
-    quantize_mmq_q8_1_cuda(y.data(), nullptr, q.data(), type, ncols_x, ncols_x, ncols_x*ncols_dst, ncols_x*ncols_dst,
+    quantize_mmq_q8_1_cuda(y.data(), nullptr, q.data(), t.type, ncols_x, ncols_x, ncols_x*ncols_dst, ncols_x*ncols_dst,
         padded, ncols_dst, 1, 1, nullptr);
 
     std::vector<float> dst(nrows*ncols_dst, NAN);
@@ -111,7 +135,7 @@ static void check_product(const tsq_type & t, int64_t nrows, int64_t ncols_x, in
         for (int64_t i = 0; i < nrows; ++i) {
             double expected = 0.0;
             for (int64_t k = 0; k < ncols_x; ++k) {
-                expected += (double) m.weights[i*ncols_x + k] * y[j*ncols_x + k];
+                expected += (double) m.weights[i*ncols_x + k] * a[j*ncols_x + k];
             }
             error += (dst[j*nrows + i] - expected)*(dst[j*nrows + i] - expected);
             power += expected*expected;
@@ -125,15 +149,24 @@ static void check_product(const tsq_type & t, int64_t nrows, int64_t ncols_x, in
 }
 
 template <ggml_type type>
-static void check_type(const tsq_type & t, random_t & random) {
+static void check_type(const tested_type & t, random_t & random) {
     check_tile<type, false>(t, false, random);
     check_tile<type, true >(t, true,  random);
-    check_product<type, false>(t, 128, 4*QK_TSQ, J, random);
-    check_product<type, true >(t, 100, 9*QK_TSQ, 9, random); // neither rows nor columns nor weights fill their tiles
+    check_product<type, false>(t, 128, 4*QK, J, random);
+    check_product<type, true >(t, 100, 9*QK, 9, random); // neither rows nor columns nor weights fill their tiles
 }
 
-void check_mmq(random_t & random) {
-    check_type<GGML_TYPE_TSQ2>(tsq_types[0], random);
-    check_type<GGML_TYPE_TSQ3>(tsq_types[1], random);
-    check_type<GGML_TYPE_TSQ4>(tsq_types[2], random);
+void check_mmq(const types_t & types, random_t & random) {
+    for (const tested_type * t : types) {
+        switch (t->type) {
+            case GGML_TYPE_TSQ2: check_type<GGML_TYPE_TSQ2>(*t, random); break;
+            case GGML_TYPE_TSQ3: check_type<GGML_TYPE_TSQ3>(*t, random); break;
+            case GGML_TYPE_TSQ4: check_type<GGML_TYPE_TSQ4>(*t, random); break;
+            case GGML_TYPE_BCQ4: check_type<GGML_TYPE_BCQ4>(*t, random); break;
+            case GGML_TYPE_BCQ4_A4: // other activations, and BCQ4's kernels
+                check_product<GGML_TYPE_BCQ4, true>(*t, 100, 9*QK, 9, random);
+                break;
+            default: fail(std::string(t->name) + " is not tested");
+        }
+    }
 }

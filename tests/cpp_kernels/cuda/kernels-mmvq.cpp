@@ -19,9 +19,10 @@ struct activations {
     int64_t                 stride; // blocks
     std::vector<block_q8_1> q;
 
-    activations(int64_t ncols_x, int64_t n, random_t & random) : stride(GGML_PAD(ncols_x, MATRIX_ROW_PADDING)/QK8_1), q(n*stride) {
+    activations(const tested_type & type, int64_t ncols_x, int64_t n, random_t & random) :
+            stride(GGML_PAD(ncols_x, MATRIX_ROW_PADDING)/QK8_1), q(n*stride) {
         const std::vector<float> x = normal(ncols_x*n, random);
-        quantize_row_q8_1_cuda(x.data(), nullptr, q.data(), GGML_TYPE_TSQ2, ncols_x, ncols_x, ncols_x*n, ncols_x*n,
+        quantize_row_q8_1_cuda(x.data(), nullptr, q.data(), type.type, ncols_x, ncols_x, ncols_x*n, ncols_x*n,
             stride*QK8_1, n, 1, 1, nullptr);
     }
 };
@@ -44,13 +45,12 @@ static void compare(const std::string & what, float found, double expected, doub
     }
 }
 
-template <ggml_type type>
-static void check(const tsq_type & t, int64_t nrows, int64_t ncols_x, int ncols_dst, bool any_scale, random_t & random) {
+static void check(const tested_type & t, int64_t nrows, int64_t ncols_x, int ncols_dst, bool any_scale, random_t & random) {
     const matrix      m(t, nrows, ncols_x, random, any_scale);
-    const activations y(ncols_x, ncols_dst, random);
+    const activations y(t, ncols_x, ncols_dst, random);
     std::vector<float> dst(nrows*ncols_dst, NAN);
 
-    mul_mat_vec_q_switch_type(m.data.data(), type, y.q.data(), nullptr, {}, dst.data(), ncols_x, nrows, ncols_dst,
+    mul_mat_vec_q_switch_type(m.data.data(), t.type, y.q.data(), nullptr, {}, dst.data(), ncols_x, nrows, ncols_dst,
         m.blocks(), y.stride, nrows, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, nullptr);
 
     for (int j = 0; j < ncols_dst; ++j) {
@@ -64,19 +64,18 @@ static void check(const tsq_type & t, int64_t nrows, int64_t ncols_x, int ncols_
 }
 
 // a matrix times one column, the gate times it, silu of the second times the first, in one kernel
-template <ggml_type type>
-static void check_fused(const tsq_type & t, random_t & random) {
+static void check_fused(const tested_type & t, random_t & random) {
     const int64_t nrows = 6;
-    const int64_t ncols = 12*QK_TSQ;
+    const int64_t ncols = 12*QK;
     const matrix      m(t, nrows, ncols, random);
     const matrix      gate(t, nrows, ncols, random);
-    const activations y(ncols, 1, random);
+    const activations y(t, ncols, 1, random);
     std::vector<float> dst(nrows, NAN);
 
     ggml_cuda_mm_fusion_args_device fusion = {};
     fusion.gate   = gate.data.data();
     fusion.glu_op = GGML_GLU_OP_SWIGLU;
-    mul_mat_vec_q_switch_type(m.data.data(), type, y.q.data(), nullptr, fusion, dst.data(), ncols, nrows, 1,
+    mul_mat_vec_q_switch_type(m.data.data(), t.type, y.q.data(), nullptr, fusion, dst.data(), ncols, nrows, 1,
         m.blocks(), y.stride, nrows, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, nullptr);
 
     for (int64_t i = 0; i < nrows; ++i) {
@@ -88,13 +87,12 @@ static void check_fused(const tsq_type & t, random_t & random) {
 }
 
 // Experts, by ids: some tokens, two experts for each. Rows that do not fill thread blocks would run into the next expert's.
-template <ggml_type type>
-static void check_experts(const tsq_type & t, int64_t nrows, int n_tokens, random_t & random) {
+static void check_experts(const tested_type & t, int64_t nrows, int n_tokens, random_t & random) {
     const int n_experts = 3;
     const int n_used    = 2;
-    const int64_t ncols = 5*QK_TSQ;
+    const int64_t ncols = 5*QK;
     const matrix      m(t, nrows*n_experts, ncols, random);
-    const activations y(ncols, n_tokens, random); // one for all experts of a token
+    const activations y(t, ncols, n_tokens, random); // one for all experts of a token
     std::vector<int32_t> ids;
     for (int i = 0; i < n_tokens; ++i) {
         ids.push_back(2 - i%3);
@@ -102,7 +100,7 @@ static void check_experts(const tsq_type & t, int64_t nrows, int n_tokens, rando
     }
     std::vector<float> dst(nrows*n_used*n_tokens, NAN);
 
-    mul_mat_vec_q_switch_type(m.data.data(), type, y.q.data(), ids.data(), {}, dst.data(), ncols, nrows, n_tokens,
+    mul_mat_vec_q_switch_type(m.data.data(), t.type, y.q.data(), ids.data(), {}, dst.data(), ncols, nrows, n_tokens,
         m.blocks(), y.stride, nrows*n_used, n_experts, 1, n_used, m.blocks()*nrows, y.stride, nrows,
         1, 1, 0, 0, 0, n_used, nullptr);
 
@@ -116,20 +114,19 @@ static void check_experts(const tsq_type & t, int64_t nrows, int n_tokens, rando
     }
 }
 
-template <ggml_type type>
-static void check_type(const tsq_type & t, random_t & random) {
-    for (const int ncols_dst : { 1, 2, 3, 4, 5, 6, 7, 8 }) {
-        check<type>(t, ncols_dst == 1 ? 8 : 4, 9*QK_TSQ, ncols_dst, false, random); // fewer weights than one step takes
+void check_mmvq(const types_t & types, random_t & random) {
+    for (const tested_type * type : types) {
+        const tested_type & t = *type;
+        check(t, 5, 70*QK, 1, false, random); // more than one step
+        if (t.type == GGML_TYPE_BCQ4_A4) {
+            continue; // other activations, and BCQ4's kernels
+        }
+        for (const int ncols_dst : { 1, 2, 3, 4, 5, 6, 7, 8 }) {
+            check(t, ncols_dst == 1 ? 8 : 4, 9*QK, ncols_dst, false, random); // fewer weights than one step takes
+        }
+        check(t, 7, 70*QK, 1, true, random);
+        check_fused(t, random);
+        check_experts(t, 6, 1, random);
+        check_experts(t, 6, 4, random);
     }
-    check<type>(t, 5, 70*QK_TSQ, 1, false, random); // more than one step
-    check<type>(t, 7, 70*QK_TSQ, 1, true,  random);
-    check_fused<type>(t, random);
-    check_experts<type>(t, 6, 1, random);
-    check_experts<type>(t, 6, 4, random);
-}
-
-void check_mmvq(random_t & random) {
-    check_type<GGML_TYPE_TSQ2>(tsq_types[0], random);
-    check_type<GGML_TYPE_TSQ3>(tsq_types[1], random);
-    check_type<GGML_TYPE_TSQ4>(tsq_types[2], random);
 }

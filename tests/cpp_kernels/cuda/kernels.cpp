@@ -2,6 +2,11 @@
 
 #include "kernels.h"
 
+#include "ggml-impl.h"
+#include "tesseraq/cuda/bcq-tables.cuh"
+
+#include <algorithm>
+
 emulator::block * emulator::running = nullptr;
 
 template <typename block_t, void (*dequantize_row)(const block_t *, float *, int64_t)>
@@ -9,21 +14,36 @@ static void dequantize(const void * x, float * y, int64_t k) {
     dequantize_row((const block_t *) x, y, k);
 }
 
-const tsq_type tsq_types[3] = {
-    { GGML_TYPE_TSQ2, 2, "tsq2", dequantize<block_tsq2, dequantize_row_tsq2> },
-    { GGML_TYPE_TSQ3, 3, "tsq3", dequantize<block_tsq3, dequantize_row_tsq3> },
-    { GGML_TYPE_TSQ4, 4, "tsq4", dequantize<block_tsq4, dequantize_row_tsq4> },
+const tested_type tested_types[5] = {
+    { GGML_TYPE_TSQ2,    sizeof(block_tsq2), "tsq2",    dequantize<block_tsq2, dequantize_row_tsq2> },
+    { GGML_TYPE_TSQ3,    sizeof(block_tsq3), "tsq3",    dequantize<block_tsq3, dequantize_row_tsq3> },
+    { GGML_TYPE_TSQ4,    sizeof(block_tsq4), "tsq4",    dequantize<block_tsq4, dequantize_row_tsq4> },
+    { GGML_TYPE_BCQ4,    sizeof(block_bcq4), "bcq4",    dequantize<block_bcq4, dequantize_row_bcq4> },
+    { GGML_TYPE_BCQ4_A4, sizeof(block_bcq4), "bcq4_a4", dequantize<block_bcq4, dequantize_row_bcq4> },
 };
 
-matrix::matrix(const tsq_type & type, int64_t nrows, int64_t ncols, random_t & random, bool any_scale) :
-        type(type), nrows(nrows), ncols(ncols), data(nrows*(ncols/QK_TSQ)*TSQ_BLOCK_SIZE(type.nbits)), weights(nrows*ncols) {
+matrix::matrix(const tested_type & type, int64_t nrows, int64_t ncols, random_t & random, bool any_scale) :
+        type(type), nrows(nrows), ncols(ncols), data(nrows*(ncols/QK)*type.block_size), weights(nrows*ncols) {
     for (uint8_t & byte : data) {
         byte = (uint8_t) random();
     }
-    for (size_t i = 0; !any_scale && i < data.size(); i += TSQ_BLOCK_SIZE(type.nbits)) {
+    for (size_t i = 0; !any_scale && i < data.size(); i += type.block_size) {
         data[i] = (uint8_t) (120 + random() % 48); // 2^-9 ... 2^-4
     }
     type.dequantize(data.data(), weights.data(), (int64_t) weights.size());
+}
+
+std::vector<float> as_multiplied(const tested_type & type, const std::vector<float> & x) {
+    std::vector<float> y = x;
+    for (size_t i = 0; type.type == GGML_TYPE_BCQ4_A4 && i < x.size(); i += QK) {
+        int8_t q[QK];
+        float  d;
+        bcq_encode_generic(&x[i], q, &d);
+        for (int j = 0; j < QK; ++j) {
+            y[i + j] = d*q[j];
+        }
+    }
+    return y;
 }
 
 void fail(const std::string & what) {
@@ -52,26 +72,63 @@ void ggml_cuda_error(const char * stmt, const char *, const char *, int, const c
     fail(std::string(stmt) + ": " + msg);
 }
 
-extern "C" int64_t ggml_blck_size(ggml_type) { return QK_TSQ; }
+extern "C" int64_t ggml_blck_size(ggml_type) { return QK; }
 
 extern "C" void ggml_abort(const char * file, int line, const char * format, ...) {
     fail(std::string(file) + ":" + std::to_string(line) + ": " + format);
 }
 
+extern "C" void ggml_critical_section_start(void) {}
+extern "C" void ggml_critical_section_end(void) {}
+
+// ------------------------------------------------------------ codebooks of a model
+
+static std::vector<int8_t> own_codebooks(random_t & random) {
+    std::vector<int8_t> codebooks(BCQ_CODEBOOKS*BCQ_LEVELS);
+    for (int8_t & c : codebooks) {
+        c = (int8_t) (random() % (2*BCQ_MAX_CODE + 1)) - BCQ_MAX_CODE;
+    }
+    for (int b = 0; b < BCQ_CODEBOOKS; ++b) {
+        std::sort(&codebooks[b*BCQ_LEVELS], &codebooks[b*BCQ_LEVELS] + BCQ_LEVELS);
+    }
+    return codebooks;
+}
+
+// takes the universal codebooks (none) or others into use, as a model does that is loaded, and computes a graph of one product
+static void use(const int8_t * codebooks) {
+    if (!bcq_acquire(codebooks)) {
+        fail("codebooks are refused");
+    }
+    ggml_tensor weights = {}, product = {}, * nodes[] = { &product };
+    weights.type   = GGML_TYPE_BCQ4;
+    product.src[0] = &weights;
+
+    ggml_cgraph graph = {};
+    graph.n_nodes = 1;
+    graph.nodes   = nodes;
+    bcq_prepare(&graph, nullptr);
+}
+
 int main(int argc, char ** argv) {
     const std::string part = argc > 1 ? argv[1] : "";
     random_t random(20);
-    if (part == "dequantize") {
-        check_dequantize(random);
-    } else if (part == "get_rows") {
-        check_get_rows(random);
-    } else if (part == "mmvq") {
-        check_mmvq(random);
-    } else if (part == "mmq") {
-        check_mmq(random);
-    } else {
+    const auto check = part == "dequantize" ? check_dequantize : part == "get_rows" ? check_get_rows :
+        part == "quantize" ? check_quantize : part == "mmvq" ? check_mmvq : part == "mmq" ? check_mmq : nullptr;
+    if (!check) {
         fail("no such part: " + part);
     }
+    types_t all, with_codebooks;
+    for (const tested_type & t : tested_types) {
+        all.push_back(&t);
+        if (tesseraq_has_codebooks(t.type)) {
+            with_codebooks.push_back(&t);
+        }
+    }
+    use(nullptr);
+    check(all, random);
+    bcq_release();
+    use(own_codebooks(random).data());
+    check(with_codebooks, random);
     printf("%s: all ok\n", part.c_str());
     return 0;
 }

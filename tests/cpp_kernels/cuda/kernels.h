@@ -9,32 +9,45 @@
 
 typedef std::mt19937 random_t;
 
-struct tsq_type {
+struct tested_type {
     ggml_type    type;
-    int          nbits;
+    size_t       block_size; // bytes of 64 weights, the first of which is the scale
     const char * name;
     void (*dequantize)(const void * x, float * y, int64_t k); // the C reference
 };
 
-extern const tsq_type tsq_types[3];
+static constexpr int QK = 64; // weights of a block, for all types
+static_assert(QK == QK_TSQ && QK == QK_BCQ, "types have blocks of several sizes");
+
+extern const tested_type tested_types[5];
+
+typedef std::vector<const tested_type *> types_t;
 
 // Rows of a matrix, in memory that ends where they end: sanitizers see whoever reads on. Scales are those of weights in models, or any.
 struct matrix {
-    const tsq_type &     type;
+    const tested_type &  type;
     int64_t              nrows;
     int64_t              ncols;
     std::vector<uint8_t> data;
     std::vector<float>   weights;
 
-    matrix(const tsq_type & type, int64_t nrows, int64_t ncols, random_t & random, bool any_scale = false);
+    matrix(const tested_type & type, int64_t nrows, int64_t ncols, random_t & random, bool any_scale = false);
 
-    int64_t blocks() const { return ncols / QK_TSQ; }
+    int64_t blocks() const { return ncols / QK; }
 };
+
+// 64 activations as the CPU encodes them for BCQ4_A4: their codewords, and the scale
+extern "C" int bcq_encode_generic(const float * x, int8_t * q, float * d);
+
+// activations as they are multiplied, but for 8 bits: those of BCQ4_A4 are encoded, others stay
+std::vector<float> as_multiplied(const tested_type & type, const std::vector<float> & x);
 
 // stop with a message
 [[noreturn]] void fail(const std::string & what);
 
-void check_dequantize(random_t & random); // kernels-convert.cpp
-void check_get_rows(random_t & random);   // kernels-getrows.cpp
-void check_mmvq(random_t & random);       // kernels-mmvq.cpp
-void check_mmq(random_t & random);        // kernels-mmq.cpp
+// types: all of them, or those with codebooks, which differ from one time to the next
+void check_dequantize(const types_t & types, random_t & random); // kernels-convert.cpp
+void check_get_rows  (const types_t & types, random_t & random); // kernels-getrows.cpp
+void check_quantize  (const types_t & types, random_t & random); // kernels-quantize.cpp
+void check_mmvq      (const types_t & types, random_t & random); // kernels-mmvq.cpp
+void check_mmq       (const types_t & types, random_t & random); // kernels-mmq.cpp

@@ -1,6 +1,7 @@
 // The kernels of MMQ that need the most registers: whole tiles of 128 columns. All others are in cuda/mmq-instance-*.cu.
 
 #include "mmq.cuh"
+#include "tesseraq/cuda/bcq-load-tiles.cuh"
 
 #define TESSERAQ_LARGEST(NAME, name)                                                                                        \
     template __global__ void mul_mat_q<GGML_TYPE_##NAME, 128, false>(                                                       \
@@ -12,4 +13,4 @@
         const uint3 sample_ratio, const uint3 nsamples_y, const int stride_sample_x, const int stride_sample_y,             \
         const int stride_sample_dst, const uint3 ntx);
 
-TESSERAQ_CUDA_TYPES(TESSERAQ_LARGEST)
+TESSERAQ_CUDA_LAYOUTS(TESSERAQ_LARGEST)

@@ -55,17 +55,8 @@ inline int __dp4a(int a, int b, int c) {
     return c;
 }
 
-// selectors have three bits for the byte and one that fills with its sign
-inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selectors) {
-    const uint64_t bytes = a | (uint64_t) b << 32;
-    unsigned result = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned selector = selectors >> 4*i;
-        const unsigned byte     = (unsigned) (bytes >> 8*(selector & 7)) & 0xFF;
-        result |= (selector & 8 ? (byte & 0x80 ? 0xFFu : 0u) : byte) << 8*i;
-    }
-    return result;
-}
+// the instruction has selectors of four bits, this one of three
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selectors) { return emulator::prmt(a, b, selectors & 0x7777); }
 
 template <typename op_t> inline unsigned emulator_bytes(unsigned a, unsigned b, op_t op) {
     unsigned result = 0;
@@ -93,6 +84,7 @@ inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned) ((uint64_t)
 inline int      __popc(unsigned x) { return __builtin_popcount(x); }
 inline int      __float2int_rn(float x) { return (int) nearbyintf(x); }
 inline float    __frcp_rn(float x) { return 1.0f/x; }
+inline float    __fdiv_rn(float x, float y) { return x/y; }
 inline float    __expf(float x) { return expf(x); }
 inline float    __logf(float x) { return logf(x); }
 
@@ -153,3 +145,12 @@ enum { cudaEventDisableTiming };
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t *, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 inline void __trap() { abort(); }
+
+// one device, whose memory is that of the host: a variable's address is what its name stands for
+enum cudaMemcpyKind { cudaMemcpyHostToDevice };
+inline cudaError_t cudaGetDevice(int * device) { *device = 0; return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaMemcpyToSymbolAsync(const void * symbol, const void * from, size_t size, size_t offset, cudaMemcpyKind, cudaStream_t) {
+    memcpy((char *) const_cast<void *>(symbol) + offset, from, size);
+    return cudaSuccess;
+}

@@ -209,6 +209,28 @@ auto launch(kernel_t kernel, dim3 grid, dim3 dim, size_t shared_bytes) {
 
 inline int8_t byte_of(int word, int i) { return (int8_t) (word >> 8*i); }
 
+// prmt.b32: selectors have three bits for the byte and one that fills with its sign
+inline unsigned prmt(unsigned a, unsigned b, unsigned selectors) {
+    const uint64_t bytes = a | (uint64_t) b << 32;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned selector = selectors >> 4*i;
+        const unsigned byte     = (unsigned) (bytes >> 8*(selector & 7)) & 0xFF;
+        result |= (selector & 8 ? (byte & 0x80 ? 0xFFu : 0u) : byte) << 8*i;
+    }
+    return result;
+}
+
+// lop3.b32: bit 4*a + 2*b + c of the table, for each bit of a, b and c
+template <unsigned table>
+inline unsigned lop3(unsigned a, unsigned b, unsigned c) {
+    unsigned result = 0;
+    for (int i = 0; i < 32; ++i) {
+        result |= (table >> (4*(a >> i & 1) + 2*(b >> i & 1) + (c >> i & 1)) & 1) << i;
+    }
+    return result;
+}
+
 // mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32: lane 4*i + k/4 has row i of A and column i of B, four numbers from k on, and lane
 // 4*i + j/2 has row i of the result, columns j and j + 1
 inline void mma_m8n8k16(int * d, int a, int b) {
