@@ -20,11 +20,11 @@ void ptq_repack(int nrows, int64_t nb, const void * GGML_RESTRICT x, void * GGML
                 memcpy(qs    + 4*(v*nrows + r), in[i].qs    + 4*v, 4);
                 memcpy(signs + 4*(v*nrows + r), in[i].signs + 4*v, 4);
             }
-            // two rows share a byte; the first of them finds it as it was
+            // two rows share a byte
             for (int u = 0; u < 2; u++) {
-                uint8_t * byte = last + u*nrows/2 + r/2;
-                const int four = in[i].signs[12] >> 4*u & 15;
-                *byte = (uint8_t) (r % 2 == 0 ? four : *byte | four << 4);
+                const int at    = u*nrows + r;
+                const int shift = at % 2*4;
+                last[at/2] = (uint8_t) ((last[at/2] & 0xF0 >> shift) | (in[i].signs[12] >> 4*u & 15) << shift);
             }
         }
     }
@@ -43,7 +43,8 @@ static int ptq_repacked(const uint8_t * block, int nrows, int r, int unit, int j
     if (u < 24) {
         return 64*(signs[4*(u / 8*nrows + r) + j] >> u % 8 & 1);
     }
-    return 64*(last[(u - 24)*nrows/2 + r/2] >> (4*(r % 2) + j) & 1);
+    const int at = (u - 24)*nrows + r;
+    return 64*(last[at/2] >> (at % 2*4 + j) & 1);
 }
 
 void ggml_gemm_ptq_generic(int n, float * const * s, const void * GGML_RESTRICT vx, const void * GGML_RESTRICT vy, int w, int nrows) {

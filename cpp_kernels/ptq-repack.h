@@ -26,8 +26,8 @@ static inline int ptq_column(int unit, int j) {
 
 // A group of rows is a sequence of blocks. A block is
 //     uint8_t d[rows], s[rows]
-//     uint8_t last[2][rows/2]  units 30, 31: bits 4*r to 4*r + 3, little-endian, are the signs of row r
-//     uint8_t qs[3][rows][4]   vector v: unit v in the low bits, unit v + 3 in the high ones
+//     uint8_t last[rows]         bits 4*(rows*k + r) to 4*(rows*k + r) + 3, little-endian: unit 30 + k of row r
+//     uint8_t qs[3][rows][4]     vector v: unit v in the low bits, unit v + 3 in the high ones
 //     uint8_t signs[3][rows][4]  vector v, bit k: unit 6 + 8*v + k
 // All of it together is as large as the rows were.
 //
