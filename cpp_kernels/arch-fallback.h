@@ -15,4 +15,11 @@
 #define quantize_row_a4_bcq_generic quantize_row_a4_bcq
 #define ggml_cpu_bcq4_to_fp32_generic ggml_cpu_bcq4_to_fp32
 #define ggml_vec_dot_bcq4_q8_tsq_generic ggml_vec_dot_bcq4_q8_tsq
+#define quantize_row_q8_ptq_generic quantize_row_q8_ptq
+#define ggml_cpu_ptq1_61_to_fp32_generic ggml_cpu_ptq1_61_to_fp32
+#define ggml_vec_dot_ptq1_61_q8_ptq_generic ggml_vec_dot_ptq1_61_q8_ptq
+#endif
+
+#if defined(GGML_CPU_GENERIC) || !(defined(__x86_64__) || defined(__i386__) || defined(_M_IX86) || defined(_M_X64))
+#define ggml_vec_get_cols_generic ggml_vec_get_cols
 #endif

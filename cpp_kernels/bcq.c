@@ -139,7 +139,7 @@ static void bcq_quantize_block(const float * GGML_RESTRICT x, const float * GGML
     if (!(sumw > 0.0f)) {
         w = bcq_equal; // where nothing matters, everything does alike: zeros stay zeros
     }
-    const int middle = bcq_encode_d(amax/BCQ_MAX_CODE);
+    const int middle = tsq_encode_d(amax/BCQ_MAX_CODE);
 
     float best = bcq_assign(x, w, middle, y);
     for (int code = middle - BCQ_SEARCH_BELOW; code <= middle + BCQ_SEARCH_ABOVE; code++) {

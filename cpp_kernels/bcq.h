@@ -72,14 +72,6 @@ static inline void bcq_decode(const block_bcq4 * GGML_RESTRICT x, int8_t * GGML_
     }
 }
 
-// E5M3 code nearest to a scale; what is smaller or larger than all codes gets the nearest end
-static inline uint8_t bcq_encode_d(float d) {
-    uint32_t bits;
-    memcpy(&bits, &d, sizeof(bits));
-    const int code = (int) ((bits + (1u << 19)) >> 20) - (103 << 3);
-    return code < 0 ? 0 : code > 255 ? 255 : code;
-}
-
 // Scale of 64 activations whose largest magnitude is amax, and what brings them to quarters of it. It has three bits of mantissa as
 // that of weights, and all exponents of a float, since no file has to hold it.
 static inline float bcq_activation_scale(float amax, float * id4) {

@@ -1,4 +1,4 @@
-// The buffer type of repacked TSQ and BCQ tensors: claims matrix multiplications with weights that the kernels can take, repacks the
+// The buffer type of repacked TSQ, BCQ and PTQ1_61 tensors: claims matrix multiplications with weights that the kernels can take, repacks the
 // weights when they are set, and runs the multiplications.
 
 #include "ggml-backend-impl.h"
@@ -8,6 +8,7 @@
 #include "traits.h"
 
 #include "tesseraq/bcq-repack.h"
+#include "tesseraq/ptq-repack.h"
 #include "tesseraq/tsq-repack.h"
 
 #include <algorithm>
@@ -31,8 +32,14 @@ namespace ggml::cpu::tsq {
 // activations that are multiplied with a chunk of rows before the next ones come: they should stay in the second-level cache
 static const size_t L2_BYTES = 1 << 20;
 
-// how the tensors of a type are repacked and multiplied
+// How the tensors of a type are repacked and multiplied. A block of a panel of w columns is so many words for each column, w of one kind
+// after w of another, and then the numbers.
 struct kernels {
+    int block; // weights
+    int words; // that a panel has of a column beside its numbers
+
+    size_t column() const { return 4*words + block; } // bytes of a block of a column
+
     void (*repack)  (int64_t nb, const void * x, void * y);
     void (*quantize)(const float * x, void * y, int64_t nb, int w, int c);
     void (*gemm)    (int n, float * const * s, const void * x, const void * y, int w);
@@ -46,6 +53,12 @@ template <int nbits> static void gemm(int n, float * const * s, const void * x, 
     ggml_gemm_tsq(nbits, n, s, x, y, w);
 }
 
+static void repack_ptq(int64_t nb, const void * x, void * y) {
+    ptq_repack(PTQ_NROWS, nb, x, y);
+}
+
+static_assert(TSQ_PANEL_BLOCK_SIZE == 4*2 + QK_TSQ && PTQ_PANEL_BLOCK_SIZE == 4*4 + QK_PTQ, "wrong words of a panel");
+
 #if BCQ_NROWS > 0
 static_assert(BCQ_NROWS == TSQ_NROWS, "the families share groups of rows and panels");
 
@@ -56,18 +69,20 @@ static void repack_bcq(int64_t nb, const void * x, void * y) {
 
 // NULL for types without kernels
 static const kernels * kernels_of(ggml_type type) {
-    static const kernels tsq2 = { repack<2>, tsq_quantize_panel, gemm<2> };
-    static const kernels tsq3 = { repack<3>, tsq_quantize_panel, gemm<3> };
-    static const kernels tsq4 = { repack<4>, tsq_quantize_panel, gemm<4> };
+    static const kernels tsq2 = { QK_TSQ, 2, repack<2>, tsq_quantize_panel, gemm<2> };
+    static const kernels tsq3 = { QK_TSQ, 2, repack<3>, tsq_quantize_panel, gemm<3> };
+    static const kernels tsq4 = { QK_TSQ, 2, repack<4>, tsq_quantize_panel, gemm<4> };
+    static const kernels ptq  = { QK_PTQ, 4, repack_ptq, ptq_quantize_panel, ggml_gemm_ptq };
 #if BCQ_NROWS > 0
-    static const kernels bcq4    = { repack_bcq, tsq_quantize_panel, ggml_gemm_bcq };
-    static const kernels bcq4_a4 = { repack_bcq, bcq_quantize_panel, ggml_gemm_bcq };
+    static const kernels bcq4    = { QK_BCQ, 2, repack_bcq, tsq_quantize_panel, ggml_gemm_bcq };
+    static const kernels bcq4_a4 = { QK_BCQ, 2, repack_bcq, bcq_quantize_panel, ggml_gemm_bcq };
 #endif
 
     switch (type) {
         case GGML_TYPE_TSQ2:    return &tsq2;
         case GGML_TYPE_TSQ3:    return &tsq3;
         case GGML_TYPE_TSQ4:    return &tsq4;
+        case GGML_TYPE_PTQ1_61: return &ptq;
 #if BCQ_NROWS > 0
         case GGML_TYPE_BCQ4:    return &bcq4;
         case GGML_TYPE_BCQ4_A4: return &bcq4_a4;
@@ -111,14 +126,15 @@ static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
 
     const kernels * k    = kernels_of(src0->type);
     const int     n      = (int) src0->ne[0];
-    const int64_t nb     = n/QK_TSQ;
+    const int64_t nb     = n/k->block;
+    const size_t  bytes  = k->column();
     const int64_t ngroup = src0->ne[1]/TSQ_NROWS;
     const size_t  group  = src0->nb[1]*TSQ_NROWS;
     const panels  cols(ggml_nrows(src1));
     uint8_t     * wdata  = (uint8_t *) params->wdata;
 
     GGML_ASSERT(src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
-    GGML_ASSERT(params->wsize >= cols.n*nb*TSQ_PANEL_BLOCK_SIZE);
+    GGML_ASSERT(params->wsize >= cols.n*nb*bytes);
 
     // every thread quantizes its share of all blocks
     const int64_t first = cols.n*nb*params->ith/params->nth;
@@ -130,8 +146,8 @@ static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
             const int64_t b0  = std::max(first - col*nb, (int64_t) 0);
             const int64_t b1  = std::min(last  - col*nb, nb);
             if (b0 < b1) {
-                uint8_t * panel = wdata + (cols.start(p)*nb + b0*w)*TSQ_PANEL_BLOCK_SIZE;
-                k->quantize(activations(src1, col) + b0*QK_TSQ, panel, b1 - b0, w, c);
+                uint8_t * panel = wdata + (cols.start(p)*nb + b0*w)*bytes;
+                k->quantize(activations(src1, col) + b0*k->block, panel, b1 - b0, w, c);
             }
         }
     }
@@ -139,7 +155,7 @@ static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
     // several chunks of rows per thread, for threads that are not equally fast
     const int64_t chunk  = std::max((int64_t) 1, ngroup/(8*params->nth));
     const int64_t nchunk = (ngroup + chunk - 1)/chunk;
-    const int64_t stay   = std::max((size_t) 1, L2_BYTES/(TSQ_NCOLS*nb*TSQ_PANEL_BLOCK_SIZE));
+    const int64_t stay   = std::max((size_t) 1, L2_BYTES/(TSQ_NCOLS*nb*bytes));
 
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
@@ -155,7 +171,7 @@ static void mul_mat(const ggml_compute_params * params, ggml_tensor * dst) {
                     for (int c = 0; c < w; c++) {
                         s[c] = results(dst, cols.start(p) + c) + g*TSQ_NROWS;
                     }
-                    k->gemm(n, s, (const char *) src0->data + g*group, wdata + cols.start(p)*nb*TSQ_PANEL_BLOCK_SIZE, w);
+                    k->gemm(n, s, (const char *) src0->data + g*group, wdata + cols.start(p)*nb*bytes, w);
                 }
             }
         }
@@ -175,7 +191,8 @@ struct mul_mat_id_work {
         const ggml_tensor * src1 = dst->src[1];
         const ggml_tensor * ids  = dst->src[2];
 
-        const size_t column = src1->ne[0]/QK_TSQ*TSQ_PANEL_BLOCK_SIZE;
+        const kernels * k = kernels_of(dst->src[0]->type);
+        const size_t column = src1->ne[0]/k->block*k->column();
 
         quantized = 0;
         starts    = GGML_PAD(quantized + ggml_nrows(src1)*column, 64);
@@ -192,11 +209,11 @@ static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
 
     const kernels * k     = kernels_of(src0->type);
     const int     n       = (int) src0->ne[0];
-    const int64_t nb      = n/QK_TSQ;
+    const int64_t nb      = n/k->block;
     const int64_t nexpert = src0->ne[2];
     const int64_t ngroup  = src0->ne[1]/TSQ_NROWS;
     const size_t  group   = src0->nb[1]*TSQ_NROWS;
-    const size_t  column  = nb*TSQ_PANEL_BLOCK_SIZE;
+    const size_t  column  = nb*k->column();
 
     GGML_ASSERT(src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && dst->nb[0] == sizeof(float));
     GGML_ASSERT(src1->ne[3] == 1);
@@ -261,12 +278,14 @@ static void mul_mat_id(const ggml_compute_params * params, ggml_tensor * dst) {
                     continue;
                 }
                 // the column takes its place in a panel
-                for (int64_t i = 0; i < nb; i++, q += TSQ_PANEL_BLOCK_SIZE) {
-                    uint8_t * out = panel + i*w*TSQ_PANEL_BLOCK_SIZE;
-                    memcpy(out + 4*c,       q,     4);
-                    memcpy(out + 4*w + 4*c, q + 4, 4);
-                    for (int g = 0; g < QK_TSQ/TSQ_DEPTH; g++) {
-                        memcpy(out + 8*w + TSQ_DEPTH*(g*w + c), q + 8 + TSQ_DEPTH*g, TSQ_DEPTH);
+                const int words = k->words;
+                for (int64_t i = 0; i < nb; i++, q += k->column()) {
+                    uint8_t * out = panel + i*w*k->column();
+                    for (int v = 0; v < words; v++) {
+                        memcpy(out + 4*(v*w + c), q + 4*v, 4);
+                    }
+                    for (int g = 0; g < k->block/TSQ_DEPTH; g++) {
+                        memcpy(out + 4*words*w + TSQ_DEPTH*(g*w + c), q + 4*words + TSQ_DEPTH*g, TSQ_DEPTH);
                     }
                 }
             }
@@ -284,7 +303,7 @@ class tensor_traits : public ggml::cpu::tensor_traits {
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
         switch (op->op) {
             case GGML_OP_MUL_MAT:
-                size = ggml_nelements(op->src[1])/QK_TSQ*TSQ_PANEL_BLOCK_SIZE;
+                size = ggml_nelements(op->src[1])/kernels_of(op->src[0]->type)->block*kernels_of(op->src[0]->type)->column();
                 return true;
             case GGML_OP_MUL_MAT_ID:
                 size = mul_mat_id_work(op, n_threads).size;
@@ -321,9 +340,10 @@ static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor
     GGML_ASSERT(offset == 0);
     GGML_ASSERT(size == ggml_nbytes(tensor));
 
+    const kernels * k = kernels_of(tensor->type);
     const size_t group = tensor->nb[1]*TSQ_NROWS;
     for (int64_t i = 0; i < ggml_nrows(tensor)/TSQ_NROWS; i++) {
-        kernels_of(tensor->type)->repack(tensor->ne[0]/QK_TSQ, (const char *) data + i*group, (char *) tensor->data + i*group);
+        k->repack(tensor->ne[0]/k->block, (const char *) data + i*group, (char *) tensor->data + i*group);
     }
 
     GGML_UNUSED(buffer);

@@ -7,6 +7,7 @@
 #include "arch-fallback.h"
 
 #include "tesseraq/bcq-cpu.h"
+#include "tesseraq/ptq-cpu.h"
 #include "tesseraq/tsq.h"
 #include "tesseraq/tsq-cpu.h"
 
@@ -83,6 +84,7 @@ ggml_to_float_t ggml_cpu_to_float(enum ggml_type type) {
         case GGML_TYPE_TSQ4:    return ggml_cpu_tsq4_to_fp32;
         case GGML_TYPE_BCQ4:
         case GGML_TYPE_BCQ4_A4: return ggml_cpu_bcq4_to_fp32;
+        case GGML_TYPE_PTQ1_61: return ggml_cpu_ptq1_61_to_fp32;
         default:                return ggml_get_type_traits(type)->to_float;
     }
 }

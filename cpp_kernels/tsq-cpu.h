@@ -16,10 +16,11 @@ void quantize_row_tsq4(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, in
 
 void quantize_row_q8_tsq(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k);
 
-// Activations of Q8_TSQ, and of A4_BCQ, which has its layout, go from float by rows, or by parts of rows that are whole groups: moves the ends of a part of a row of
-// nb blocks, where the threads that share the row all find the same ends. Other types may be cut between any blocks.
+// Activations of Q8_TSQ, of A4_BCQ, which has its layout, and of Q8_PTQ go from float by rows, or by parts of rows that are whole groups:
+// moves the ends of a part of a row of nb blocks, where the threads that share the row all find the same ends. Other types may be cut
+// between any blocks.
 static inline void ggml_cpu_tsq_whole_groups(enum ggml_type type, int64_t nb, int64_t * first, int64_t * last) {
-    if (type == GGML_TYPE_Q8_TSQ || type == GGML_TYPE_A4_BCQ) {
+    if (type == GGML_TYPE_Q8_TSQ || type == GGML_TYPE_A4_BCQ || type == GGML_TYPE_Q8_PTQ) {
         *first = *first == nb ? nb : *first - *first % Q8_TSQ_GROUP;
         *last  = *last  == nb ? nb : *last  - *last  % Q8_TSQ_GROUP;
     }

@@ -64,6 +64,14 @@ static inline float tsq_decode_d(uint8_t code) {
     return d;
 }
 
+// E5M3 code nearest to a scale; what is smaller or larger than all codes gets the nearest end
+static inline uint8_t tsq_encode_d(float d) {
+    uint32_t bits;
+    memcpy(&bits, &d, sizeof(bits));
+    const int code = (int) ((bits + (1u << 19)) >> 20) - (103 << 3);
+    return code < 0 ? 0 : code > 255 ? 255 : code;
+}
+
 // zero-point code of an n-bit type to float: steps of 2^n/128 from -2^(n - 1), so 64 is 0 for every n
 static inline float tsq_decode_z(uint8_t code, int nbits) {
     return ((int) code - 64) * ((1 << nbits) / 128.0f);

@@ -1,104 +1,14 @@
 #include "tesseraq/tsq-repack.h"
 
-#include <cstring>
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // GCC's own AVX-512 intrinsics
-#endif
-
-#include <immintrin.h>
-
 #if TSQ_NROWS > 0
+
+#include "tesseraq/x86/vector.h"
 
 #include "tesseraq/x86/tsq-round.h"
 
-#if defined(_MSC_VER)
-#define TSQ_INLINE __forceinline
-#define TSQ_LAMBDA
-#define TSQ_UNROLL
-#else
-#define TSQ_INLINE inline __attribute__((always_inline))
-#define TSQ_LAMBDA __attribute__((always_inline))
-#define TSQ_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-// A vector has 4 bytes, an int or a float for every row of the group.
-//
 // With VNNI, codes enter the products as q << (7 - nbits), so that sums come in steps of the zero-point: then the zero-point's
 // part is an integer product like the others, and one conversion to float serves both. maddubs has no room for that; it gets q
 // as it is, and the factor comes in when its 16-bit sums are widened.
-
-#if TSQ_NROWS == 16
-
-typedef __m512i vint;
-typedef __m512  vfloat;
-
-static TSQ_INLINE vint   v_load (const void * p)            { return _mm512_loadu_si512(p); }
-static TSQ_INLINE vint   v_bytes(const uint8_t * p)         { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)); }
-static TSQ_INLINE vint   v_set8 (int x)                     { return _mm512_set1_epi8((char) x); }
-static TSQ_INLINE vint   v_set32(int x)                     { return _mm512_set1_epi32(x); }
-static TSQ_INLINE vint   v_and  (vint a, vint b)            { return _mm512_and_si512(a, b); }
-static TSQ_INLINE vint   v_or   (vint a, vint b)            { return _mm512_or_si512(a, b); }
-static TSQ_INLINE vint   v_mix  (vint m, vint a, vint b)    { return _mm512_ternarylogic_epi32(m, a, b, 0xCA); }
-static TSQ_INLINE vint   v_add  (vint a, vint b)            { return _mm512_add_epi32(a, b); }
-static TSQ_INLINE vint   v_shl32(vint a, int n)             { return _mm512_slli_epi32(a, n); }
-static TSQ_INLINE vint   v_sra32(vint a, int n)             { return _mm512_srai_epi32(a, n); }
-static TSQ_INLINE vfloat v_float(vint a)                    { return _mm512_cvtepi32_ps(a); }
-static TSQ_INLINE vfloat v_cast (vint a)                    { return _mm512_castsi512_ps(a); }
-static TSQ_INLINE vfloat v_setf (float x)                   { return _mm512_set1_ps(x); }
-static TSQ_INLINE vfloat v_mul  (vfloat a, vfloat b)        { return _mm512_mul_ps(a, b); }
-static TSQ_INLINE vfloat v_fma  (vfloat a, vfloat b, vfloat c) { return _mm512_fmadd_ps(a, b, c); }
-static TSQ_INLINE void   v_store(float * p, vfloat a)       { _mm512_storeu_ps(p, a); }
-static TSQ_INLINE vint   v_dot8 (vint s, vint q, vint a)    { return _mm512_dpbusd_epi32(s, q, a); }
-static TSQ_INLINE vint   v_dot16(vint s, vint a, vint b)    { return _mm512_dpwssd_epi32(s, a, b); }
-
-// bits move by n, left if n > 0, right if not; they may come in from the neighbouring byte
-template <int n> static TSQ_INLINE vint v_shift(vint a) {
-    return n > 0 ? _mm512_slli_epi16(a, n > 0 ? n : 0) : n < 0 ? _mm512_srli_epi16(a, n < 0 ? -n : 0) : a;
-}
-
-#define TSQ_VNNI 1
-
-#else
-
-typedef __m256i vint;
-typedef __m256  vfloat;
-
-static TSQ_INLINE vint   v_load (const void * p)            { return _mm256_loadu_si256((const __m256i *) p); }
-static TSQ_INLINE vint   v_bytes(const uint8_t * p)         { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p)); }
-static TSQ_INLINE vint   v_set8 (int x)                     { return _mm256_set1_epi8((char) x); }
-static TSQ_INLINE vint   v_set32(int x)                     { return _mm256_set1_epi32(x); }
-static TSQ_INLINE vint   v_and  (vint a, vint b)            { return _mm256_and_si256(a, b); }
-static TSQ_INLINE vint   v_or   (vint a, vint b)            { return _mm256_or_si256(a, b); }
-static TSQ_INLINE vint   v_mix  (vint m, vint a, vint b)    { return _mm256_or_si256(_mm256_and_si256(m, a), _mm256_andnot_si256(m, b)); }
-static TSQ_INLINE vint   v_add  (vint a, vint b)            { return _mm256_add_epi32(a, b); }
-static TSQ_INLINE vint   v_shl32(vint a, int n)             { return _mm256_slli_epi32(a, n); }
-static TSQ_INLINE vint   v_sra32(vint a, int n)             { return _mm256_srai_epi32(a, n); }
-static TSQ_INLINE vfloat v_float(vint a)                    { return _mm256_cvtepi32_ps(a); }
-static TSQ_INLINE vfloat v_cast (vint a)                    { return _mm256_castsi256_ps(a); }
-static TSQ_INLINE vfloat v_setf (float x)                   { return _mm256_set1_ps(x); }
-static TSQ_INLINE vfloat v_mul  (vfloat a, vfloat b)        { return _mm256_mul_ps(a, b); }
-static TSQ_INLINE vfloat v_fma  (vfloat a, vfloat b, vfloat c) { return _mm256_fmadd_ps(a, b, c); }
-static TSQ_INLINE void   v_store(float * p, vfloat a)       { _mm256_storeu_ps(p, a); }
-
-template <int n> static TSQ_INLINE vint v_shift(vint a) {
-    return n > 0 ? _mm256_slli_epi16(a, n > 0 ? n : 0) : n < 0 ? _mm256_srli_epi16(a, n < 0 ? -n : 0) : a;
-}
-
-#if defined(__AVXVNNI__)
-static TSQ_INLINE vint   v_dot8 (vint s, vint q, vint a)    { return _mm256_dpbusd_avx_epi32(s, q, a); }
-static TSQ_INLINE vint   v_dot16(vint s, vint a, vint b)    { return _mm256_dpwssd_avx_epi32(s, a, b); }
-
-#define TSQ_VNNI 1
-#else
-// here s are 16-bit sums
-static TSQ_INLINE vint   v_dot8 (vint s, vint q, vint a)    { return _mm256_add_epi16(s, _mm256_maddubs_epi16(q, a)); }
-static TSQ_INLINE vint   v_dot16(vint s, vint a, vint b)    { return _mm256_add_epi32(s, _mm256_madd_epi16(a, b)); }
-
-#define TSQ_VNNI 0
-#endif
-
-#endif
 
 template <int nbits, int at, int up> static TSQ_INLINE vint v_bits(vint a) {
     return v_and(v_shift<up - at>(a), v_set8(((1 << nbits) - 1) << up));
@@ -108,18 +18,9 @@ template <int low, int up> static TSQ_INLINE vint v_bits_high(vint a, vint b) {
     return v_and(v_mix(v_set8(6 << up), v_shift<up - 5>(a), v_shift<up - low>(b)), v_set8(7 << up));
 }
 
-static TSQ_INLINE vfloat v_zero()                      { return v_setf(0.0f); }
-static TSQ_INLINE void   v_prefetch(const uint8_t * p) { _mm_prefetch((const char *) p, _MM_HINT_T0); }
-
 #define TSQ_NSUMS(w) (w)
 
 #include "tesseraq/tsq-tile.h"
-
-static TSQ_INLINE vint v_spread32(const void * p) {
-    int32_t x;
-    memcpy(&x, p, sizeof(x));
-    return v_set32(x);
-}
 
 template <int nbits, int w> static TSQ_INLINE void tsq_tile(const uint8_t * dz, const uint8_t * codes, const uint8_t * a, vfloat * acc) {
     const uint8_t * as = a  + w*sizeof(float);

@@ -71,7 +71,7 @@ _NO_VARIANT = "Testing 0 devices"
 
 _PRODUCTS = (
     *("-o", "MUL_MAT"),
-    *("-p", r"type_a=(tsq2|tsq3|tsq4|bcq4|bcq4_a4|q8_0|f16|bf16),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]"),
+    *("-p", r"type_a=(tsq2|tsq3|tsq4|bcq4|bcq4_a4|ptq1_61|q8_0|f16|bf16),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]"),
 )
 
 _PROOFS = (("test-quantize-fns",), ("test-backend-ops", "test", "-b", "CPU", *_PRODUCTS))

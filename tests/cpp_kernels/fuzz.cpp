@@ -1,4 +1,4 @@
-// Fuzz target: any bytes are rows of TSQ blocks. Dequantization, dot products, repacking and the products of repacked rows must
+// Fuzz target: any bytes are rows of TSQ, BCQ and PTQ1_61 blocks. Dequantization, dot products, repacking and the products of repacked rows must
 // neither read nor write outside of what they are given, must give finite numbers where those exist, and SIMD must agree with
 // plain arithmetic. For libFuzzer (scripts/fuzz), or with fuzz_main.cpp as a program of its own.
 
@@ -6,6 +6,10 @@
 #include "ggml-common.h"
 
 #include "ggml-impl.h"
+#include "tesseraq/bcq-cpu.h"
+#include "tesseraq/bcq-repack.h"
+#include "tesseraq/ptq-cpu.h"
+#include "tesseraq/ptq-repack.h"
 #include "tesseraq/tsq-cpu.h"
 #include "tesseraq/tsq-repack.h"
 
@@ -107,122 +111,220 @@ class input {
 struct exact {
     double sum = 0.0, magnitude = 0.0;
 
-    void add(double v) {
-        sum       += v;
-        magnitude += std::fabs(v);
+    // w*a, on the way to which kernels add and take out again what is no larger than offset*a
+    void add(double w, double offset, double a) {
+        sum       += w*a;
+        magnitude += (std::fabs(w) + offset)*std::fabs(a);
     }
 
     bool is_near(float s, int n) const { return std::fabs(s - sum) <= 4e-7*std::sqrt((double) n)*magnitude + 1e-30; }
 };
 
-static int nbits_of(const uint8_t * name) { return 2 + *name % 3; }
+typedef void (*quantize_panel_t)(const float * x, void * y, int64_t nb, int w, int c);
+typedef void (*vec_dot_t)(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
+typedef void (*from_float_t)(const float * x, void * y, int64_t k);
 
-// ---- what vec_dot meets: Q8_TSQ, in groups of blocks ---------------------------------------------------------------------------
+// A type, and the two ways to everything that has two: generic first, then what is compiled in, if that is something else.
+struct type {
+    const char * name;
+    int          block, bytes; // of weights
+    int          words;        // of a block of activations beside its numbers, in rows (by groups) and in panels
+    int          max;          // largest magnitude of an activation
 
-static size_t activations_size(int nb) { return nb*Q8_TSQ_BLOCK_SIZE; }
+    void   (*dequantize)(const void * x, float * y, int64_t k);
+    size_t (*quantize)(const float * x, void * y, int64_t nrows, int64_t n, const float * imatrix);
 
-// blocks of the group that block i is in
-static int group_size(int nb, int i) {
-    const int left = nb - i/Q8_TSQ_GROUP*Q8_TSQ_GROUP;
-    return left < Q8_TSQ_GROUP ? left : Q8_TSQ_GROUP;
+    // largest magnitude that is added to weight j of a block, and taken out of the sum
+    double (*offset)(const uint8_t * x, int j);
+
+    // The words of a block, out of its numbers in the order of the weights and one float for each scale; scale and place of a number.
+    void (*fill)(const int8_t * q, const float * d, uint32_t * words);
+    int  (*scale_of)(int j);
+    int  (*row_place)(int j);
+    int  (*panel_place)(int j);
+
+    from_float_t     from_float[2];
+    vec_dot_t        vec_dot[2];
+    int              nrows; // of a group of repacked rows; 0 without kernels
+    void           (*repack)(int nrows, int64_t nb, const void * x, void * y);
+    quantize_panel_t quantize_panel[2];
+    void           (*gemm_generic)(int n, float * const * s, const void * x, const void * y, int w, int nrows);
+    void           (*gemm)(int n, float * const * s, const void * x, const void * y, int w);
+
+    int activations() const { return 4*words + block; } // bytes of a block of them
+};
+
+#if defined(GGML_CPU_GENERIC)
+#define BOTH(name) { name, name }
+#else
+#define BOTH(name) { name##_generic, name }
+#endif
+
+#if TSQ_NROWS > 0
+#define PANEL(name) { name##_generic, name }
+#define GEMM(f)     f
+#else
+#define PANEL(name) { name##_generic, nullptr }
+#define GEMM(f)     nullptr
+#endif
+
+template <int nbits> static double tsq_offset(const uint8_t * x, int) { return tsq_decode_d(x[0])*(1 << nbits)*1.5; }
+static double bcq_offset(const uint8_t * x, int)   { return tsq_decode_d(x[0])*BCQ_OFFSET; }
+static double ptq_offset(const uint8_t * x, int j) { return j < PTQ_SALIENT ? 8.0*tsq_decode_d(x[1]) : tsq_decode_d(x[0]); }
+
+static void tsq_fill(const int8_t * q, const float * d, uint32_t * words) {
+    int sum = 0;
+    for (int j = 0; j < QK_TSQ; j++) {
+        sum += q[j];
+    }
+    const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };
+    memcpy(&words[0], d, 4);
+    memcpy(&words[1], s, 4);
+}
+
+static void ptq_fill(const int8_t * q, const float * d, uint32_t * words) {
+    int32_t s[2] = { 0, 0 };
+    for (int j = 0; j < QK_PTQ; j++) {
+        s[j >= PTQ_SALIENT] += (j < PTQ_SALIENT ? PTQ_LACK_SALIENT : PTQ_LACK_BINARY)*q[j];
+    }
+    memcpy(words,     d, 8);
+    memcpy(words + 2, s, 8);
+}
+
+static int first_scale(int)     { return 0; }
+static int ptq_scale(int j)     { return j >= PTQ_SALIENT; }
+static int same_place(int j)    { return j; }
+static int ptq_row_place(int j) { return (j + PTQ_BINARY) % QK_PTQ; }
+
+static int ptq_panel_place(int j) {
+    for (int at = 0; at < QK_PTQ; at++) {
+        if (ptq_column(at/4, at % 4) == j) {
+            return at;
+        }
+    }
+    abort();
+}
+
+template <typename block, void f(const block *, float *, int64_t)> static void dequantize(const void * x, float * y, int64_t k) {
+    f((const block *) x, y, k);
+}
+
+template <int nbits> static void repack_tsq(int nrows, int64_t nb, const void * x, void * y) {
+    tsq_repack(nbits, nrows, nb, x, y);
+}
+
+template <int nbits> static void gemm_tsq_generic(int n, float * const * s, const void * x, const void * y, int w, int nrows) {
+    ggml_gemm_tsq_generic(nbits, n, s, x, y, w, nrows);
+}
+
+#if TSQ_NROWS > 0
+template <int nbits> static void gemm_tsq(int n, float * const * s, const void * x, const void * y, int w) {
+    ggml_gemm_tsq(nbits, n, s, x, y, w);
+}
+#endif
+
+#define TSQ(nbits)                                                                                                      \
+    { "tsq" #nbits, QK_TSQ, TSQ_BLOCK_SIZE(nbits), 2, 127,                                                              \
+      dequantize<block_tsq##nbits, dequantize_row_tsq##nbits>, quantize_tsq##nbits, tsq_offset<nbits>,                  \
+      tsq_fill, first_scale, same_place, same_place, BOTH(quantize_row_q8_tsq), BOTH(ggml_vec_dot_tsq##nbits##_q8_tsq), \
+      TSQ_NROWS, repack_tsq<nbits>, PANEL(tsq_quantize_panel), gemm_tsq_generic<nbits>, GEMM(gemm_tsq<nbits>) }
+
+#if BCQ_NROWS > 0
+#define BCQ_PANEL(name) PANEL(name)
+#define BCQ_GEMM        ggml_gemm_bcq
+#else
+#define BCQ_PANEL(name) { name##_generic, nullptr }
+#define BCQ_GEMM        nullptr
+#endif
+
+#define BCQ(name, max, from_float, panel)                                                                               \
+    { name, QK_BCQ, sizeof(block_bcq4), 2, max,                                                                         \
+      dequantize<block_bcq4, dequantize_row_bcq4>, quantize_bcq4, bcq_offset,                                           \
+      tsq_fill, first_scale, same_place, same_place, BOTH(from_float), BOTH(ggml_vec_dot_bcq4_q8_tsq),                  \
+      BCQ_NROWS, bcq_repack, BCQ_PANEL(panel), ggml_gemm_bcq_generic, BCQ_GEMM }
+
+static const type types[] = {
+    TSQ(2), TSQ(3), TSQ(4),
+    BCQ("bcq4",    127,          quantize_row_q8_tsq, tsq_quantize_panel),
+    BCQ("bcq4_a4", BCQ_MAX_CODE, quantize_row_a4_bcq, bcq_quantize_panel),
+    { "ptq1_61", QK_PTQ, sizeof(block_ptq1_61), 4, 127,
+      dequantize<block_ptq1_61, dequantize_row_ptq1_61>, quantize_ptq1_61, ptq_offset,
+      ptq_fill, ptq_scale, ptq_row_place, ptq_panel_place, BOTH(quantize_row_q8_ptq), BOTH(ggml_vec_dot_ptq1_61_q8_ptq),
+      PTQ_NROWS, ptq_repack, PANEL(ptq_quantize_panel), ggml_gemm_ptq_generic, GEMM(ggml_gemm_ptq) },
+};
+
+static const int NTYPES = sizeof(types)/sizeof(types[0]);
+
+// ---- activations in rows: groups of blocks --------------------------------------------------------------------------------------
+
+static_assert(Q8_TSQ_GROUP == Q8_PTQ_GROUP, "rows of all types have the same groups");
+
+// word v of block i of a row of nb blocks, and number j
+static uint8_t * row_word(const type & t, void * y, int nb, int i, int v) {
+    const int first = i/Q8_TSQ_GROUP*Q8_TSQ_GROUP, m = nb - first < Q8_TSQ_GROUP ? nb - first : Q8_TSQ_GROUP;
+    return (uint8_t *) y + first*t.activations() + 4*(v*m + i - first);
+}
+
+static uint8_t * row_number(const type & t, void * y, int nb, int i, int j) {
+    const int first = i/Q8_TSQ_GROUP*Q8_TSQ_GROUP, m = nb - first < Q8_TSQ_GROUP ? nb - first : Q8_TSQ_GROUP;
+    return (uint8_t *) y + first*t.activations() + 4*t.words*m + (i - first)*t.block + t.row_place(j);
 }
 
 // any bytes, or blocks as they come from floats up to 1
-static void make_activations(input & in, int nb, bool any, void * y) {
-    in.bytes(y, activations_size(nb));
+static void make_activations(const type & t, input & in, int nb, bool any, void * y) {
+    in.bytes(y, (size_t) nb*t.activations());
     for (int i = 0; !any && i < nb; i++) {
-        uint8_t * group = (uint8_t *) y + i/Q8_TSQ_GROUP*Q8_TSQ_GROUP*Q8_TSQ_BLOCK_SIZE;
-        const int m = group_size(nb, i), b = i % Q8_TSQ_GROUP;
-
-        int sum = 0;
-        for (int j = 0; j < QK_TSQ; j++) {
-            sum += (int8_t) group[8*m + b*QK_TSQ + j];
+        int8_t q[QK_PTQ];
+        for (int j = 0; j < t.block; j++) {
+            q[j] = (int8_t) *row_number(t, y, nb, i, j);
         }
-        uint16_t bits;
-        memcpy(&bits, group + 4*b, sizeof(bits));
-        const float   d    = (bits & 0xFFF)/(4096.0f*127.0f);
-        const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };
-        memcpy(group + 4*b,       &d, sizeof(d));
-        memcpy(group + 4*m + 4*b, s,  sizeof(s));
+        float d[2];
+        for (int k = 0; k < t.words/2; k++) {
+            uint16_t bits;
+            memcpy(&bits, row_word(t, y, nb, i, k), sizeof(bits));
+            d[k] = (bits & 0xFFF)/(4096.0f*127.0f);
+        }
+        uint32_t words[4];
+        t.fill(q, d, words);
+        for (int v = 0; v < t.words; v++) {
+            memcpy(row_word(t, y, nb, i, v), &words[v], 4);
+        }
     }
 }
 
-// adds the products of block i of nb, whose weights are d*(q - z)
-static void add_products(exact & e, int nb, int i, double d, double z, const uint8_t * q, const void * y) {
-    const uint8_t * group = (const uint8_t *) y + i/Q8_TSQ_GROUP*Q8_TSQ_GROUP*Q8_TSQ_BLOCK_SIZE;
-    const int m = group_size(nb, i), b = i % Q8_TSQ_GROUP;
+// ---------------------------------------------------------------------------------------------------------------------------------
 
-    float da;
-    memcpy(&da, group + 4*b, sizeof(da));
-    for (int j = 0; j < QK_TSQ; j++) {
-        const double a = d*da*(int8_t) group[8*m + b*QK_TSQ + j];
-        e.add(a*q[j]);
-        e.add(-a*z);
-    }
-}
-
-typedef void (*vec_dot_t)(int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
-
-#if defined(GGML_CPU_GENERIC)
-static const vec_dot_t vec_dot[][2] = {
-    { ggml_vec_dot_tsq2_q8_tsq, ggml_vec_dot_tsq2_q8_tsq },
-    { ggml_vec_dot_tsq3_q8_tsq, ggml_vec_dot_tsq3_q8_tsq },
-    { ggml_vec_dot_tsq4_q8_tsq, ggml_vec_dot_tsq4_q8_tsq },
-};
-#else
-static const vec_dot_t vec_dot[][2] = {
-    { ggml_vec_dot_tsq2_q8_tsq, ggml_vec_dot_tsq2_q8_tsq_generic },
-    { ggml_vec_dot_tsq3_q8_tsq, ggml_vec_dot_tsq3_q8_tsq_generic },
-    { ggml_vec_dot_tsq4_q8_tsq, ggml_vec_dot_tsq4_q8_tsq_generic },
-};
-#endif
-
-// -------------------------------------------------------------------------------------------------------------------------------
-
-static void dequantize(int nbits, const void * x, float * y, int64_t k) {
-    switch (nbits) {
-        case 2: dequantize_row_tsq2((const block_tsq2 *) x, y, k); break;
-        case 3: dequantize_row_tsq3((const block_tsq3 *) x, y, k); break;
-        case 4: dequantize_row_tsq4((const block_tsq4 *) x, y, k); break;
-    }
-}
-
-static size_t quantize(int nbits, const float * x, void * y, int64_t k, const float * imatrix) {
-    switch (nbits) {
-        case 2:  return quantize_tsq2(x, y, 1, k, imatrix);
-        case 3:  return quantize_tsq3(x, y, 1, k, imatrix);
-        default: return quantize_tsq4(x, y, 1, k, imatrix);
-    }
-}
-
-static void check_dequantize(int nbits, const memory & row, int nb, bool at_end) {
-    const int n = nb*QK_TSQ;
-    memory y(n*sizeof(float), at_end);
-    dequantize(nbits, row.as(), y.as<float>(), n);
+// the weights of a row, all of them finite
+static memory * check_dequantize(const type & t, const uint8_t * row, int nb, bool at_end) {
+    const int n = nb*t.block;
+    memory * y = new memory(n*sizeof(float), at_end);
+    t.dequantize(row, y->as<float>(), n);
     for (int i = 0; i < n; i++) {
-        CHECK(std::isfinite(y.as<float>()[i]), "tsq%d, weight %d is %g\n", nbits, i, y.as<float>()[i]);
+        CHECK(std::isfinite(y->as<float>()[i]), "%s, weight %d is %g\n", t.name, i, y->as<float>()[i]);
     }
+    return y;
 }
 
-static void check_vec_dot(input & in, int nbits, const memory & row, int nb, bool any, bool at_end) {
-    memory y(activations_size(nb), at_end);
-    make_activations(in, nb, any, y.as());
+static void check_vec_dot(const type & t, input & in, const memory & row, const float * weights, int nb, bool any, bool at_end) {
+    memory y((size_t) nb*t.activations(), at_end);
+    make_activations(t, in, nb, any, y.as());
 
     exact e;
     for (int i = 0; i < nb; i++) {
-        const uint8_t * b = row.as() + i*TSQ_BLOCK_SIZE(nbits);
-        uint8_t q[QK_TSQ];
-        tsq_unpack(b + TSQ_CODES, nbits, q);
-        add_products(e, nb, i, tsq_decode_d(b[0]), tsq_decode_z(b[1], nbits), q, y.as());
+        for (int j = 0; j < t.block; j++) {
+            float d;
+            memcpy(&d, row_word(t, y.as(), nb, i, t.scale_of(j)), sizeof(d));
+            e.add(weights[i*t.block + j], t.offset(row.as() + i*t.bytes, j), (double) d*(int8_t) *row_number(t, y.as(), nb, i, j));
+        }
     }
-    for (vec_dot_t f : vec_dot[nbits - 2]) {
+    for (vec_dot_t f : t.vec_dot) {
         memory s(sizeof(float), at_end);
-        f(nb*QK_TSQ, s.as<float>(), 0, row.as(), 0, y.as(), 0, 1);
-        CHECK(any || e.is_near(*s.as<float>(), nb*QK_TSQ), "tsq%d, %d blocks: %.9g, should be %.9g\n", nbits, nb, *s.as<float>(), e.sum);
+        f(nb*t.block, s.as<float>(), 0, row.as(), 0, y.as(), 0, 1);
+        CHECK(any || e.is_near(*s.as<float>(), nb*t.block), "%s, %d blocks: %.9g, should be %.9g\n", t.name, nb, *s.as<float>(), e.sum);
     }
 }
 
-// activations for a panel: any floats, or such as networks have, some of them small
+// activations as floats: any, or such as networks have, some of them small
 static void make_floats(input & in, int n, bool any, float * y) {
     in.bytes(y, n*sizeof(float));
     for (int i = 0; !any && i < n; i++) {
@@ -232,26 +334,39 @@ static void make_floats(input & in, int n, bool any, float * y) {
     }
 }
 
-static void check_gemm(input & in, int nbits, const memory & rows, int nrows, int nb, int w, bool any, bool at_end) {
-    const int n = nb*QK_TSQ;
+// rows of activations from floats: numbers are in range, and all kernels write the same ones
+static void check_from_float(const type & t, input & in, int nb, bool any, bool at_end) {
+    memory x(nb*t.block*sizeof(float), at_end);
+    make_floats(in, nb*t.block, any, x.as<float>());
+
+    memory a((size_t) nb*t.activations(), at_end), b(a.size(), at_end);
+    t.from_float[0](x.as<float>(), a.as(), nb*t.block);
+    t.from_float[1](x.as<float>(), b.as(), nb*t.block);
+    CHECK(any || memcmp(a.as(), b.as(), a.size()) == 0, "%s, %d blocks: activations differ\n", t.name, nb);
+    for (int i = 0; !any && i < nb*t.block; i++) {
+        const int q = (int8_t) *row_number(t, a.as(), nb, i/t.block, i % t.block);
+        CHECK(std::abs(q) <= t.max, "%s, activation %d is %d\n", t.name, i, q);
+    }
+}
+
+static void check_gemm(const type & t, input & in, const memory & rows, int nrows, int nb, int w, bool any, bool at_end) {
+    const int n = nb*t.block;
 
     memory x(rows.size(), at_end);
-    tsq_repack(nbits, nrows, nb, rows.as(), x.as());
+    t.repack(nrows, nb, rows.as(), x.as());
 
-    memory panel(nb*w*TSQ_PANEL_BLOCK_SIZE, at_end);
-    memory simd (nb*w*TSQ_PANEL_BLOCK_SIZE, at_end);
-    const bool has_simd = nrows == TSQ_NROWS;
+    memory panel((size_t) nb*w*t.activations(), at_end);
+    memory simd (panel.size(), at_end);
+    const bool has_simd = nrows == t.nrows;
     for (int c = 0; c < w; c++) {
         memory a(n*sizeof(float), at_end);
         make_floats(in, n, any, a.as<float>());
-        tsq_quantize_panel_generic(a.as<float>(), panel.as(), nb, w, c);
-#if TSQ_NROWS > 0
+        t.quantize_panel[0](a.as<float>(), panel.as(), nb, w, c);
         if (has_simd) {
-            tsq_quantize_panel(a.as<float>(), simd.as(), nb, w, c);
+            t.quantize_panel[1](a.as<float>(), simd.as(), nb, w, c);
         }
-#endif
     }
-    CHECK(!has_simd || any || memcmp(panel.as(), simd.as(), panel.size()) == 0, "tsq%d, %d blocks, %d columns: panels differ\n", nbits, nb, w);
+    CHECK(!has_simd || any || memcmp(panel.as(), simd.as(), panel.size()) == 0, "%s, %d blocks, %d columns: panels differ\n", t.name, nb, w);
 
     memory out(w*nrows*sizeof(float), at_end);
     float * s[TSQ_NCOLS];
@@ -260,53 +375,53 @@ static void check_gemm(input & in, int nbits, const memory & rows, int nrows, in
     }
     for (int k = 0; k <= has_simd; k++) {
         if (k == 0) {
-            ggml_gemm_tsq_generic(nbits, n, s, x.as(), panel.as(), w, nrows);
-#if TSQ_NROWS > 0
+            t.gemm_generic(n, s, x.as(), panel.as(), w, nrows);
         } else {
-            ggml_gemm_tsq(nbits, n, s, x.as(), simd.as(), w);
-#endif
+            t.gemm(n, s, x.as(), simd.as(), w);
         }
-        for (int c = 0; !any && c < w; c++) {
-            for (int r = 0; r < nrows; r++) {
+        for (int r = 0; !any && r < nrows; r++) {
+            const uint8_t * row = rows.as() + (size_t) r*nb*t.bytes;
+            memory * weights = check_dequantize(t, row, nb, at_end);
+            for (int c = 0; c < w; c++) {
                 exact e;
                 for (int i = 0; i < nb; i++) {
-                    const uint8_t * b = rows.as()  + (r*nb + i)*TSQ_BLOCK_SIZE(nbits);
-                    const uint8_t * p = panel.as() + i*w*TSQ_PANEL_BLOCK_SIZE;
-                    uint8_t q[QK_TSQ];
-                    float   da;
-                    tsq_unpack(b + TSQ_CODES, nbits, q);
-                    memcpy(&da, p + 4*c, sizeof(da));
-                    for (int j = 0; j < QK_TSQ; j++) {
-                        const int8_t qa = (int8_t) p[8*w + TSQ_DEPTH*(j/TSQ_DEPTH*w + c) + j % TSQ_DEPTH];
-                        e.add((double) tsq_decode_d(b[0])*(q[j] - tsq_decode_z(b[1], nbits))*da*qa);
+                    const uint8_t * p = panel.as() + (size_t) i*w*t.activations();
+                    for (int j = 0; j < t.block; j++) {
+                        float d;
+                        memcpy(&d, p + 4*(t.scale_of(j)*w + c), sizeof(d));
+                        const int    at = t.panel_place(j);
+                        const int8_t q  = (int8_t) p[4*t.words*w + TSQ_DEPTH*(at/TSQ_DEPTH*w + c) + at % TSQ_DEPTH];
+                        e.add(weights->as<float>()[i*t.block + j], t.offset(row + i*t.bytes, j), (double) d*q);
                     }
                 }
-                CHECK(e.is_near(s[c][r], n), "tsq%d, %d blocks, column %d of %d, row %d of %d: %.9g, should be %.9g\n", nbits, nb, c, w, r, nrows, s[c][r], e.sum);
+                CHECK(e.is_near(s[c][r], n), "%s, %d blocks, column %d of %d, row %d of %d: %.9g, should be %.9g (of %.9g)\n", t.name, nb, c, w, r, nrows, s[c][r], e.sum, e.magnitude);
             }
+            delete weights;
         }
     }
 }
 
 // whatever the weights and their importance are, there is a block for them
-static void check_quantize(input & in, int nbits, bool any, bool at_end) {
-    memory x(QK_TSQ*sizeof(float), at_end);
-    memory w(QK_TSQ*sizeof(float), at_end);
-    memory y(TSQ_BLOCK_SIZE(nbits), at_end);
-    make_floats(in, QK_TSQ, any, x.as<float>());
-    make_floats(in, QK_TSQ, any, w.as<float>());
-    for (int i = 0; i < QK_TSQ; i++) {
+static void check_quantize(const type & t, input & in, bool any, bool at_end) {
+    memory x(t.block*sizeof(float), at_end);
+    memory w(t.block*sizeof(float), at_end);
+    memory y(t.bytes, at_end);
+    make_floats(in, t.block, any, x.as<float>());
+    make_floats(in, t.block, any, w.as<float>());
+    for (int i = 0; i < t.block; i++) {
         w.as<float>()[i] = std::fabs(w.as<float>()[i]);
     }
-    CHECK(quantize(nbits, x.as<float>(), y.as(), QK_TSQ, nullptr) == y.size(), "tsq%d\n", nbits);
-    check_dequantize(nbits, y, 1, at_end);
-    CHECK(quantize(nbits, x.as<float>(), y.as(), QK_TSQ, w.as<float>()) == y.size(), "tsq%d\n", nbits);
-    check_dequantize(nbits, y, 1, at_end);
+    for (const float * imatrix : { (const float *) nullptr, (const float *) w.as<float>() }) {
+        CHECK(t.quantize(x.as<float>(), y.as(), 1, t.block, imatrix) == y.size(), "%s\n", t.name);
+        delete check_dequantize(t, y.as(), 1, at_end);
+    }
 }
 
 int LLVMFuzzerInitialize(int *, char ***) {
     for (int i = 0; i < 1 << 16; i++) {
         ggml_table_f32_f16[i] = GGML_FP16_TO_FP32((ggml_fp16_t) i);
     }
+    bcq_init();
     return 0;
 }
 
@@ -315,7 +430,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     if (size < 5) {
         return 0;
     }
-    const int  nbits  = nbits_of(data);
+    const type & t    = types[data[0] % NTYPES];
     const int  nb     = 1 + data[1] % 36; // two groups of activations, and more
     const int  w      = 1 + data[2] % TSQ_NCOLS;
     const int  plain  = 1 + data[3] % 17; // rows for the generic kernel, which takes any number of them
@@ -324,20 +439,22 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     input in(data + 5, size - 5);
 
     {
-        memory row((size_t) nb*TSQ_BLOCK_SIZE(nbits), at_end);
+        memory row((size_t) nb*t.bytes, at_end);
         in.bytes(row.as(), row.size());
-        check_dequantize(nbits, row, nb, at_end);
-        check_vec_dot(in, nbits, row, nb, any, at_end);
+        memory * weights = check_dequantize(t, row.as(), nb, at_end);
+        check_vec_dot(t, in, row, weights->as<float>(), nb, any, at_end);
+        delete weights;
     }
-    for (int nrows : { plain, TSQ_NROWS }) {
+    check_from_float(t, in, nb, any, at_end);
+    for (int nrows : { plain, t.nrows }) {
         if (nrows > 0) {
-            memory rows((size_t) nrows*nb*TSQ_BLOCK_SIZE(nbits), at_end);
+            memory rows((size_t) nrows*nb*t.bytes, at_end);
             in.bytes(rows.as(), rows.size());
-            check_gemm(in, nbits, rows, nrows, nb, w, any, at_end);
+            check_gemm(t, in, rows, nrows, nb, w, any, at_end);
         }
     }
     if (data[4] & 4) {
-        check_quantize(in, nbits, any, at_end);
+        check_quantize(t, in, any, at_end);
     }
     return 0;
 }

@@ -1,0 +1,120 @@
+#define GGML_COMMON_DECL_C
+#include "ggml-common.h"
+
+#include "ggml-cpu-impl.h"
+#include "simd-mappings.h"
+
+#include "arch-fallback.h"
+
+#include "tesseraq/ptq.h"
+#include "tesseraq/ptq-cpu.h"
+
+#include <assert.h>
+#include <math.h>
+
+#define UNUSED GGML_UNUSED
+
+static_assert((int) GGML_TYPE_PTQ1_61 == PTQ1_61_TYPE_ID, "wrong ptq1_61 id");
+static_assert((int) GGML_TYPE_Q8_PTQ  == Q8_PTQ_TYPE_ID,  "wrong q8_ptq id");
+
+static_assert(Q8_PTQ_GROUP == Q8_TSQ_GROUP, "ggml_cpu_tsq_whole_groups cuts rows of both");
+
+void quantize_row_ptq1_61(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+    quantize_row_ptq1_61_ref(x, (block_ptq1_61 *) y, k);
+}
+
+void ptq_round_generic(const float * GGML_RESTRICT x, int8_t * GGML_RESTRICT q, float * GGML_RESTRICT d, int32_t * GGML_RESTRICT s) {
+    static const int end [2] = { PTQ_SALIENT, QK_PTQ };
+    static const int lack[2] = { PTQ_LACK_SALIENT, PTQ_LACK_BINARY };
+
+    for (int kind = 0, first = 0; kind < 2; first = end[kind++]) {
+        float amax = 0.0f;
+        for (int j = first; j < end[kind]; j++) {
+            amax = fmaxf(amax, fabsf(x[j]));
+        }
+        const float id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+        d[kind] = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
+
+        int sum = 0;
+        for (int j = first; j < end[kind]; j++) {
+            const float v = rintf(x[j]*id);
+            q[j] = (int8_t) (v >= -128.0f && v <= 127.0f ? (int) v : v > 0.0f ? 127 : -128);
+            sum += q[j];
+        }
+        s[kind] = sum*lack[kind];
+    }
+}
+
+void quantize_row_q8_ptq_generic(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
+    assert(k % QK_PTQ == 0);
+    const int64_t nb = k / QK_PTQ;
+
+    uint8_t * group = y;
+
+    for (int64_t i = 0; i < nb; i += Q8_PTQ_GROUP) {
+        const int m = nb - i < Q8_PTQ_GROUP ? (int) (nb - i) : Q8_PTQ_GROUP;
+
+        for (int b = 0; b < m; b++, x += QK_PTQ) {
+            int8_t  q[QK_PTQ];
+            float   d[2];
+            int32_t s[2];
+            ptq_round_generic(x, q, d, s);
+
+            for (int kind = 0; kind < 2; kind++) {
+                memcpy(group + 4*(kind*m + b),       &d[kind], sizeof(float));
+                memcpy(group + 4*((2 + kind)*m + b), &s[kind], sizeof(int32_t));
+            }
+            memcpy(group + 16*m + b*QK_PTQ,              q + PTQ_SALIENT, PTQ_BINARY);
+            memcpy(group + 16*m + b*QK_PTQ + PTQ_BINARY, q,               PTQ_SALIENT);
+        }
+        group += m*Q8_PTQ_BLOCK_SIZE;
+    }
+}
+
+void ggml_cpu_ptq1_61_to_fp32_generic(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {
+    dequantize_row_ptq1_61(x, y, k);
+}
+
+void ggml_vec_dot_ptq1_61_q8_ptq_generic(int n, float * GGML_RESTRICT s, size_t bs, const void * GGML_RESTRICT vx, size_t bx, const void * GGML_RESTRICT vy, size_t by, int nrc) {
+    assert(nrc == 1);
+    UNUSED(nrc);
+    UNUSED(bx);
+    UNUSED(by);
+    UNUSED(bs);
+
+    assert(n % QK_PTQ == 0);
+    const int nb = n / QK_PTQ;
+
+    const block_ptq1_61 * GGML_RESTRICT x = vx;
+    const uint8_t       * GGML_RESTRICT y = vy;
+
+    float sumf = 0.0f;
+
+    for (int i = 0; i < nb; i += Q8_PTQ_GROUP) {
+        const int m = nb - i < Q8_PTQ_GROUP ? nb - i : Q8_PTQ_GROUP;
+
+        for (int b = 0; b < m; b++, x++) {
+            const int8_t * binary  = (const int8_t *) y + 16*m + b*QK_PTQ;
+            const int8_t * salient = binary + PTQ_BINARY;
+
+            float   d[2];
+            int32_t sum[2]; // of the products: codes times 8, bits times 64
+            for (int kind = 0; kind < 2; kind++) {
+                memcpy(&d[kind],   y + 4*(kind*m + b),       sizeof(float));
+                memcpy(&sum[kind], y + 4*((2 + kind)*m + b), sizeof(int32_t));
+            }
+            for (int j = 0; j < PTQ_SALIENT; j++) {
+                sum[0] += 8*ptq_code(x, j)*salient[j];
+            }
+            for (int j = 0; j < PTQ_BINARY; j++) {
+                sum[1] += 64*ptq_sign(x, j)*binary[j];
+            }
+
+            sumf += PTQ_UNIT_SALIENT*tsq_decode_d(x->s)*d[0]*sum[0];
+            sumf += PTQ_UNIT_BINARY *tsq_decode_d(x->d)*d[1]*sum[1];
+        }
+        y += m*Q8_PTQ_BLOCK_SIZE;
+    }
+
+    *s = sumf;
+}
