@@ -68,6 +68,7 @@ _TYPES = (
     TensorType("tsq4", 502, 502, 64, 34, True),
     TensorType("bcq4", 503, 503, 64, 36, True),
     TensorType("bcq4_a4", 504, 504, 64, 36, True),
+    TensorType("ptq1_61", 505, 505, 128, 27, True),
 )
 
 TENSOR_TYPES: dict[str, TensorType] = {t.name: t for t in _TYPES}

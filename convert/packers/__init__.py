@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.converter.packers.bcq import BcqPacker
+from tesseraq_gguf.converter.packers.ptq161 import Ptq161Packer
 from tesseraq_gguf.converter.packers.stock import Q2_0, Q4_0, Q4_1, Q5_0, Q8_0
 from tesseraq_gguf.converter.packers.superblock import Q2_K, Q3_K, Q4_K
 from tesseraq_gguf.converter.packers.tsq import TsqPacker
@@ -43,6 +44,7 @@ PACKERS: dict[str, Packer] = {
     "tsq4": TsqPacker(4),
     "bcq4": BcqPacker(),
     "bcq4_a4": BcqPacker(),
+    "ptq1_61": Ptq161Packer(),
     "q2_0": Q2_0,
     "q4_0": Q4_0,
     "q4_1": Q4_1,
