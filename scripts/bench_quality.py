@@ -125,7 +125,7 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
     types = Counter(t.type for t in matrices)
     if row.type and set(types) != {row.type}:
         raise RuntimeError(f"the matrices of its blocks should all be {row.type}, and are {dict(types)}")
-    bits = 8 * sum(t.bytes for t in matrices) / sum(t.shape[0] * t.shape[1] for t in matrices)
+    bits = facts.block_bpw
     _say(f"measuring {row.name}")
     found = [_perplexity(places, out, t).compare(out, base) for t, base in zip(texts, logits, strict=True)]
     perplexity, error, kld, top1 = found[0]

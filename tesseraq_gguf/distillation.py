@@ -244,11 +244,11 @@ class _Student:
     def _load(self, index: int) -> tuple[LoadedBlock, _Variables]:
         tensors = self._blocks(index)
         block = self._decoder.load_block(index, hollow=tensors.keys())
-        matrices = {n.removeprefix(block.prefix): t for n, t in tensors.items() if not t.plain}
-        for name, tensor in tensors.items():
-            if tensor.plain:
-                block.replace(name.removeprefix(block.prefix), tensor.arrays["values"].to(self._decoder.device))
-        variables = _Variables(matrices, block.norms(), self._decoder.device)
+        matrices = {n.removeprefix(block.prefix): t for n, t in tensors.items() if t.is_matrix}
+        block.take_over(tensors)
+        # what does not move here leaves as it came: orders of columns, and biases that moved along with rows
+        kept = {name.removeprefix(block.prefix): t for name, t in tensors.items() if not t.is_matrix}
+        variables = _Variables(matrices, block.norms(), self._decoder.device, kept)
         variables.restore(self._file(str(index)))
         return block, variables
 
@@ -265,11 +265,17 @@ class _Variables:
         matrices: by parameter name within the block.
         vectors: norms, by parameter name within the block.
         device: where to compute.
+        kept: what leaves as it came, by parameter name within the block; norms among it move.
     """
 
     def __init__(
-        self, matrices: Mapping[str, QuantizedTensor], vectors: Mapping[str, Tensor], device: torch.device
+        self,
+        matrices: Mapping[str, QuantizedTensor],
+        vectors: Mapping[str, Tensor],
+        device: torch.device,
+        kept: LearnedBlock | None = None,
     ) -> None:
+        self._kept = kept or {}
         self._matrices = {n: _moved(t, device) for n, t in matrices.items()}
         self._vectors = dict(vectors)
         self._size = {n: float(v.square().mean().sqrt().clamp_min(0.02)) for n, v in vectors.items()}
@@ -327,7 +333,7 @@ class _Variables:
     @torch.no_grad()
     def tighten(self, prefix: str) -> LearnedBlock:
         """Matrices and vectors as they leave, by checkpoint name."""
-        learned = {}
+        learned = {prefix + name: tensor for name, tensor in self._kept.items()}
         for name, tensor in self._matrices.items():
             grid = grid_of(tensor.type)
             arrays = grid.tighten(self._of(name), _parameters(tensor))

@@ -19,6 +19,7 @@ import torch
 from tesseraq_gguf.bit_budget import CostMeter
 from tesseraq_gguf.calibration import Calibration, load_calibration
 from tesseraq_gguf.codebooks import model_codebooks
+from tesseraq_gguf.converter.column_orders import SUFFIX
 from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import Metadata, check_output, stock_type, write_gguf, write_plain
@@ -283,6 +284,7 @@ def _results(
         granularity=recipe.granularity,
         activations=recipe.scheme,
         codebooks=codebooks,
+        salient="peak" if recipe.method == "ptq161" else "error",
         team=team,
     )
     with _memory_explained(decoder):
@@ -502,13 +504,15 @@ def _name(recipe: Recipe) -> str:
 
 def _report(recipe: Recipe, blocks: int, resumed: int, fallbacks: dict[str, str], started: float) -> ConversionReport:
     seen = inspect(recipe.out)
-    grids = [t for t in seen.tensors if t.name.startswith("blk.") and t.type in GRIDS and recipe.learns]
+    blocks = [t for t in seen.tensors if t.name.startswith("blk.") and recipe.learns]
+    grids = [t for t in blocks if t.type in GRIDS]
     weights = sum(math.prod(t.shape) for t in grids)
+    size = sum(t.bytes for t in grids) + sum(t.bytes for t in blocks if t.name.endswith(SUFFIX))
     return ConversionReport(
         out=recipe.out,
         bytes=seen.bytes,
         bits_per_weight=seen.bpw,
-        block_bits_per_weight=8 * sum(t.bytes for t in grids) / weights if weights else 0.0,
+        block_bits_per_weight=8 * size / weights if weights else 0.0,
         blocks=blocks,
         resumed=resumed,
         seconds=time.monotonic() - started,

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.activations import ActivationRounding
+from tesseraq_gguf.column_order import Score
 from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.parallel import Team
-from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
+from tesseraq_gguf.quantized import ORDER, QuantizedTensor, column_order, plain_vector
+from tesseraq_gguf.reordering import InputWatch, plan_moves
 from tesseraq_gguf.schemes import ActivationScheme, Range
 
 Finished = Callable[[int], "BlockResult | None"]
@@ -228,6 +230,7 @@ class Reconstruction:
         granularity: what shares a scale: `group` or `channel`.
         activations: how activations of the quantised chain are rounded.
         codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+        salient: which channels come to salient places, where a type has these.
         team: the processes that learn together.
     """
 
@@ -240,6 +243,7 @@ class Reconstruction:
     granularity: str = "group"
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     codebooks: Tensor | None = None
+    salient: Score = "error"
     team: Team = field(default_factory=Team)
 
     def run(
@@ -271,9 +275,14 @@ class Reconstruction:
             problem = self._problem(index, full, quantised, sensitivity[index], recorded)
             problem.samples = samples
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
-            _run_in_place(full, problem.forward, problem.device)
             result = finished(index)
+            ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
+            watch = InputWatch()
+            with watch.watching(problem.block, ordered):
+                _run_in_place(full, problem.forward, problem.device)
             if result is None:
+                if ordered:
+                    self._reorder(problem, watch)
                 ranges = problem.input_ranges() if self.activations.static else {}
                 self._round(problem, ranges)
                 before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
@@ -282,7 +291,7 @@ class Reconstruction:
                 weights = _dequantized(problem, learned)
                 after = _mean_loss(problem, weights)
                 named = {f"{problem.block.prefix}{name}.weight": r for name, r in ranges.items()}
-                tensors = _named(problem, learned)
+                tensors = leaving(problem.block, problem.grids, learned)
                 result = BlockResult(index, tensors, before, after, time.monotonic() - started, ranges=named)
             else:
                 weights = problem.block.adopt(result.tensors)
@@ -290,6 +299,15 @@ class Reconstruction:
             _run_in_place(quantised, partial(problem.quantised, weights=weights), problem.device)
             del problem, weights
             yield result
+
+    def _reorder(self, problem: BlockProblem, watch: InputWatch) -> None:
+        """Bring columns into the order that their types want; the block stays the same function."""
+        statistics = watch.statistics(self.team)
+        hidden = problem.inputs[:1].to(problem.device)
+        for move in self.team.from_first(
+            lambda: plan_moves(problem.block, problem.arguments, hidden, problem.grids, statistics, self.salient)
+        ):
+            move.apply(problem.block)
 
     def _round(self, problem: BlockProblem, ranges: Mapping[str, Range]) -> None:
         if self.activations.rounds:
@@ -340,12 +358,14 @@ def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
     return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
 
 
-def _named(problem: BlockProblem, learned: Mapping[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
-    """What leaves the block, by checkpoint name."""
-    block = problem.block
-    matrices = {f"{name}.weight": problem.grids[name].stored(tensor) for name, tensor in learned.items()}
+def leaving(
+    block: LoadedBlock, grids: Mapping[str, Grid], learned: Mapping[str, QuantizedTensor]
+) -> dict[str, QuantizedTensor]:
+    """Return what leaves a block, by checkpoint name: matrices, vectors that changed, and orders of columns."""
+    matrices = {f"{name}.weight": grids[name].stored(tensor) for name, tensor in learned.items()}
     vectors = {name: plain_vector(v) for name, v in block.replaced.items() if name not in matrices}
-    return {block.prefix + name: tensor for name, tensor in (matrices | vectors).items()}
+    orders = {f"{name}{ORDER}": column_order(order) for name, order in block.orders.items()}
+    return {block.prefix + name: tensor for name, tensor in (matrices | vectors | orders).items()}
 
 
 def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
