@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tesseraq_gguf.affine import Affine
 from tesseraq_gguf.grids import Arrays, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
@@ -295,7 +295,7 @@ class _Variables:
             grid, arrays = grid_of(tensor.type), _parameters(tensor)
             scale, zero = grid.realise(self._of(name), arrays)
             q = grid.levels(tensor)
-            weights[name.removesuffix(".weight")] = _Affine.apply(q, scale, zero).flatten(-2)
+            weights[name.removesuffix(".weight")] = Affine.apply(q, scale, zero).flatten(-2)
         return weights, {n: v + self._size[n] * self._variables[n, "norm"] for n, v in self._vectors.items()}
 
     def descend_vectors(self, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
@@ -342,22 +342,6 @@ class _Variables:
 
     def _of(self, name: str) -> Arrays:
         return {key: v for (n, key), v in self._variables.items() if n == name}
-
-
-class _Affine(torch.autograd.Function):
-    """scale·(q - zero) of grouped codes [rows, groups, group], with a backward that needs the codes alone."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        ctx.save_for_backward(q, scale, zero)
-        return q.float().sub_(zero[..., None]).mul_(scale[..., None])
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
-        q, scale, zero = ctx.saved_tensors
-        total = gradient.sum(-1)
-        return None, torch.linalg.vecdot(gradient, q.float()) - zero * total, -scale * total
 
 
 def _parameters(tensor: QuantizedTensor) -> Arrays:

@@ -34,6 +34,7 @@ from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
 from tesseraq_gguf.methods.omniquant import OmniQuant
+from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
@@ -225,10 +226,12 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
 
 
 def _check_grid(recipe: Recipe, grid: Grid) -> None:
-    """Refuse methods that move weights in steps of one scale where codes name codewords."""
+    """Refuse methods that move weights in steps of one scale where codes name codewords, or do not all reach as far."""
+    if recipe.method == "ptq161" and not grid.ordered:
+        raise UsageError(f"ptq161 learns the scales of ptq1_61: it is not possible in {grid.type}")
     uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
     if uneven and not grid.uniform:
-        raise UsageError(f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced")
+        raise UsageError(f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced, or not equally many")
 
 
 def _codebooks(
@@ -422,6 +425,8 @@ def _method(recipe: Recipe, width: int) -> Method:
         return lrq(steps, recipe.settings.batch, recipe.rank or max(1, width // PAPER_SHARE))
     if recipe.method == "flexround":
         return flexround(steps, recipe.settings.batch)
+    if recipe.method == "ptq161":
+        return Ptq161(steps, recipe.settings.batch, recipe.parts)
     if recipe.method == "rtn":  # only comes here with activations whose ranges are measured
         return AsItStarts(Nearest())
     if recipe.method == "gptq":
@@ -463,6 +468,7 @@ def _identity(
         "method": recipe.method,
         "init": recipe.init,
         "rank": recipe.rank,
+        "parts": recipe.parts if recipe.method == "ptq161" else None,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
         "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
         "codebooks": None if recipe.codebooks == "universal" else recipe.codebooks,

@@ -8,7 +8,7 @@ from pathlib import Path
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.schemes import ActivationScheme, scheme_of
 
-METHODS = ("tesseraq", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
+METHODS = ("tesseraq", "ptq161", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
 """Methods by name: those that learn the rounding, then those to compare with."""
 
 INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
@@ -26,6 +26,9 @@ AUTO = "auto"
 
 CANDIDATES = ("tsq2", "tsq3", "tsq4")
 """Types that a budget is spent on unless others are named."""
+
+PARTS = ("mask", "scales", "cosine")
+"""Parts of PTQ1.61, each with all before it: the mask alone, learned scales, the cosine in their loss."""
 
 CODEBOOKS = ("universal", "model")
 """Where types with codebooks have them from."""
@@ -109,6 +112,7 @@ class Recipe:
     init: str = "auto"
     finish: str = "none"
     rank: int | None = None
+    parts: str = "cosine"
     granularity: str = "group"
     activations: str = "none"
     kv_bits: int | None = None
@@ -136,6 +140,7 @@ class Recipe:
         _check("initialisation", self.init, INITIALISATIONS)
         _check("finish", self.finish, FINISHES)
         _check("granularity", self.granularity, GRANULARITIES)
+        _check("part of PTQ1.61", self.parts, PARTS)
         if self.target_bpw is not None and self.target_size is not None:
             raise UsageError("--target-bpw and --target-size are two budgets: give one")
         if self.target_bpw is not None and not self.target_bpw > 0:

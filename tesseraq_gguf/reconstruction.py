@@ -85,9 +85,12 @@ class BlockProblem:
         """Run the block on hidden states [batch, length, hidden], with `weights` in place of its own where given."""
         return self.block.run(hidden, self.arguments, weights)
 
-    def quantised(self, hidden: Tensor, weights: Weights) -> Tensor:
-        """Run the block as the file will: with `weights`, and with activations rounded where the scheme says so."""
-        return self.block.run(hidden, self.arguments, weights, rounding=self.rounding)
+    def quantised(self, hidden: Tensor, weights: Weights, vectors: Weights | None = None) -> Tensor:
+        """Run the block as the file will: with `weights`, and with activations rounded where the scheme says so.
+
+        `vectors` take the place of the block's own, by name within the block.
+        """
+        return self.block.run(hidden, self.arguments, weights, vectors, self.rounding)
 
     def loss(self, weights: Weights, samples: Tensor) -> Tensor:
         """Weighted squared error of the block's output, summed over channels, mean over tokens.
@@ -97,13 +100,17 @@ class BlockProblem:
             samples: which samples to run, int64.
         """
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
-        with self._precision():
+        with self.precision():
             out = self.quantised(hidden, weights)
-        error = (out.float() - target).pow(2)
+        return self.weighted((out.float() - target).pow(2))
+
+    def weighted(self, error: Tensor) -> Tensor:
+        """Sum errors [batch, length, hidden] over channels as the answers feel these; mean over tokens."""
         first, rest = error[:, 0] @ self.sensitivity[0], error[:, 1:] @ self.sensitivity[1]
         return (first.sum() + rest.sum()) / (first.numel() + rest.numel())
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """Return the context in which matrix products are made while learning."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
     def draw(self, count: int) -> Tensor:
@@ -151,7 +158,7 @@ class BlockProblem:
         handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
         try:
             for sample in self.inputs[: self.team.count(samples)].split(1):
-                with self._precision():
+                with self.precision():
                     self.forward(sample.to(self.device))
         finally:
             for handle in handles:
