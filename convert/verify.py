@@ -25,8 +25,8 @@ class Expected:
     Attributes:
         name: its name in the file.
         type: its tensor type.
-        weights: the learner's weights in the order of the file, float32 [rows, columns], or [values] of a vector: float32,
-            or int32 of an order of columns.
+        weights: the learner's weights in the order of the file, float32 [rows, columns], or [values] of a vector:
+            float32, or int32 of an order of columns.
         order: of its columns, int32 [columns], if they have one.
     """
 
@@ -68,7 +68,8 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
         rows = len(weights)
         # a reader without an order takes the columns for the input's
         own = np.arange(weights.shape[1], dtype=np.int32)
-        if not np.array_equal(*(own if order is None else order for order in (want.order, orders.get(want.name)))):
+        wanted, found = (own if order is None else order for order in (want.order, orders.get(want.name)))
+        if not np.array_equal(wanted, found):
             raise VerificationError(f"{want.name} in the file has another order of columns than was learned. {_REPORT}")
         if want.type in ("f32", "i32"):
             stored = data.view(weights.dtype).reshape(weights.shape)

@@ -221,7 +221,6 @@ class Plan:
             self.by_matrix[name] = found
             self.by_target |= {p.name: (name, p) for p in found}
 
-
     def orders(self, learned: LearnedTensors) -> dict[str, NDArray[np.int32]]:
         """Return the orders of columns to write, by name in the file."""
         wanted = {
@@ -415,9 +414,7 @@ def _type_in_copy(tensor: TensorInfo, job: dict[str, Any]) -> str:
     return tensor.type if keep else wanted.name
 
 
-def _copied(
-    source: GgufFile, tensor: TensorInfo, kind: str, order: NDArray[np.int32] | None = None
-) -> DeferredTensor:
+def _copied(source: GgufFile, tensor: TensorInfo, kind: str, order: NDArray[np.int32] | None = None) -> DeferredTensor:
     import gguf
 
     data = source.data(tensor)

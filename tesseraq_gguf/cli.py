@@ -215,6 +215,16 @@ def convert(
             "mask, scales (mask and learned scales), or cosine, all of it."
         ),
     ] = PARTS[-1],
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|wikitext2|c4",
+            help="Quantise once, let low-rank adapters learn this text, and quantise the result (needs peft).",
+        ),
+    ] = None,
+    preprocess_steps: Annotated[
+        int | None, typer.Option("--preprocess-steps", help="Steps of that, in place of the preset's.")
+    ] = None,
     preset: Annotated[
         str, typer.Option("--preset", help=f"How much to spend: {', '.join(PRESETS)} (the paper's setting).")
     ] = "balanced",
@@ -281,6 +291,8 @@ def convert(
         finish=finish,
         rank=rank,
         parts=parts,
+        preprocess=preprocess,
+        preprocess_steps=preprocess_steps,
         granularity=granularity,
         activations=activations,
         kv_bits=kv_bits,
@@ -657,6 +669,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
             *learning,
             "granularity",
             "codebooks",
+            "preprocess",
             "activations",
             "kv_bits",
             "output_type",

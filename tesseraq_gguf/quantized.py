@@ -28,7 +28,8 @@ class QuantizedTensor:
     Attributes:
         type: name of its tensor type (`tsq2`); `f32` for a vector, `i32` for an order.
         arrays: codes and parameters by name, each with the matrix's rows first: for TSQ types `q` uint8 [out, in],
-            `d` and `z` uint8 [out, in / 64]. Their meaning is the grid's and the packer's. A vector has `values`, and so has an order: the input channel of every column.
+            `d` and `z` uint8 [out, in / 64]. Their meaning is the grid's and the packer's. A vector has `values`,
+            and so has an order: the input channel of every column.
     """
 
     type: str

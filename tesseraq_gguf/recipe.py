@@ -89,6 +89,8 @@ class Recipe:
         activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
         kv_bits: bits of keys and values while learning; None leaves them.
         codebooks: `universal`, or `model` for codebooks designed from this model, in types that have any.
+        preprocess: the text of quantisation preprocessing, as `calibration`; None leaves it out.
+        preprocess_steps: its steps; None takes the preset's.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
@@ -117,6 +119,8 @@ class Recipe:
     activations: str = "none"
     kv_bits: int | None = None
     codebooks: str = "universal"
+    preprocess: str | None = None
+    preprocess_steps: int | None = None
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -154,6 +158,8 @@ class Recipe:
             raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank must be at least 1, not {self.rank}")
+        if self.preprocess_steps is not None and (self.preprocess is None or self.preprocess_steps < 1):
+            raise UsageError("--preprocess-steps must be at least 1, and go with --preprocess TEXT")
         if self.samples is not None and self.samples < 1:
             raise UsageError(f"--samples must be at least 1, not {self.samples}")
         if self.seqlen is not None and self.seqlen < 8:

@@ -21,6 +21,7 @@ from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.routes import Route, readers, routes
 from tesseraq_gguf.parallel import Team
 
+
 @dataclass(frozen=True)
 class Move:
     """One order to apply.
@@ -118,4 +119,3 @@ def plan_moves(
         order = order_of(scores, alike, None if route is None else route.run)
         moves.append(Move(names, order.cpu(), route and route.on(torch.device("cpu"))))
     return moves
-

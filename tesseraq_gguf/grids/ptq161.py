@@ -122,15 +122,12 @@ class Ptq161Grid(Grid):
         # signs err most: rounded first, what they err by is fed into the weights of 4 bits, which can take it
         return tuple((part, columns) for part, columns in reversed(_PARTS))
 
-    def by_block(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Split a matrix [rows, columns] into salient weights [rows, blocks, 24] and binary ones [rows, blocks, 104]."""
-        salient, binary = matrix.unflatten(-1, (-1, BLOCK)).split((SALIENT, BLOCK - SALIENT), -1)
-        return salient, binary
-
     @override
     def spread(self, variables: Tensor) -> Tensor:
         s, d = variables.unflatten(-1, (-1, 2)).unsqueeze(-1).unbind(-2)
-        return torch.cat([s.expand(*s.shape[:-1], _SALIENT_GROUPS), d.expand(*d.shape[:-1], _BINARY_GROUPS)], -1).flatten(-2)
+        return torch.cat(
+            [s.expand(*s.shape[:-1], _SALIENT_GROUPS), d.expand(*d.shape[:-1], _BINARY_GROUPS)], -1
+        ).flatten(-2)
 
     @override
     def gather(self, of_groups: Tensor) -> Tensor:

@@ -66,7 +66,9 @@ class AWQ:
             losses = []
             for alpha in self._alphas():
                 s = scales(fold, means, alpha)
-                losses.append(sum(self._loss(problem, name, fold.columns(name, s), moments[name]) for name in fold.consumers))
+                losses.append(
+                    sum(self._loss(problem, name, fold.columns(name, s), moments[name]) for name in fold.consumers)
+                )
             chosen[fold.producer] = alpha = self._alphas()[min(range(self.points), key=losses.__getitem__)]
             if alpha:
                 fold.apply(problem.block, scales(fold, means, alpha))

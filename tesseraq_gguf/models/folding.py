@@ -162,7 +162,9 @@ class Trace:
     def unchanged(self, parameters: dict[str, Tensor], but: Set[str], tolerance: float) -> bool:
         """Whether other parameters leave what linears, except some, and the whole block compute as it is."""
         _, outputs = self._run(parameters)
-        return all(_close(outputs[name], before, tolerance) for name, before in self._outputs.items() if name not in but)
+        return all(
+            _close(outputs[name], before, tolerance) for name, before in self._outputs.items() if name not in but
+        )
 
     def scaled(self, producer: str, factors: Tensor) -> dict[str, Tensor]:
         """Return what each linear reads when the output of a linear is multiplied by factors [its outputs]."""

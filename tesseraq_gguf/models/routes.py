@@ -166,11 +166,16 @@ def _in_runs(route: Route) -> bool:
     if len(route.spread) % route.run or route.channels % route.run:
         return False
     runs = route.spread.view(-1, route.run)
-    return bool((runs == runs[:, :1] + torch.arange(route.run, device=runs.device)).all() and (runs[:, 0] % route.run == 0).all())
+    return bool(
+        (runs == runs[:, :1] + torch.arange(route.run, device=runs.device)).all()
+        and (runs[:, 0] % route.run == 0).all()
+    )
 
 
 def _movable(trace: Trace, route: Route) -> bool:
     random = torch.Generator().manual_seed(0)
-    order = torch.cat([first + torch.randperm(route.run, generator=random) for first in range(0, route.channels, route.run)])
+    order = torch.cat(
+        [first + torch.randperm(route.run, generator=random) for first in range(0, route.channels, route.run)]
+    )
     changed = route.parameters(trace.block, order.to(route.spread.device))
     return trace.unchanged(changed, {name for name, _ in route.producers}, _MOVED)

@@ -16,7 +16,7 @@ TOKENS = torch.randint(4, 300, (1, 48), generator=torch.Generator().manual_seed(
 
 VALUES = ({("self_attn.v_proj", 0)}, ("self_attn.o_proj",))
 MLP = ({("mlp.gate_proj", 0), ("mlp.up_proj", 0)}, ("mlp.down_proj",))
-EXPECTED = dict.fromkeys(KINDS, [VALUES, MLP]) | {
+EXPECTED = {kind: [VALUES, MLP] for kind in KINDS} | {
     "phi-fused": [
         ({("self_attn.qkv_proj", 192)}, ("self_attn.o_proj",)),
         ({("mlp.gate_up_proj", 0), ("mlp.gate_up_proj", 192)}, ("mlp.down_proj",)),
