@@ -138,6 +138,9 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     progress = progress or SilentProgress()
     started = time.monotonic()
     target = tensor_type(recipe.type)
+    for outside in (recipe.embedding_type, recipe.output_type):
+        if outside in GRIDS and GRIDS[outside].ordered:
+            raise UsageError(f"{outside} is for matrices in the blocks: columns of the embedding have no order")
     if recipe.learns:
         _check_grid(recipe, grid_for(target.name, target.block_weights, recipe.granularity))
     check_output(recipe.out)

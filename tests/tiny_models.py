@@ -34,6 +34,18 @@ KINDS: dict[str, tuple[str, dict]] = {
     "llama-odd": ("Llama", {"intermediate_size": 160, "tie_word_embeddings": True}),
     "llama-odder": ("Llama", {"intermediate_size": 100}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    # rows of two blocks of 128, and heads of one
+    "llama-256": (
+        "Llama",
+        {
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
     "mistral": ("Mistral", {"sliding_window": 64, "head_dim": 32}),
     "qwen2": ("Qwen2", {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
