@@ -106,8 +106,10 @@ def plan_moves(
     if not ordered:
         return []
     groups = [group for group in readers(block, arguments, hidden) if ordered & set(group)]
-    multiple = max(grids[name].span for name in ordered)
-    found = {r.consumers: r for r in routes(block, arguments, hidden, grids.keys(), groups, multiple)}
+    places = {grid.places for grid in grids.values() if grid.places}
+    assert len(places) == 1, "matrices that read the same need the same places"
+    block_size, salient = places.pop()
+    found = {r.consumers: r for r in routes(block, arguments, hidden, grids.keys(), groups, block_size)}
     moves = []
     for group in groups:
         names, route = tuple(name for name in group if name in ordered), found.get(group)
@@ -116,6 +118,6 @@ def plan_moves(
         if route is not None:
             scores = route.channel_scores(scores, "amax" if kind == "peak" else "sum")
             alike = route.channel_scores(alike, "mean")
-        order = order_of(scores, alike, None if route is None else route.run)
+        order = order_of(scores, alike, None if route is None else route.run, block_size, salient)
         moves.append(Move(names, order.cpu(), route and route.on(torch.device("cpu"))))
     return moves

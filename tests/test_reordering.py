@@ -32,7 +32,7 @@ GATED = ("mlp.gate_proj", "mlp.up_proj")
 def load(make_model):  # noqa: F811
     """Return a function that gives the second block of a kind as a problem on PTQ1_61."""
 
-    def load(kind="llama-256"):
+    def load(kind="llama-256-bias"):
         decoder = Decoder(make_model(kind), CPU)
         hidden, inputs = decoder.stem(torch.randint(4, 300, (8, 24), generator=torch.Generator().manual_seed(0)))
         # channels that differ, as those of trained models do

@@ -34,18 +34,6 @@ KINDS: dict[str, tuple[str, dict]] = {
     "llama-odd": ("Llama", {"intermediate_size": 160, "tie_word_embeddings": True}),
     "llama-odder": ("Llama", {"intermediate_size": 100}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    # rows of two blocks of 128, and heads of one
-    "llama-256": (
-        "Llama",
-        {
-            "hidden_size": 256,
-            "intermediate_size": 256,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
-    ),
     "mistral": ("Mistral", {"sliding_window": 64, "head_dim": 32}),
     "qwen2": ("Qwen2", {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
@@ -60,6 +48,12 @@ KINDS: dict[str, tuple[str, dict]] = {
         },
     ),
     "phi-fused": ("Phi3", {"original_max_position_embeddings": 512}),
+}
+_WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+# rows of two blocks of 128, and heads of one
+WIDE_KINDS: dict[str, tuple[str, dict]] = {
+    "llama-256": ("Llama", _WIDE),
+    "llama-256-bias": ("Llama", _WIDE | {"attention_bias": True, "mlp_bias": True}),
 }
 
 
@@ -81,7 +75,7 @@ def tokenizer() -> bytes:
 def save_model(kind: str, folder: Path) -> None:
     import transformers
 
-    architecture, different = KINDS[kind]
+    architecture, different = (KINDS | WIDE_KINDS)[kind]
     name = f"{architecture}TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
     config = getattr(transformers, name)(**(SMALL | different))
     torch.manual_seed(len(kind))
@@ -95,7 +89,7 @@ def save_model(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
-    """Return the tiny model of a kind in KINDS, made once."""
+    """Return the tiny model of a kind in KINDS or WIDE_KINDS, made once."""
     made: dict[str, ModelSource] = {}
     pieces = tokenizer()
 

@@ -56,9 +56,14 @@ class Grid(ABC):
         return True
 
     @property
+    def places(self) -> tuple[int, int] | None:
+        """Places of a block, and how many of them, the first, are for salient weights; None if all are alike."""
+        return None
+
+    @property
     def ordered(self) -> bool:
         """Whether the places of a block differ, so that an order of the columns is chosen (`column_order.py`)."""
-        return False
+        return self.places is not None
 
     @property
     def parts(self) -> tuple[Part, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -28,10 +29,6 @@ BLOCK = 128
 
 SALIENT = 24
 """Weights of 4 bits in a block, its first."""
-
-_GROUP = 8
-_SALIENT_GROUPS = SALIENT // _GROUP
-_BINARY_GROUPS = (BLOCK - SALIENT) // _GROUP
 
 _TRIED = range(-8, 3)
 """E5M3 codes of s that a search tries, counted from the one that brings the largest weight to the largest level."""
@@ -96,15 +93,15 @@ class _PartGrid(Grid):
         return {self.name: best[:, None]}
 
 
-_PARTS = (
-    (_PartGrid("ptq1_61", 4, SALIENT, SALIENT, False, "s"), range(SALIENT)),
-    (_PartGrid("ptq1_61", 1, BLOCK - SALIENT, BLOCK - SALIENT, False, "d"), range(SALIENT, BLOCK)),
-)
-
-
 @dataclass(frozen=True)
 class Ptq161Grid(Grid):
-    """The grid of both kinds. Its arrays: `d` and `s`, uint8 [rows, blocks]."""
+    """The grid of both kinds. Its arrays: `d` and `s`, uint8 [rows, blocks].
+
+    Attributes:
+        salient: weights of a block that have 4 bits, its first; those of the type are 24. A multiple of `group`.
+    """
+
+    salient: int = SALIENT
 
     @property
     @override
@@ -113,26 +110,35 @@ class Ptq161Grid(Grid):
 
     @property
     @override
-    def ordered(self) -> bool:
-        return True
+    def places(self) -> tuple[int, int] | None:
+        return BLOCK, self.salient
 
     @property
     @override
     def parts(self) -> tuple[Part, ...]:
         # signs err most: rounded first, what they err by is fed into the weights of 4 bits, which can take it
-        return tuple((part, columns) for part, columns in reversed(_PARTS))
+        salient, binary = self.salient, BLOCK - self.salient
+        return (
+            (_PartGrid(self.type, 1, binary, binary, False, "d"), range(salient, BLOCK)),
+            (_PartGrid(self.type, self.bits, salient, salient, False, "s"), range(salient)),
+        )
 
     @override
     def spread(self, variables: Tensor) -> Tensor:
         s, d = variables.unflatten(-1, (-1, 2)).unsqueeze(-1).unbind(-2)
         return torch.cat(
-            [s.expand(*s.shape[:-1], _SALIENT_GROUPS), d.expand(*d.shape[:-1], _BINARY_GROUPS)], -1
+            [s.expand(*s.shape[:-1], self._firsts), d.expand(*d.shape[:-1], BLOCK // self.group - self._firsts)], -1
         ).flatten(-2)
 
     @override
     def gather(self, of_groups: Tensor) -> Tensor:
-        blocks = of_groups.unflatten(-1, (-1, BLOCK // _GROUP))
-        return blocks[..., [0, _SALIENT_GROUPS]].flatten(-2)
+        blocks = of_groups.unflatten(-1, (-1, BLOCK // self.group))
+        return blocks[..., [0, self._firsts]].flatten(-2)
+
+    @property
+    def _firsts(self) -> int:
+        """Groups of salient weights in a block."""
+        return self.salient // self.group
 
     def _both(self, salient: Tensor, binary: Tensor) -> Tensor:
         """Numbers of blocks, [rows, blocks] each, for groups: [rows, groups]."""
@@ -164,7 +170,7 @@ class Ptq161Grid(Grid):
     def _reach(self, columns: int, device: torch.device) -> Tensor:
         """Largest code of every column, float32 [columns]."""
         reach = torch.ones(BLOCK, device=device)
-        reach[:SALIENT] = self.highest
+        reach[: self.salient] = self.highest
         return reach.repeat(columns // BLOCK)
 
     @override
@@ -201,7 +207,7 @@ class Ptq161Grid(Grid):
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
         found: Arrays = {}
-        for part, columns in _PARTS:
+        for part, columns in self.parts:
             inside = slice(columns.start, columns.stop)
             found |= part._search_spans(weight[:, inside], importance[:, inside])
         return {"d": found["d"], "s": found["s"]}
@@ -213,4 +219,9 @@ def moved(code: Tensor, relaxed: Tensor) -> Tensor:
     return through(wanted, decode_scale(scale_code(wanted.detach())))
 
 
-PTQ1_61 = Ptq161Grid("ptq1_61", bits=4, group=_GROUP, span=BLOCK, learns_zero=False)
+def with_salient(count: int) -> Ptq161Grid:
+    """Return a grid with so many salient weights in a block; with 24 it is that of the type."""
+    return Ptq161Grid("ptq1_61", 4, gcd(count, BLOCK - count), BLOCK, False, count)
+
+
+PTQ1_61 = with_salient(SALIENT)

@@ -22,7 +22,7 @@ EXPECTED = {kind: [VALUES, MLP] for kind in KINDS} | {
         ({("mlp.gate_up_proj", 0), ("mlp.gate_up_proj", 192)}, ("mlp.down_proj",)),
     ]
 }
-HEADS = {"llama-256": 128, "llama-576": 64, "qwen2": 64, "qwen3": 64, "gemma3": 64}
+HEADS = {"llama-576": 64, "qwen2": 64, "qwen3": 64, "gemma3": 64}
 
 
 @pytest.fixture
