@@ -6,27 +6,40 @@ import argparse
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from tesseraq_gguf import Recipe, convert
+from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.calibration import load_calibration, tokens_of
 from tesseraq_gguf.codebooks import best_design, draw
 from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
 from tesseraq_gguf.grids import grid_of
-from tesseraq_gguf.kernel_arithmetic import Fake, codebook_blocks, fp4_blocks, int4_blocks, int8_blocks, mean_loss
+from tesseraq_gguf.kernel_arithmetic import BLOCK, codebook_blocks
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
+from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.runtime import find_runtime
-from tesseraq_gguf.simulation import chunks_of
+from tesseraq_gguf.schemes import scheme_of
+from tesseraq_gguf.simulation import chunks_of, final_states, measure
 
 CTX = 512
-SCORED = CTX - 1 - CTX // 2
-"""Tokens of a chunk that llama-perplexity counts."""
 
 EMBEDDING = "q8_0"
+
+ACTIVATIONS = {
+    "float": "none",
+    "int8, 64 to a scale": "a8-blocks",
+    "codebooks, 4.5 bits": "a4-codebooks",
+    "NVFP4-like: E2M1, 16 to a scale, 4.5 bits": "a4-fp4",
+    "int4, 64 to a scale, 4.25 bits and more": "a4-blocks",
+}
+"""Activations to compare, and their schemes."""
 
 
 def chunks(source: ModelSource, text: Path, count: int) -> Tensor:
@@ -47,57 +60,95 @@ class Bench:
         scale = blocks.abs().amax(2, keepdim=True) / 127  # q8_0 as llama.cpp rounds to it
         rounded = (blocks / scale.clamp_min(1e-30)).round_() * scale.half().float()
         self.embeddings = {name: rounded.flatten(1)}
+        head = self.embeddings.get(self.decoder.output_name(), self.decoder.output_weight())
+        norm = self.decoder.final_norm()[1]
+        self._answers = torch.no_grad()(lambda hidden: self.decoder.logits(norm, head, hidden).log_softmax(-1))
+        self._reference = final_states(self.decoder, self.tokens, embeddings=self.embeddings)
 
-    def perplexity(self, weights: Mapping[str, Tensor], activations: Fake | None) -> tuple[float, float]:
-        """Perplexity and its error with matrices by checkpoint name in place of the model's."""
+    def measure(self, weights: Mapping[str, Tensor], rounding: ActivationRounding | None) -> Figures:
+        """Measure with matrices by checkpoint name in place of the model's, and activations rounded."""
 
-        def of_block(index: int) -> dict[str, Tensor]:
-            prefix = self.decoder.block_prefix(index)
-            given = {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
-            return {n.removesuffix(".weight"): w for n, w in given.items()}
+        def of_block(block: LoadedBlock) -> dict[str, Tensor]:
+            return {n: weights[f"{block.prefix}{n}.weight"] for n in block.matrices()} if weights else {}
 
-        loss, error = mean_loss(self.decoder, self.tokens, of_block, activations, SCORED, self.embeddings)
-        return math.exp(loss), math.exp(loss) * error
+        hidden = final_states(
+            self.decoder, self.tokens, rounding=lambda _: rounding, weights=of_block, embeddings=self.embeddings
+        )
+        return Figures(*measure(hidden, self.tokens, self._answers, self._reference, self._answers))
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every matrix of the blocks by checkpoint name."""
         return ((name, self.decoder.matrix(name)) for name in self.decoder.matrix_shapes())
 
 
-def show(name: str, measured: tuple[float, float]) -> None:
+class Figures(NamedTuple):
+    """Perplexity, its error, divergence from the model with 16-bit blocks, and agreement with it."""
+
+    perplexity: float
+    error: float
+    kld: float
+    top1: float
+
+    def cells(self) -> str:
+        """The figures as cells of a table."""
+        return f"{self.perplexity:.3f} ± {self.error:.3f} | {self.kld:.4f} | {100 * self.top1:.1f} %"
+
+
+@dataclass(frozen=True)
+class OtherCodebooks(ActivationRounding):
+    """Rounds with any number of codebooks, and any number of neighbours to a scale.
+
+    Attributes:
+        block: L_A, neighbours that share a scale.
+    """
+
+    block: int = BLOCK
+
+    @override
+    def feed(self, name: str, x: Tensor) -> Tensor:
+        return codebook_blocks(x, self.codebooks, self.block)
+
+
+def show(name: str, measured: Figures) -> None:
     """Print a row of a table."""
-    print(f"| {name} | {measured[0]:.3f} ± {measured[1]:.3f} |", flush=True)
+    print(f"| {name} | {measured.cells()} |", flush=True)
 
 
 def compare(bench: Bench, options: argparse.Namespace) -> None:
     """W4 with several activations, and BCQ4_A4 through llama.cpp."""
-    grid = grid_of("bcq4_a4")
-    weights = {name: grid.dequantize(grid.quantize(w)) for name, w in bench.matrices()}
-    print("| weights, activations | perplexity |\n| --- | --- |")
-    show("16 bits, 16 bits", bench.perplexity({}, None))
-    rows: dict[str, Fake | None] = {
-        "float": None,
-        "int8, 64 to a scale (BCQ4)": int8_blocks,
-        "codebooks, 4.5 bits (BCQ4_A4)": codebook_blocks,
-        "NVFP4-like: E2M1, 16 to a scale, 4.5 bits": fp4_blocks,
-        "int4, 64 to a scale": int4_blocks,
-    }
-    for name, fake in rows.items():
-        show(f"BCQ4, {name}", bench.perplexity(weights, fake))
+    print("| weights, activations | perplexity | KL divergence | same top token |\n| --- | --- | --- | --- |")
+    for type in options.weights.split(","):
+        grid = grid_of(type)
+        weights = {name: grid.dequantize(grid.quantize(w)) for name, w in bench.matrices()}
+        for said, name in ACTIVATIONS.items():
+            scheme = scheme_of(name, None)
+            rounding = ActivationRounding(scheme) if scheme.rounds else None
+            show(f"{type.upper()}, {said}", bench.measure(weights, rounding))
     if options.llama:
         with tempfile.TemporaryDirectory() as folder:
+            reference = Path(folder) / "reference.gguf"
+            convert(Recipe(options.model, reference, type="f16", embedding_type=EMBEDDING))
+            run = PerplexityRun(
+                find_runtime().tool(TOOL),
+                options.text,
+                CTX,
+                options.chunks,
+                vocabulary_size(reference),
+                lambda *_: None,
+            )
+            logits = Path(folder) / "reference.logits"
+            run.save_logits(reference, logits)
             for type in ("bcq4", "bcq4_a4"):
                 out = Path(folder) / f"{type}.gguf"
                 convert(Recipe(options.model, out, type=type, method="rtn", embedding_type=EMBEDDING))
-                tool = find_runtime().tool(TOOL)
-                run = PerplexityRun(tool, options.text, CTX, options.chunks, vocabulary_size(out), lambda *_: None)
-                show(f"{type} through llama.cpp", run.perplexity(out))
+                show(f"{type.upper()} through llama.cpp", Figures(*run.compare(out, logits)))
 
 
 def curve(bench: Bench, options: argparse.Namespace) -> None:
     """Weights and activations encoded as the paper does it, over N_c and L_A."""
     calibration = load_calibration(bench.source, options.calibration, 8, 256, 0).tokens
-    print("\n| N_c | L_A | bits | squared error of the design | perplexity, W4A4 |\n| --- | --- | --- | --- | --- |")
+    print("\n| N_c | L_A | bits | squared error of the design | perplexity, W4A4 | KL divergence | same top token |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     settings = [(count, 64) for count in (2, 4, 8, 16)] + [(8, length) for length in (16, 32, 128)]
     for count, length in settings:
         generator = torch.Generator().manual_seed(0)
@@ -106,10 +157,12 @@ def curve(bench: Bench, options: argparse.Namespace) -> None:
         best = best_design(drawn, count, options.starts, generator)
         encode = partial(codebook_blocks, codebooks=best.codebooks, block=length)
         weights = {name: torch.cat([encode(part) for part in w.split(512)]) for name, w in bench.matrices()}
-        perplexity, error = bench.perplexity(weights, encode)
+        figures = bench.measure(
+            weights, OtherCodebooks(scheme_of("a4-codebooks", None), codebooks=best.codebooks, block=length)
+        )
         bits = 4 + math.log2(count) / 8 + 8 / length
         relative = best.rounded_error / float(drawn.square().mean())
-        print(f"| {count} | {length} | {bits:.3f} | {relative:.5f} | {perplexity:.3f} ± {error:.3f} |", flush=True)
+        print(f"| {count} | {length} | {bits:.3f} | {relative:.5f} | {figures.cells()} |", flush=True)
 
 
 def main() -> None:
@@ -122,6 +175,7 @@ def main() -> None:
     parser.add_argument("--arrays", type=int, default=200, help="block arrays of 64 drawn from each tensor")
     parser.add_argument("--starts", type=int, default=2, help="of each kind, for a design")
     parser.add_argument("--no-llama", dest="llama", action="store_false", help="in torch alone; needs no runtime")
+    parser.add_argument("--weights", default="bcq4_a4,q4_0", help="types of the weights to compare activations with")
     parser.add_argument("--only", choices=("compare", "curve"))
     options = parser.parse_args()
     bench = Bench(options)

@@ -3,8 +3,9 @@
     x̂ = s·(clamp(round(x / s) + z, 0, 2^b - 1) - z),   s = (high - low) / (2^b - 1),   z = round(-low / s)
 
 with low <= 0 <= high: asymmetric, and 0 stays 0. *Static* ranges are measured once for a tensor on calibration text;
-otherwise every token has its own. Keys and values have a range for every token and head, as a cache would store them:
-after positions were rotated in. Gradients pass straight through the rounding and stop where a static range clips.
+otherwise every token has its own. What kernels make of activations in blocks instead is `kernel_arithmetic.py`. Keys
+and values have a range for every token and head, as a cache would store them: after positions were rotated in.
+Gradients pass straight through the rounding and stop where a static range clips.
 
 Block reconstruction learns with activations rounded so (LRQ, arXiv 2407.11534, §3.1: W8A8 and W4A8), and
 `simulation.py` measures whole models with them. A GGUF runtime rounds activations in its own way: to 8 bits, in groups
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tesseraq_gguf.grids.grid import through
+from tesseraq_gguf.kernel_arithmetic import BLOCK, codebook_blocks, fp4_blocks, integer_blocks
 from tesseraq_gguf.schemes import ActivationScheme, Range
 
 
@@ -31,19 +34,33 @@ class ActivationRounding:
     Attributes:
         scheme: what is rounded.
         ranges: static ranges by module name, for a static scheme.
+        codebooks: int8 [8, 16] for a scheme with codebooks; None means the universal ones.
     """
 
     scheme: ActivationScheme
     ranges: Mapping[str, Range] = field(default_factory=dict)
+    codebooks: Tensor | None = None
 
     def feed(self, name: str, x: Tensor) -> Tensor:
-        """Round what a matrix is fed, [..., in]; `name` is its module's. A matrix that has no static range stays."""
+        """Round what a matrix is fed, [..., in]; `name` is its module's.
+
+        What a matrix that has no static range is fed stays, and what has no whole number of blocks.
+        """
         if self.scheme.bits is None or (self.scheme.static and name not in self.ranges):
             return x
         if self.scheme.static:
             low, high = (torch.tensor(bound, device=x.device) for bound in self.ranges[name])
             return round_between(x, low, high, self.scheme.bits)
-        return round_tokens(x, self.scheme.bits)
+        if self.scheme.form == "range":
+            return round_tokens(x, self.scheme.bits)
+        if x.shape[-1] % BLOCK:
+            return x
+        return through(x, self._in_blocks(x.detach().float(), self.scheme.bits).to(x.dtype))
+
+    def _in_blocks(self, x: Tensor, bits: int) -> Tensor:
+        if self.scheme.form == "codebooks":
+            return codebook_blocks(x, self.codebooks)
+        return fp4_blocks(x) if self.scheme.form == "fp4" else integer_blocks(x, bits)
 
     def keep(self, x: Tensor) -> Tensor:
         """Round keys or values, [batch, heads, length, channels of a head]."""

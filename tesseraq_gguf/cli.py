@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
-from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, METHODS, PARTS, PRESETS
+from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, LEARNED, METHODS, PARTS, PRESETS
 from tesseraq_gguf.rules import read_rules, size_of
 from tesseraq_gguf.runtime.target import CROSS
 from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
@@ -168,7 +168,7 @@ def convert(
     ] = ",".join(CANDIDATES),
     method: Annotated[str, typer.Option("--method", help=f"How to learn: {', '.join(METHODS)}.")] = METHODS[0],
     init: Annotated[
-        str, typer.Option("--init", help=f"What tesseraq begins at: {', '.join(INITIALISATIONS)}.")
+        str, typer.Option("--init", help=f"What learned rounding begins at: {', '.join(INITIALISATIONS)}.")
     ] = INITIALISATIONS[0],
     finish: Annotated[
         str,
@@ -683,11 +683,10 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
         ignored, reason = learning, "--method rtn uses no calibration"
         if calibrates:
             ignored, reason = ["init", "finish", "rank", "preset"], "--method rtn learns nothing"
-    elif method != "tesseraq":
-        ignored = ["init", *(["rank"] if method != "lrq" else [])]
-        reason = f"--method {method} knows one way"
+    elif method not in LEARNED:
+        ignored, reason = ["init", "rank"], f"--method {method} knows one way"
     else:
-        ignored, reason = ["rank"], "--rank is lrq's alone"
+        ignored, reason = ["rank"] if method != "lrq" else [], "--rank is lrq's alone"
     if "candidates" in given and not budget:
         raise UsageError("--candidates are for --target-bpw and --target-size: there is no target")
     if "type" in given and budget:

@@ -1,22 +1,19 @@
-"""What a model answers with 4-bit weights and activations, in torch: the arithmetic of our kernels, block by block.
+"""What kernels make of activations before they multiply: pure functions from float32 [..., columns] to the same shape.
 
-Matrices are replaced by their dequantised weights, and what they are fed by what a kernel would make of it. Sums of
-products are torch's, in float32, and differ from a kernel's by rounding alone.
+With matrices replaced by their dequantised weights, and what they are fed by this, torch computes what a kernel does;
+sums of products are in float32 and differ from a kernel's by rounding alone.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.grids.codebook import nearest_indices, universal
-from tesseraq_gguf.models.decoder import Decoder
 
-Fake = Callable[[Tensor], Tensor]
-"""Activations float32 [..., columns] to what a kernel multiplies in their place, of the same shape."""
+BLOCK = 64
+"""Numbers that share a scale in our kernels."""
 
 _BLOCKS = 1024
 """Blocks encoded at a time: what is made of them on the way stays in a processor's cache."""
@@ -28,17 +25,9 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of E2M1."""
 
 
-def int8_blocks(x: Tensor, block: int = 64) -> Tensor:
-    """Activations of TSQ and BCQ4 kernels: 8 bits, one scale for 64 neighbouring numbers."""
-    return _integers(x, block, 127)
-
-
-def int4_blocks(x: Tensor, block: int = 64) -> Tensor:
-    """Plain 4-bit integers, -7 to 7, one float scale for 64 neighbouring numbers."""
-    return _integers(x, block, 7)
-
-
-def _integers(x: Tensor, block: int, highest: int) -> Tensor:
+def integer_blocks(x: Tensor, bits: int, block: int = BLOCK) -> Tensor:
+    """Integers around 0 with one scale for 64 neighbouring numbers; with 8 bits what TSQ and BCQ4 kernels multiply."""
+    highest = (1 << (bits - 1)) - 1
     blocks = x.unflatten(-1, (-1, block))
     largest = blocks.abs().amax(-1, keepdim=True)
     there = largest > _SMALLEST
@@ -57,7 +46,7 @@ def fp4_blocks(x: Tensor, block: int = 16) -> Tensor:
     return (nearest.copysign(scaled) * scale).flatten(-2)
 
 
-def codebook_blocks(x: Tensor, codebooks: Tensor | None = None, block: int = 64, group: int = bcq.GROUP) -> Tensor:
+def codebook_blocks(x: Tensor, codebooks: Tensor | None = None, block: int = BLOCK, group: int = bcq.GROUP) -> Tensor:
     """Activations of BCQ4_A4 kernels (`cpp_kernels/bcq-cpu.h`), codeword for codeword.
 
     Args:
@@ -89,46 +78,3 @@ def _encoded(blocks: Tensor, codebooks: Tensor, group: int) -> Tensor:
     selector = (each + order).argmin(-1)
     found = near.take(selector[..., None] * 256 + index)
     return found.flatten(-2) * scale
-
-
-@torch.no_grad()
-def mean_loss(
-    decoder: Decoder,
-    tokens: Tensor,
-    weights: Callable[[int], Mapping[str, Tensor]],
-    activations: Fake | None,
-    scored: int,
-    embeddings: Mapping[str, Tensor] | None = None,
-) -> tuple[float, float]:
-    """Mean cross-entropy in nats per token as llama-perplexity counts it: over the last tokens of each sequence.
-
-    Args:
-        decoder: the full-precision model.
-        tokens: int64 [samples, length].
-        weights: gives a block's matrices that are quantised, dequantised, by module name.
-        activations: what its matrices are fed; None leaves that as it is.
-        scored: tokens at the end of each sequence that count.
-        embeddings: embedding and output matrix to use, by checkpoint name.
-
-    Returns:
-        The mean, and its standard error.
-    """
-    hidden, recorded = decoder.stem(tokens, embeddings)
-    for index in range(len(decoder)):
-        block = decoder.load_block(index)
-        given = weights(index)
-        if activations is not None:
-            for name, module in block.matrices().items():
-                if name in given:
-                    module.register_forward_pre_hook(lambda _, args: (activations(args[0]),))
-        for sample in range(len(hidden)):
-            hidden[sample] = block.run(hidden[sample : sample + 1], recorded.arguments[index], given)[0]
-    norm = decoder.final_norm()[1]
-    head = (embeddings or {}).get(decoder.output_name())
-    head = decoder.output_weight() if head is None else head
-    losses = []
-    for h, t in zip(hidden, tokens, strict=True):
-        logits = decoder.logits(norm, head, h[-scored - 1 : -1])
-        losses.append(torch.nn.functional.cross_entropy(logits, t[-scored:], reduction="none"))
-    loss = torch.cat(losses).double()
-    return float(loss.mean()), float(loss.std() / len(loss) ** 0.5)

@@ -43,7 +43,7 @@ from tesseraq_gguf.parallel import Team, join
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.preprocessing import STEPS, Preprocessing, check_installed
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
-from tesseraq_gguf.recipe import Recipe
+from tesseraq_gguf.recipe import AUTO_INIT, LEARNED, Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.rules import read_rules, rules_of
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
@@ -507,39 +507,45 @@ def _finish(
 
 def _method(recipe: Recipe, width: int) -> Method:
     """Put a method together from what a recipe names, for a model with so many channels."""
-    steps = len(SOFT_SHARE) * recipe.settings.steps
-    if recipe.method == "lrq":
-        return lrq(steps, recipe.settings.batch, recipe.rank or max(1, width // PAPER_SHARE))
-    if recipe.method == "flexround":
-        return flexround(steps, recipe.settings.batch)
     if recipe.method == "ptq161":
-        return Ptq161(steps, recipe.settings.batch, recipe.parts)
-    if recipe.method == "rtn":  # only comes here with activations whose ranges are measured
-        return AsItStarts(Nearest())
-    if recipe.method == "gptq":
-        return AsItStarts(GPTQ())
+        return Ptq161(len(SOFT_SHARE) * recipe.settings.steps, recipe.settings.batch, recipe.parts)
+    if recipe.method in LEARNED:
+        method = _learned(recipe, width)
+        return AWQ(method) if recipe.init.startswith("awq") else method
     if recipe.method == "awq":
         return AWQ(AsItStarts(ClipSearch()))
-    if recipe.method == "omniquant":
-        return AsItStarts(OmniQuant(steps=_CLIPPING * recipe.settings.steps))
+    # rounding to nearest only comes here with activations whose ranges are measured
+    start = _starts(recipe)["none" if recipe.method == "rtn" else recipe.method]
+    return AsItStarts(start)
+
+
+def _learned(recipe: Recipe, width: int) -> Method:
     settings = recipe.settings
-    initialisations: dict[str, Initialisation] = {
-        "auto": GPTQ(),
-        "gptq": GPTQ(),
-        "awq+gptq": GPTQ(),
-        "awq": ClipSearch(),
-        "omniquant": OmniQuant(steps=_CLIPPING * settings.steps),
-        "none": Nearest(),
-    }
-    method = TesseraQ(
+    steps = len(SOFT_SHARE) * settings.steps
+    start = _starts(recipe)[AUTO_INIT[recipe.method] if recipe.init == "auto" else recipe.init]
+    if recipe.method == "lrq":
+        return lrq(steps, settings.batch, recipe.rank or max(1, width // PAPER_SHARE), start)
+    if recipe.method == "flexround":
+        return flexround(steps, settings.batch, start)
+    return TesseraQ(
         steps=settings.steps,
         batch=settings.batch,
         rounding_rate=settings.rounding_rate,
         scale_rate=settings.parameter_rate,
         zero_rate=settings.parameter_rate,
-        initialisation=initialisations[recipe.init],
+        initialisation=start,
     )
-    return AWQ(method) if recipe.init.startswith("awq") else method
+
+
+def _starts(recipe: Recipe) -> dict[str, Initialisation]:
+    """What learning can begin at, by the names that `--init` has, but for AWQ's scales, which are folded in before."""
+    return {
+        "gptq": GPTQ(),
+        "awq+gptq": GPTQ(),
+        "awq": ClipSearch(),
+        "omniquant": OmniQuant(steps=_CLIPPING * recipe.settings.steps),
+        "none": Nearest(),
+    }
 
 
 def _identity(
@@ -593,7 +599,7 @@ def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None, r
 
 def _name(recipe: Recipe) -> str:
     """What the file says of how it was made."""
-    init = f" from {recipe.init}" if recipe.method == "tesseraq" and recipe.init != "auto" else ""
+    init = f" from {recipe.init}" if recipe.method in LEARNED and recipe.init != "auto" else ""
     init += " per channel" if recipe.granularity == "channel" else ""
     init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""
     init += ", preprocessed" if recipe.preprocess else ""

@@ -11,8 +11,14 @@ from tesseraq_gguf.schemes import ActivationScheme, scheme_of
 METHODS = ("tesseraq", "ptq161", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
 """Methods by name: those that learn the rounding, then those to compare with."""
 
+LEARNED = ("tesseraq", "lrq", "flexround")
+"""Those that learn the rounding, from a start."""
+
 INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
-"""What TesseraQ can begin at; `auto` is the one that serves best, `gptq`."""
+"""What they can begin at."""
+
+AUTO_INIT = {"tesseraq": "gptq", "lrq": "none", "flexround": "none"}
+"""What `auto` stands for, by method."""
 
 FINISHES = ("none", "distill")
 """Last passes over the whole model."""
@@ -82,7 +88,7 @@ class Recipe:
         target_size: bytes that the file may have; types of the blocks' matrices and the embedding are then chosen.
         candidates: types to choose from.
         method: how codes are learned, one of `METHODS`.
-        init: what TesseraQ begins at, one of `INITIALISATIONS`.
+        init: what learned rounding begins at, one of `INITIALISATIONS`.
         finish: the last pass over the whole model, one of `FINISHES`.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.

@@ -318,7 +318,7 @@ class Reconstruction:
 
     def _round(self, problem: BlockProblem, ranges: Mapping[str, Range]) -> None:
         if self.activations.rounds:
-            problem.rounding = ActivationRounding(self.activations, ranges)
+            problem.rounding = ActivationRounding(self.activations, ranges, self.codebooks)
 
     def _problem(
         self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs

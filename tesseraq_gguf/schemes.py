@@ -8,8 +8,13 @@ from dataclasses import asdict, dataclass
 
 from tesseraq_gguf.errors import FileFormatError, UsageError
 
-SCHEMES = ("none", "a8-static", "a8", "a6", "a4", "a3")
-"""How what matrices are fed is rounded: `a8-static` in one range per tensor, the others in one per token."""
+SCHEMES = ("none", "a8-static", "a8", "a6", "a4", "a3", "a8-blocks", "a4-blocks", "a4-codebooks", "a4-fp4")
+"""How what matrices are fed is rounded: `a8-static` in one range per tensor, those without a word in one per token, the
+others as kernels do it: `a8-blocks` is what ours make of activations, `a4-codebooks` what those of BCQ4_A4 do."""
+
+FORMS = ("range", "static", "blocks", "codebooks", "fp4")
+"""Where the levels of rounded activations lie: evenly in a range of a token, or of a tensor; evenly around 0 in blocks
+of 64; in BCQ's codebooks; or where NVFP4 has them."""
 
 KEY_VALUE_BITS = (8, 6, 4, 3)
 
@@ -26,13 +31,18 @@ class ActivationScheme:
 
     Attributes:
         bits: of what the matrices of the blocks are fed; None leaves it.
-        static: one range per tensor, measured on calibration text, in place of one per token.
+        form: where the levels lie, one of `FORMS`.
         key_value_bits: of keys and values; None leaves them.
     """
 
     bits: int | None = None
-    static: bool = False
+    form: str = "range"
     key_value_bits: int | None = None
+
+    @property
+    def static(self) -> bool:
+        """Whether there is one range per tensor, measured on calibration text."""
+        return self.form == "static"
 
     @property
     def rounds(self) -> bool:
@@ -40,7 +50,7 @@ class ActivationScheme:
         return self.bits is not None or self.key_value_bits is not None
 
     def __str__(self) -> str:
-        fed = "" if self.bits is None else f"a{self.bits}" + ("-static" if self.static else "")
+        fed = "" if self.bits is None else f"a{self.bits}" + ("" if self.form == "range" else f"-{self.form}")
         kept = "" if self.key_value_bits is None else f"kv{self.key_value_bits}"
         return " ".join(part for part in (fed, kept) if part) or "none"
 
@@ -60,9 +70,10 @@ def scheme_of(name: str, key_value_bits: int | None) -> ActivationScheme:
     if key_value_bits is not None and key_value_bits not in KEY_VALUE_BITS:
         known = ", ".join(map(str, sorted(KEY_VALUE_BITS)))
         raise UsageError(f"--kv-bits {key_value_bits} is not possible. There are: {known}")
-    static = name.endswith("-static")
-    bits = None if name == "none" else int(name.removesuffix("-static")[1:])
-    return ActivationScheme(bits, static, key_value_bits)
+    if name == "none":
+        return ActivationScheme(key_value_bits=key_value_bits)
+    bits, _, form = name.removeprefix("a").partition("-")
+    return ActivationScheme(int(bits), form or "range", key_value_bits)
 
 
 def to_metadata(scheme: ActivationScheme, ranges: Mapping[str, Range]) -> str:
@@ -80,6 +91,11 @@ def from_metadata(text: str) -> tuple[ActivationScheme, dict[str, Range]]:
     try:
         entries = json.loads(text)
         ranges = {name: (float(low), float(high)) for name, (low, high) in entries.pop("ranges", {}).items()}
-        return ActivationScheme(**entries), ranges
+        if entries.pop("static", False):  # files of version 0.1
+            entries["form"] = "static"
+        scheme = ActivationScheme(**entries)
+        if scheme.form not in FORMS:
+            raise ValueError(f"there is no form '{scheme.form}'")
+        return scheme, ranges
     except (ValueError, TypeError, AttributeError) as error:
         raise FileFormatError(f"its entry {ACTIVATIONS_KEY} cannot be read: {error}") from None

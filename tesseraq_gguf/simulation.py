@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.calibration import tokens_of
+from tesseraq_gguf.converter.verify import own_codebooks
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation import Evaluation, Watch, check_request
 from tesseraq_gguf.inspection import open_gguf
 from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.source import expand
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, ActivationScheme, Range, from_metadata
 
@@ -64,12 +66,18 @@ def simulate(
         ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"), special=False)[1]
         tokens = chunks_of(ids, opening(file), ctx, chunks)
         student = Decoder(source, device)
-        hidden = final_states(student, tokens, scheme, ranges, lambda *done: watch("model", *done))
+        own = own_codebooks(open_gguf(file))
+        codebooks = None if own is None else torch.from_numpy(own)
+
+        def rounding(block: LoadedBlock) -> ActivationRounding | None:
+            return ActivationRounding(scheme, block.by_module(ranges), codebooks) if scheme.rounds else None
+
+        hidden = final_states(student, tokens, lambda *done: watch("model", *done), rounding)
         if reference is None:
             figures = measure(hidden, tokens, student.answers())
         else:
             teacher = Decoder(resolve_model(str(reference)), device)
-            wanted = final_states(teacher, tokens, ActivationScheme(), {}, lambda *done: watch("reference", *done))
+            wanted = final_states(teacher, tokens, lambda *done: watch("reference", *done))
             figures = measure(hidden, tokens, student.answers(), wanted, teacher.answers())
     return Evaluation(*figures, facts.bytes, facts.bpw)
 
@@ -116,26 +124,28 @@ def chunks_of(ids: Sequence[int], begin: int | None, ctx: int, chunks: int | Non
 def final_states(
     decoder: Decoder,
     tokens: Tensor,
-    scheme: ActivationScheme,
-    ranges: dict[str, Range],
-    report: Callable[[int, int], None],
+    report: Callable[[int, int], None] = lambda *_: None,
+    rounding: Callable[[LoadedBlock], ActivationRounding | None] = lambda _: None,
+    weights: Callable[[LoadedBlock], Mapping[str, Tensor]] = lambda _: {},
+    embeddings: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Return the hidden states before the final norm, float32 [chunks, ctx, hidden] on the CPU.
 
     Args:
         decoder: the model.
         tokens: int64 [chunks, ctx].
-        scheme: how activations are rounded.
-        ranges: static ranges by checkpoint name of the matrix.
         report: called with (blocks done, blocks in all).
+        rounding: gives what rounds a block's activations, or None.
+        weights: gives matrices to use in place of a block's own, by module name.
+        embeddings: matrices outside the blocks to use in place of the model's own, by checkpoint name.
     """
-    hidden, recorded = decoder.stem(tokens)
+    hidden, recorded = decoder.stem(tokens, embeddings)
     for index in range(len(decoder)):
         block = decoder.load_block(index)
-        rounding = ActivationRounding(scheme, block.by_module(ranges)) if scheme.rounds else None
+        rounds, given = rounding(block), weights(block)
         for chunk in range(len(hidden)):
-            given = hidden[chunk : chunk + 1].to(decoder.device)
-            hidden[chunk] = block.run(given, recorded.arguments[index], rounding=rounding)[0].float().cpu()
+            states = hidden[chunk : chunk + 1].to(decoder.device)
+            hidden[chunk] = block.run(states, recorded.arguments[index], given, rounding=rounds)[0].float().cpu()
         report(index + 1, len(decoder))
     return hidden
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.activations import ActivationRounding, round_between, round_tokens
 from tesseraq_gguf.errors import FileFormatError, ModelError, UsageError
+from tesseraq_gguf.kernel_arithmetic import codebook_blocks, fp4_blocks, integer_blocks
 from tesseraq_gguf.methods.lrq import lrq
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, ActivationScheme, from_metadata, scheme_of, to_metadata
@@ -62,8 +64,9 @@ def test_a_static_range_clips_and_its_gradient_stops_there():
 
 
 def test_names_are_read_and_wrong_ones_refused():
-    assert scheme_of("a8-static", None) == ActivationScheme(8, True, None)
-    assert scheme_of("a4", 8) == ActivationScheme(4, False, 8)
+    assert scheme_of("a8-static", None) == ActivationScheme(8, "static", None)
+    assert scheme_of("a4", 8) == ActivationScheme(4, "range", 8)
+    assert scheme_of("a4-codebooks", None) == ActivationScheme(4, "codebooks", None)
     assert not scheme_of("none", None).rounds
     assert str(scheme_of("a8-static", 8)) == "a8-static kv8"
     with pytest.raises(UsageError, match="a8-static"):
@@ -80,7 +83,16 @@ def test_metadata_comes_back(name, bits):
     assert from_metadata(to_metadata(scheme, {})) == (scheme, {})
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"bits": 8, "more": 1}', '{"ranges": {"a": 3}}'])
+def test_metadata_of_files_made_before_there_were_forms_comes_back():
+    before = '{"bits": 8, "static": true, "key_value_bits": null}'
+    assert from_metadata(before) == (scheme_of("a8-static", None), {})
+    before = '{"bits": 4, "static": false, "key_value_bits": 8}'
+    assert from_metadata(before) == (scheme_of("a4", 8), {})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"bits": 4, "form": "strange"}', '{"bits": 8, "more": 1}', '{"ranges": {"a": 3}}']
+)
 def test_damaged_metadata_is_named(text):
     with pytest.raises(FileFormatError, match=r"tesseraq\.activations"):
         from_metadata(text)
@@ -114,7 +126,10 @@ def test_keys_and_values_are_rounded_where_a_cache_would_keep_them(kind, make_mo
     with torch.no_grad():
         plain = block.run(hidden, arguments)
         errors = [
-            (block.run(hidden, arguments, rounding=ActivationRounding(ActivationScheme(None, False, b))) - plain).norm()
+            (
+                block.run(hidden, arguments, rounding=ActivationRounding(ActivationScheme(None, key_value_bits=b)))
+                - plain
+            ).norm()
             for b in (8, 3)
         ]
     assert 0 < errors[0] < 0.2 * errors[1]
@@ -122,7 +137,7 @@ def test_keys_and_values_are_rounded_where_a_cache_would_keep_them(kind, make_mo
 
 def test_attention_without_a_cache_is_refused():
     problem = mlp_problem("tsq4", 64, 128)
-    rounding = ActivationRounding(ActivationScheme(None, False, 8))
+    rounding = ActivationRounding(ActivationScheme(None, key_value_bits=8))
     with pytest.raises(ModelError, match="takes no cache"):
         problem.block.run(problem.inputs[:1], {}, rounding=rounding)
 
@@ -135,7 +150,30 @@ def test_ranges_are_the_lowest_and_highest_input():
     assert problem.input_ranges().keys() == {"up", "down"}
 
 
-@pytest.mark.parametrize("name", ["a8-static", "a4"])
+@pytest.mark.parametrize("name", ["a8-blocks", "a4-blocks", "a4-codebooks", "a4-fp4"])
+def test_blocks_are_rounded_as_kernels_do_and_gradients_pass(name):
+    scheme = scheme_of(name, None)
+    rounding = ActivationRounding(scheme)
+    x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(5), requires_grad=True)
+    rounded = rounding.feed("up", x)
+    expected = {"codebooks": codebook_blocks, "fp4": fp4_blocks}.get(
+        scheme.form, partial(integer_blocks, bits=scheme.bits)
+    )
+    torch.testing.assert_close(rounded.detach(), expected(x.detach()), rtol=1e-6, atol=1e-6)
+    rounded.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    narrow = torch.randn(2, 40)
+    assert rounding.feed("up", narrow) is narrow
+
+
+def test_a_models_own_codebooks_serve_its_activations_too():
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(5))
+    own = torch.linspace(-31, 31, 16).round().to(torch.int8).repeat(8, 1)
+    rounded = ActivationRounding(scheme_of("a4-codebooks", None), codebooks=own).feed("up", x)
+    torch.testing.assert_close(rounded, codebook_blocks(x, own), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a8-static", "a4", "a4-codebooks"])
 def test_learning_for_rounded_activations_is_better_with_them(name):
     """What is learned with rounded activations is at home with them: better than what was learned without."""
     scheme = scheme_of(name, None)

@@ -145,7 +145,7 @@ BAD = [
     ("convert model out.gguf --init luck", "unknown initialisation 'luck'"),
     ("convert model out.gguf --finish polish", "unknown finish 'polish'"),
     ("convert model out.gguf --method gptq --init awq", "--init has no meaning"),
-    ("convert model out.gguf --method lrq --init awq", "--init has no meaning"),
+    ("convert model out.gguf --method gptq --init awq", "--init has no meaning"),
     ("convert model out.gguf --granularity row", "unknown granularity 'row'"),
     ("convert model out.gguf --granularity channel --type q2_k", "--granularity channel is not possible in q2_k"),
     ("convert model out.gguf --granularity channel --finish distill", "not possible with --granularity channel"),

@@ -96,7 +96,7 @@ def test_a_file_brings_its_scheme_and_its_ranges(made, text):
     options = {"type": "tsq4", "method": "lrq", "activations": "a8-static", "kv_bits": 8}
     out = made(**options)
     scheme, ranges = from_metadata(open_gguf(out).get(ACTIVATIONS_KEY))
-    assert scheme == ActivationScheme(8, True, 8)
+    assert scheme == ActivationScheme(8, "static", 8)
     assert len(ranges) == 2 * 7
     assert all(low <= 0 <= high and low < high for low, high in ranges.values())
     own = simulate(out, text, CTX, 2)

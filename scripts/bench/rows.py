@@ -217,10 +217,10 @@ def _budget_rows() -> Iterator[Row]:
 def _rounding_rows() -> Iterator[Row]:
     """LRQ against FlexRound, TesseraQ and what they begin at: same type, same text, same number of steps."""
 
-    def row(type: str, method: str, *options: str, rank: int | None = None, samples: int = ROUNDING_SAMPLES) -> Row:
+    def row(type: str, method: str, *, init: str = "", rank: int | None = None, samples: int = ROUNDING_SAMPLES) -> Row:
         name = f"rounding-{type}-{method}"
         command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", type, "--embedding-type", "q8_0",
-                   "--method", method, *options)  # fmt: skip
+                   "--method", method, *(("--init", init) if init else ()))  # fmt: skip
         if method != "rtn":
             command += ("--preset", "{preset}", "--calibration", "{learned_text}")
             command += ("--samples", str(samples), "--seqlen", "128")
@@ -230,6 +230,9 @@ def _rounding_rows() -> Iterator[Row]:
         if samples != ROUNDING_SAMPLES:
             name += f"-{samples}"
         title = METHOD_NAMES[method]
+        if init:
+            name += f"-{init}"
+            title += f" from {METHOD_NAMES[init]}"
         return Row(name, OURS, title, type, False, (command,), study=ROUNDING, rank=rank, samples=samples)
 
     for type in ("tsq3", "tsq4", "q4_0"):
@@ -238,6 +241,10 @@ def _rounding_rows() -> Iterator[Row]:
         yield row(type, "lrq", rank=4)
         yield row(type, "flexround")
         yield row(type, "tesseraq")
+        yield row(type, "gptq")
+        for init in ("gptq", "awq"):
+            yield row(type, "lrq", init=init, rank=4)
+            yield row(type, "flexround", init=init)
     for rank in RANKS:
         if rank != 4:  # is among the rows above
             yield row("tsq3", "lrq", rank=rank)

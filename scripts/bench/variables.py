@@ -17,7 +17,8 @@ def learned_at_once(row: Row, shapes: Sequence[tuple[int, int]]) -> int | None:
 
     Scales and zero-points of the groups count. None for methods that learn nothing by gradient.
     """
-    if row.method not in ("LRQ", "FlexRound", "TesseraQ") or row.type is None:
+    name = row.method.split(" from ")[0]
+    if name not in ("LRQ", "FlexRound", "TesseraQ") or row.type is None:
         return None
     width = min(columns for _, columns in shapes)
     return sum(_of_matrix(row, torch.empty(shape, device="meta"), grid_of(row.type), width) for shape in shapes)
@@ -25,7 +26,7 @@ def learned_at_once(row: Row, shapes: Sequence[tuple[int, int]]) -> int | None:
 
 def _of_matrix(row: Row, weight: torch.Tensor, grid: Grid, width: int) -> int:
     groups = weight.numel() // grid.group
-    if row.method == "TesseraQ":
+    if row.method.startswith("TesseraQ"):
         return weight.numel() + groups * (1 + grid.learns_zero)
     generator = torch.Generator()
     divisor = LowRankDivisor(weight, width // row.rank, generator) if row.rank else FullDivisor(weight)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
+from tesseraq_gguf.methods.start import NEAREST, Initialisation
 
 RATES = {2: 2.5e-3, 3: 2.5e-3, 4: 3e-3, 8: 3e-3}
 """Learning rates of LRQ's comparison (arXiv 2407.11534, appendix) for weights of 3 and 4 bits, and their neighbours."""
@@ -33,6 +34,8 @@ class FullDivisor:
         return full + row
 
 
-def flexround(steps: int, batch: int) -> ScaledRounding:
+def flexround(steps: int, batch: int, initialisation: Initialisation = NEAREST) -> ScaledRounding:
     """Return the method with so many Adam steps per block, of `batch` samples each."""
-    return ScaledRounding(lambda weight, _: FullDivisor(weight), RATES, steps=steps, batch=batch)
+    return ScaledRounding(
+        lambda weight, _: FullDivisor(weight), RATES, steps=steps, batch=batch, initialisation=initialisation
+    )

@@ -43,7 +43,9 @@ class GPTQ:
         }
 
 
-KAPPA=0.0
+KAPPA = 0.0
+
+
 @torch.no_grad()
 def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> Start:
     """GPTQ on one matrix.

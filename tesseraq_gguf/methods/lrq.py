@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
+from tesseraq_gguf.methods.start import NEAREST, Initialisation
 
 RATES = {2: 6e-4, 3: 6e-4, 4: 9e-4, 8: 9e-4}
 """Learning rates of the paper for weights of 3 and 4 bits (appendix, Llama 2 7B), and their neighbours."""
@@ -58,8 +59,8 @@ def capped(rank: int, rows: int, columns: int) -> int:
     return max(1, min(rank, (rows * columns - 1) // (rows + columns)))
 
 
-def lrq(steps: int, batch: int, rank: int) -> ScaledRounding:
+def lrq(steps: int, batch: int, rank: int, initialisation: Initialisation = NEAREST) -> ScaledRounding:
     """Return the method with so many Adam steps per block, of `batch` samples each."""
     return ScaledRounding(
-        lambda weight, generator: LowRankDivisor(weight, rank, generator), RATES, GROWTH, steps, batch
+        lambda weight, generator: LowRankDivisor(weight, rank, generator), RATES, GROWTH, steps, batch, initialisation
     )

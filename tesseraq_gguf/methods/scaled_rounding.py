@@ -4,7 +4,8 @@
 
 S, one number for every weight, is learned and thrown away: only codes, s1 and z are stored. s1 is learned with it, in
 log space, of super-blocks their half float; z stays. Rounding and the storing of s1 are passed straight through. S
-begins at 0, so learning begins at rounding to nearest, exactly. What S is made of is a `Divisor`: each method's own.
+begins at 0, so learning begins at rounding to nearest, exactly; from another start than the papers' it begins at that
+start's codes, for W is then what these are the nearest codes of. What S is made of is a `Divisor`: each method's own.
 
 The gradient with respect to S is -W/exp(S) where the code is not clamped: large weights move most (FlexRound, §3.2).
 """
@@ -12,7 +13,7 @@ The gradient with respect to S is -W/exp(S) where the code is not clamped: large
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from tesseraq_gguf.fusion import fused
 from tesseraq_gguf.grids import Grid
-from tesseraq_gguf.methods.start import Initialisation, Nearest, Start
+from tesseraq_gguf.methods.start import NEAREST, Initialisation, Start
 from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.reconstruction import BlockProblem
 
@@ -57,7 +58,7 @@ class ScaledRounding:
         growth: exponent with which the rates grow by the ratio of 5000 to `steps`.
         steps: Adam steps of a block; the rate falls to 0 as a cosine.
         batch: samples of a step.
-        ranges: gives s1 and z to begin at.
+        initialisation: gives s1, z and W to begin at.
     """
 
     divisor: MakeDivisor
@@ -65,13 +66,13 @@ class ScaledRounding:
     growth: float = 0.5
     steps: int = PAPER_STEPS
     batch: int = 2
-    ranges: Initialisation = field(default_factory=Nearest)
+    initialisation: Initialisation = NEAREST
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Learn all matrices of the block together against the block's output."""
         matrices = {
             name: ScaledMatrix(start, problem.grids[name], self.divisor(start.weight, problem.generator))
-            for name, start in self.ranges.start(problem).items()
+            for name, start in self.initialisation.start(problem).items()
         }
         adam = torch.optim.Adam(
             [{"params": m.variables, "lr": self.rate(problem.grids[name].bits)} for name, m in matrices.items()],

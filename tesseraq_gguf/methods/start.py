@@ -45,6 +45,9 @@ class Nearest:
         return {name: Start(problem.grids[name].quantize(w), w) for name, w in problem.matrices().items()}
 
 
+NEAREST = Nearest()
+
+
 @dataclass(frozen=True)
 class AsItStarts:
     """The method that learns nothing more: the start's codes are the result.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from problems import loss_of, mlp_problem
 
 from tesseraq_gguf.grids import GRIDS, grid_of
 from tesseraq_gguf.grids.grid import through
+from tesseraq_gguf.methods.awq import ClipSearch
 from tesseraq_gguf.methods.flexround import FullDivisor, flexround
+from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.lrq import LowRankDivisor, capped, lrq
 from tesseraq_gguf.methods.scaled_rounding import ScaledMatrix
 from tesseraq_gguf.methods.start import Nearest, Start
@@ -139,3 +144,15 @@ def test_the_rate_grows_with_the_root_of_the_steps_saved():
     assert lrq(1250, 2, 8).rate(3) == pytest.approx(4**0.85 * 6e-4)
     assert flexround(1250, 2).rate(3) == pytest.approx(2 * 2.5e-3)
     assert flexround(5000, 2).rate(5) == flexround(5000, 2).rate(4) == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize("start", [GPTQ(), ClipSearch()], ids=["gptq", "awq"])
+@pytest.mark.parametrize("method", [flexround, partial(lrq, rank=16)], ids=["flexround", "lrq"])
+def test_it_begins_at_the_start_it_is_given(method, start, problem_on):
+    problem = problem_on("tsq3")
+    codes = {name: s.tensor.arrays["q"] for name, s in start.start(problem).items()}
+    learned = method(steps=1, batch=1, initialisation=start)
+    still = replace(learned, rates=dict.fromkeys(learned.rates, 0.0)).learn(problem)
+    assert all(torch.equal(still[name].arrays["q"], codes[name]) for name in codes)
+    nearest = {name: s.tensor.arrays["q"] for name, s in Nearest().start(problem).items()}
+    assert not all(torch.equal(nearest[name], codes[name]) for name in codes)
