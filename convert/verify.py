@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tesseraq_gguf.converter.column_orders import orders_of
 from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, open_gguf
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.errors import VerificationError
@@ -23,13 +25,15 @@ class Expected:
     Attributes:
         name: its name in the file.
         type: its tensor type.
-        weights: the learner's weights in the order of the file, float32 [rows, columns], [layers, rows, columns] of a
-            stack, or [values] of a vector.
+        weights: the learner's weights in the order of the file: [rows, columns], [layers, rows, columns] of a stack, or
+            [values] of a vector; float32, or int32 of an order of columns.
+        order: of its columns, int32 [columns], if they have one.
     """
 
     name: str
     type: str
-    weights: NDArray[np.float32]
+    weights: NDArray[Any]
+    order: NDArray[np.int32] | None = None
 
 
 def verify(path: Path, expected: Iterable[Expected]) -> int:
@@ -48,7 +52,7 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
     """
     file = open_gguf(path)
     tensors = {t.name: t for t in file.tensors}
-    codebooks = own_codebooks(file)
+    codebooks, orders = own_codebooks(file), orders_of(file)
     compared = 0
     for want in expected:
         tensor = tensors.get(want.name)
@@ -62,8 +66,13 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
             )
         data, weights = np.ascontiguousarray(file.data(tensor)), want.weights.reshape(-1, want.weights.shape[-1])
         rows = len(weights)
-        if want.type == "f32":
-            stored = data.view(np.float32).reshape(weights.shape)
+        # a reader without an order takes the columns for the input's
+        own = np.arange(weights.shape[1], dtype=np.int32)
+        wanted, found = (own if order is None else order for order in (want.order, orders.get(want.name)))
+        if not np.array_equal(wanted, found):
+            raise VerificationError(f"{want.name} in the file has another order of columns than was learned. {_REPORT}")
+        if want.type in ("f32", "i32"):
+            stored = data.view(weights.dtype).reshape(weights.shape)
         else:
             packer = packer_of(want.type)
             arrays = packer.unpack(data)
@@ -91,5 +100,5 @@ def own_codebooks(file: GgufFile) -> NDArray[np.int8] | None:
     return bcq.read_codebooks(np.frombuffer(entry.raw[-size:], np.int8))
 
 
-def _bits(weights: NDArray[np.float32]) -> NDArray[np.uint32]:
-    return np.ascontiguousarray(weights, dtype=np.float32).view(np.uint32)
+def _bits(weights: NDArray[Any]) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(weights).view(np.uint32)

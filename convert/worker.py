@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tesseraq_gguf.converter.column_orders import ORDERED_TYPES, SUFFIX, natural, orders_of, stored_orders
 from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
@@ -31,7 +32,7 @@ from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, r
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
 from tesseraq_gguf.models.experts import aliases, stack_of
-from tesseraq_gguf.quantized import QuantizedTensor, load_tensors
+from tesseraq_gguf.quantized import ORDER, QuantizedTensor, load_tensors
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -79,11 +80,13 @@ class LearnedTensors:
     Attributes:
         types: tensor type of every learned matrix.
         vectors: names of the vectors that changed along with matrices.
+        orders: of matrices whose columns have one, int32 [columns].
     """
 
     def __init__(self, files: list[Path]) -> None:
         self.types: dict[str, str] = {}
         self.vectors: list[str] = []
+        self.orders: dict[str, NDArray[np.int32]] = {}
         self._file: dict[str, Path] = {}
         self._loaded: tuple[Path | None, dict[str, QuantizedTensor]] = (None, {})
         for file in files:
@@ -93,6 +96,8 @@ class LearnedTensors:
                 self._file[name] = file
                 if tensor.plain:
                     self.vectors.append(name)
+                elif tensor.is_order:
+                    self.orders[f"{name.removesuffix(ORDER)}.weight"] = tensor.arrays["values"].numpy()
                 else:
                     self.types[name] = tensor.type
 
@@ -229,6 +234,15 @@ class Plan:
         for layers in self.by_target.values():
             layers.sort(key=lambda layer: layer[1].layer or 0)
 
+    def orders(self, learned: LearnedTensors) -> dict[str, NDArray[np.int32]]:
+        """Return the orders of columns to write, by name in the file."""
+        wanted = {
+            target: learned.orders.get(name)
+            for target, ((name, _), *_) in self.by_target.items()
+            if learned.types[name] in ORDERED_TYPES
+        }
+        return stored_orders(wanted)
+
 
 def _families(shapes: dict[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:
     """Matrices that a converter must see together: the experts of a block; each other matrix is on its own."""
@@ -285,7 +299,10 @@ def _expected(probe: Converter, plan: Plan, learned: LearnedTensors) -> Iterator
         weights = grid_of(tensor.type).dequantize(tensor)
         # stacks come with the last of a block's experts, all at once
         for target, moved in probe.modified(name, weights):
-            yield Expected(target, learned.types[plan.by_target[target][0][0]], moved.numpy())
+            first = plan.by_target[target][0][0]
+            yield Expected(target, learned.types[first], moved.numpy(), learned.orders.get(first))
+    for name, order in plan.orders(learned).items():
+        yield Expected(name, "i32", order)
     for name in learned.vectors:
         for target, moved in probe.modified(name, learned.vector(name)):
             yield Expected(target, "f32", moved.float().numpy())
@@ -338,6 +355,8 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
     model.modify_tensors, model.tensor_force_quant = modify_tensors, tensor_force_quant
     model.prepare_tensors()
     if plan is not None:
+        for name, order in plan.orders(learned).items():
+            model.gguf_writer.add_tensor(name, _array(order), raw_dtype=gguf.GGMLQuantizationType.I32)
         model.ftype = gguf.LlamaFileType(tensor_type(learned.main_type()).file_type)
         written = [
             (name, gguf.GGMLQuantizationType(info.dtype).name.lower(), int(info.shape[-1]))
@@ -356,6 +375,7 @@ def _from_gguf(
     import gguf
 
     source = open_gguf(Path(job["gguf"]))
+    orders = orders_of(source)
     writer = _raw_writer(source)
     vectors: dict[str, NDArray[Any]] = {}
     if plan is not None and probe is not None:
@@ -364,14 +384,16 @@ def _from_gguf(
             vectors |= {target: v.float().numpy() for target, v in probe.modified(name, learned.vector(name))}
     fallbacks = []
     for tensor in source.tensors:
+        if tensor.name.endswith(SUFFIX):  # written anew, or undone
+            continue
         if plan is not None and tensor.name in plan.by_target:
             layers = plan.by_target[tensor.name]
             deferred, kind = _packed(learned, layers), learned.types[layers[0][0]]
         elif tensor.name in vectors:
-            deferred, kind = _vector(vectors.pop(tensor.name)), "f32"
+            deferred, kind = _array(vectors.pop(tensor.name)), "f32"
         else:
             kind = _type_in_copy(tensor, job)
-            deferred = _copied(source, tensor, kind)
+            deferred = _copied(source, tensor, kind, orders.get(tensor.name))
             if plan is not None and kind != "f32":
                 fallbacks.append((tensor.name, kind, tensor.shape[0]))
         shape = None if deferred.dtype == np.uint8 else tuple(reversed(tensor.shape))
@@ -379,6 +401,9 @@ def _from_gguf(
         writer.add_tensor(tensor.name, deferred, raw_shape=shape, raw_dtype=type_id)
     if vectors:
         raise ConversionError(f"{', '.join(vectors)}: changed while learning, but not in {source.path.name}")
+    if plan is not None:
+        for name, order in plan.orders(learned).items():
+            writer.add_tensor(name, _array(order), raw_dtype=gguf.GGMLQuantizationType.I32)
     _note_fallbacks(fallbacks, emit)
     main = learned.main_type() if learned.types else job["type"]
     writer.add_file_type(tensor_type(main).file_type)
@@ -386,8 +411,9 @@ def _from_gguf(
     return writer
 
 
-def _vector(values: NDArray[Any]) -> DeferredTensor:
-    return DeferredTensor(values.shape, np.dtype("<f4"), lambda: [values])
+def _array(values: NDArray[Any]) -> DeferredTensor:
+    """A vector, float32 or int32."""
+    return DeferredTensor(values.shape, values.dtype.newbyteorder("<"), lambda: [values])
 
 
 def _raw_writer(source: GgufFile) -> Any:
@@ -412,11 +438,13 @@ def _type_in_copy(tensor: TensorInfo, job: dict[str, Any]) -> str:
     wanted = tensor_type(job["embedding_type"] if tensor.name in _EMBEDDINGS else job["type"])
     if not wanted.fits(tensor.shape[0]):
         wanted = tensor_type("f16")
+    if tensor.type in ORDERED_TYPES:  # an order of columns is not copied
+        return wanted.name
     keep = job["learned"] and tensor.name not in _EMBEDDINGS and tensor.bits_per_weight <= wanted.bits_per_weight
     return tensor.type if keep else wanted.name
 
 
-def _copied(source: GgufFile, tensor: TensorInfo, kind: str) -> DeferredTensor:
+def _copied(source: GgufFile, tensor: TensorInfo, kind: str, order: NDArray[np.int32] | None = None) -> DeferredTensor:
     import gguf
 
     data = source.data(tensor)
@@ -429,11 +457,19 @@ def _copied(source: GgufFile, tensor: TensorInfo, kind: str) -> DeferredTensor:
     want = gguf.GGMLQuantizationType(tensor_type(kind).id)
     step = max(1, _CHUNK // tensor.shape[0])
     outer = tuple(reversed(tensor.shape[1:]))
-    sample = gguf.quants.quantize(gguf.quants.dequantize(np.array(data[:1]), have), want)
+
+    def weights(start: int, stop: int) -> NDArray[np.float32]:
+        rows = np.array(data[start:stop])
+        if tensor.type in ORDERED_TYPES:
+            packer = packer_of(tensor.type)
+            return natural(packer.dequantize(packer.unpack(rows)), order)
+        return gguf.quants.dequantize(rows, have)  # type: ignore[no-any-return]
+
+    sample = gguf.quants.quantize(weights(0, 1), want)
 
     def parts() -> Iterator[NDArray[Any]]:
         for start in range(0, tensor.rows, step):
-            yield gguf.quants.quantize(gguf.quants.dequantize(np.array(data[start : start + step]), have), want)
+            yield gguf.quants.quantize(weights(start, start + step), want)
 
     return DeferredTensor((*outer, sample.shape[1]), sample.dtype, parts)
 

@@ -24,7 +24,7 @@ from typing import Any
 from bench import report
 from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
 from bench.results import Result, Results, result_key
-from bench.rows import AUTOROUND, LLAMA_CPP, OURS, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
+from bench.rows import AUTOROUND, LLAMA_CPP, OURS, PTQ161, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
 from bench.variables import learned_at_once
 
 from tesseraq_gguf.errors import TesseraqError
@@ -61,6 +61,13 @@ Same type, same text, same number of steps of the same size: 128-token sequences
 (every fifth stretch of 2000 characters is kept). The kept part is text like the one that was learned on; the text that
 perplexity and divergence without a remark belong to is of another domain. Variables are numbers learned at once, in a
 block; peak memory is that of the whole conversion."""
+
+
+PTQ161_SAID = """### What the parts of PTQ1.61 bring
+
+Each row does what the row above does, and one thing more: the mask of activation peaks alone, signs and 4-bit channels
+rounded to nearest; scales of signs and of input channels learned from the blocks' squared error; the cosine in their
+loss; and preprocessing with adapters, which learn the calibration text."""
 
 
 def main() -> None:
@@ -125,7 +132,7 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
     types = Counter(t.type for t in matrices)
     if row.type and set(types) != {row.type}:
         raise RuntimeError(f"the matrices of its blocks should all be {row.type}, and are {dict(types)}")
-    bits = 8 * sum(t.bytes for t in matrices) / sum(t.shape[0] * t.shape[1] for t in matrices)
+    bits = facts.block_bpw
     _say(f"measuring {row.name}")
     found = [_perplexity(places, out, t).compare(out, base) for t, base in zip(texts, logits, strict=True)]
     perplexity, error, kld, top1 = found[0]
@@ -169,7 +176,7 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
     """Put table, plot and commands into `docs/quality.md`, between its markers."""
     page, drawing = docs / "quality.md", docs / "quality.svg"
     everything = measured
-    measured, rounding = ([m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING))
+    measured, rounding, ptq161 = ([m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING, PTQ161))
     report.plot(measured, drawing)
     shown = SHOWN | {
         "calibration": options.calibration.name,
@@ -191,6 +198,7 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
             report.table(measured),
             report.notes(measured),
             *([ROUNDING_SAID, report.rounding_table(rounding)] if rounding else []),
+            *([PTQ161_SAID, report.table(ptq161)] if ptq161 else []),
             f"![perplexity against bits per weight]({drawing.name})",
             f"Models, importance matrix ({read} of 512 tokens, in `llama-imatrix --no-ppl`) and tokens for AutoRound "
             f"{AUTOROUND_VERSION} ({options.samples} × {options.seqlen}, drawn as ours are) come from "

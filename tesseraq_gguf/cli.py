@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
-from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, LEARNED, METHODS, PRESETS
+from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, LEARNED, METHODS, PARTS, PRESETS
 from tesseraq_gguf.rules import read_rules, size_of
 from tesseraq_gguf.runtime.target import CROSS
 from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
@@ -133,7 +133,7 @@ def convert(
         typer.Option(
             "--type",
             help="Tensor type of the decoder blocks' matrices: tsq2, tsq3, tsq4 for our runtime; "
-            "q2_0, q4_0, q4_1, q5_0, q8_0, q2_k, q3_k, q4_k for any llama.cpp. "
+            "ptq1_61 and bcq4 too; q2_0, q4_0, q4_1, q5_0, q8_0, q2_k, q3_k, q4_k for any llama.cpp. "
             "With f16, bf16 or f32 nothing is learned.",
         ),
     ] = "tsq2",
@@ -208,6 +208,23 @@ def convert(
             help="Rank of lrq's scaling matrices.", show_default="a quarter of the model's width, as in the paper"
         ),
     ] = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="How much of ptq161 is done, for its ablation: "
+            "mask, scales (mask and learned scales), or cosine, all of it."
+        ),
+    ] = PARTS[-1],
+    preprocess: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|wikitext2|c4",
+            help="Quantise once, let low-rank adapters learn this text, and quantise the result (needs peft).",
+        ),
+    ] = None,
+    preprocess_steps: Annotated[
+        int | None, typer.Option("--preprocess-steps", help="Steps of that, in place of the preset's.")
+    ] = None,
     preset: Annotated[
         str, typer.Option("--preset", help=f"How much to spend: {', '.join(PRESETS)} (the paper's setting).")
     ] = "balanced",
@@ -273,6 +290,9 @@ def convert(
         init=init,
         finish=finish,
         rank=rank,
+        parts=parts,
+        preprocess=preprocess,
+        preprocess_steps=preprocess_steps,
         granularity=granularity,
         activations=activations,
         kv_bits=kv_bits,
@@ -649,6 +669,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
             *learning,
             "granularity",
             "codebooks",
+            "preprocess",
             "activations",
             "kv_bits",
             "output_type",
@@ -672,6 +693,8 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
         raise UsageError("--type gives all matrices one type, a target chooses among --candidates: give one of them")
     if "codebooks" in given and _learns(type) and not type.lower().startswith("bcq"):
         raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
+    if "parts" in given and method != "ptq161":
+        raise UsageError("--parts are ptq161's alone: --parts has no meaning there")
     for name in ignored:
         if name in given:
             raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from tesseraq_gguf.affine import Affine
 from tesseraq_gguf.grids import Arrays, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
@@ -244,11 +244,11 @@ class _Student:
     def _load(self, index: int) -> tuple[LoadedBlock, _Variables]:
         tensors = self._blocks(index)
         block = self._decoder.load_block(index, hollow=tensors.keys())
-        matrices = {n.removeprefix(block.prefix): t for n, t in tensors.items() if not t.plain}
-        for name, tensor in tensors.items():
-            if tensor.plain:
-                block.replace(name.removeprefix(block.prefix), tensor.arrays["values"].to(self._decoder.device))
-        variables = _Variables(matrices, block.norms(), self._decoder.device)
+        matrices = {n.removeprefix(block.prefix): t for n, t in tensors.items() if t.is_matrix}
+        block.take_over(tensors)
+        # what does not move here leaves as it came: orders of columns, and biases that moved along with rows
+        kept = {name.removeprefix(block.prefix): t for name, t in tensors.items() if not t.is_matrix}
+        variables = _Variables(matrices, block.norms(), self._decoder.device, kept)
         variables.restore(self._file(str(index)))
         return block, variables
 
@@ -265,11 +265,17 @@ class _Variables:
         matrices: by parameter name within the block.
         vectors: norms, by parameter name within the block.
         device: where to compute.
+        kept: what leaves as it came, by parameter name within the block; norms among it move.
     """
 
     def __init__(
-        self, matrices: Mapping[str, QuantizedTensor], vectors: Mapping[str, Tensor], device: torch.device
+        self,
+        matrices: Mapping[str, QuantizedTensor],
+        vectors: Mapping[str, Tensor],
+        device: torch.device,
+        kept: LearnedBlock | None = None,
     ) -> None:
+        self._kept = kept or {}
         self._matrices = {n: _moved(t, device) for n, t in matrices.items()}
         self._vectors = dict(vectors)
         self._size = {n: float(v.square().mean().sqrt().clamp_min(0.02)) for n, v in vectors.items()}
@@ -289,7 +295,7 @@ class _Variables:
             grid, arrays = grid_of(tensor.type), _parameters(tensor)
             scale, zero = grid.realise(self._of(name), arrays)
             q = grid.levels(tensor)
-            weights[name.removesuffix(".weight")] = _Affine.apply(q, scale, zero).flatten(-2)
+            weights[name.removesuffix(".weight")] = Affine.apply(q, scale, zero).flatten(-2)
         return weights, {n: v + self._size[n] * self._variables[n, "norm"] for n, v in self._vectors.items()}
 
     def descend_vectors(self, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
@@ -327,7 +333,7 @@ class _Variables:
     @torch.no_grad()
     def tighten(self, prefix: str) -> LearnedBlock:
         """Matrices and vectors as they leave, by checkpoint name."""
-        learned = {}
+        learned = {prefix + name: tensor for name, tensor in self._kept.items()}
         for name, tensor in self._matrices.items():
             grid = grid_of(tensor.type)
             arrays = grid.tighten(self._of(name), _parameters(tensor))
@@ -336,22 +342,6 @@ class _Variables:
 
     def _of(self, name: str) -> Arrays:
         return {key: v for (n, key), v in self._variables.items() if n == name}
-
-
-class _Affine(torch.autograd.Function):
-    """scale·(q - zero) of grouped codes [rows, groups, group], with a backward that needs the codes alone."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        ctx.save_for_backward(q, scale, zero)
-        return q.float().sub_(zero[..., None]).mul_(scale[..., None])
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
-        q, scale, zero = ctx.saved_tensors
-        total = gradient.sum(-1)
-        return None, torch.linalg.vecdot(gradient, q.float()) - zero * total, -scale * total
 
 
 def _parameters(tensor: QuantizedTensor) -> Arrays:

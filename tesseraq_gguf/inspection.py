@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tesseraq_gguf.converter.column_orders import SUFFIX
 from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 
@@ -70,7 +71,8 @@ class Inspection:
         path: the file.
         bytes: its size.
         bpw: bits of the file per weight of the model, everything counted.
-        weights: elements of all tensors.
+        weights: elements of all tensors, orders of columns left out.
+        block_bpw: bits per weight of the matrices in the blocks, orders of their columns included.
         architecture: llama.cpp's name of the model's kind.
         file_type: name of `general.file_type`, None if the file has none.
         runs_on: in words: any llama.cpp, or our runtime only.
@@ -85,6 +87,7 @@ class Inspection:
     bytes: int
     bpw: float
     weights: int
+    block_bpw: float
     architecture: str
     file_type: str | None
     runs_on: str
@@ -110,7 +113,7 @@ def inspect(path: Path | str) -> Inspection:
     file = open_gguf(path)
     architecture = str(file.get("general.architecture", "unknown"))
     types = _totals(file.tensors)
-    weights = sum(t.weights for t in types)
+    weights = sum(t.weights for t in file.tensors if not t.name.endswith(SUFFIX))
     custom = [t.type for t in types if t.custom]
     wanted = (*_GENERAL_KEYS, *(f"{architecture}.{key}" for key in _MODEL_KEYS))
     metadata = {key: file.get(key) for key in wanted if key in file.entries}
@@ -123,6 +126,7 @@ def inspect(path: Path | str) -> Inspection:
         bytes=file.bytes,
         bpw=round(8 * file.bytes / weights, 4) if weights else 0.0,
         weights=weights,
+        block_bpw=block_bits_per_weight(file.tensors),
         architecture=architecture,
         file_type=_file_type(file),
         runs_on=_runs_on(custom, {t.type for t in types}),
@@ -174,12 +178,21 @@ def render(inspection: Inspection, *, tensors: bool = True) -> Group:
 def _facts(inspection: Inspection) -> Iterable[tuple[str, str]]:
     yield "file", inspection.path
     yield "size", f"{inspection.bytes:,} bytes, {inspection.bpw:.3f} bits per weight ({inspection.weights:,} weights)"
+    yield "blocks", f"{inspection.block_bpw:.3f} bits per weight of their matrices, orders of columns included"
     yield "architecture", inspection.architecture
     if inspection.file_type:
         yield "file type", inspection.file_type
     yield "runs on", inspection.runs_on
     for key, value in (inspection.metadata | {f"tesseraq.{k}": v for k, v in inspection.tesseraq.items()}).items():
         yield key, str(value)
+
+
+def block_bits_per_weight(tensors: Iterable[TensorInfo]) -> float:
+    """Bits per weight of the matrices in the blocks with the orders of their columns; 0 if there are none."""
+    blocks = [t for t in tensors if t.name.startswith("blk.")]
+    matrices = [t for t in blocks if len(t.shape) > 1]
+    counted = sum(t.bytes for t in blocks if t in matrices or t.name.endswith(SUFFIX))
+    return round(8 * counted / max(1, sum(t.weights for t in matrices)), 4)
 
 
 def _totals(tensors: Iterable[TensorInfo]) -> tuple[TypeSummary, ...]:

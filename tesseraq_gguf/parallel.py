@@ -57,6 +57,12 @@ class Team:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def highest(self, tensors: Iterable[Tensor]) -> None:
+        """Replace tensors by their maxima over all processes, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+
     def widest(self, low: float, high: float) -> tuple[float, float]:
         """Return the lowest and the highest of a number over all processes."""
         if self.size == 1:

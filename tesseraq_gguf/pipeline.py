@@ -19,6 +19,7 @@ import torch
 from tesseraq_gguf.bit_budget import CostMeter
 from tesseraq_gguf.calibration import Calibration, load_calibration
 from tesseraq_gguf.codebooks import model_codebooks
+from tesseraq_gguf.converter.column_orders import SUFFIX
 from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import Metadata, check_output, stock_type, write_gguf, write_plain
@@ -33,6 +34,7 @@ from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
 from tesseraq_gguf.methods.omniquant import OmniQuant
+from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
@@ -40,7 +42,8 @@ from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.parallel import Team, join
 from tesseraq_gguf.paths import temporary_sibling
-from tesseraq_gguf.quantized import plain_vector
+from tesseraq_gguf.preprocessing import STEPS, Preprocessing, check_installed
+from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 from tesseraq_gguf.rare_experts import RARE
 from tesseraq_gguf.recipe import AUTO_INIT, LEARNED, Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
@@ -50,7 +53,15 @@ from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
 from tesseraq_gguf.type_plan import TypePlan, plan_types, within_budget
-from tesseraq_gguf.work_directory import CODEBOOKS, EMBEDDINGS, FINAL, WorkDirectory, finished_block, shared_work
+from tesseraq_gguf.work_directory import (
+    CARRIED,
+    CODEBOOKS,
+    EMBEDDINGS,
+    FINAL,
+    WorkDirectory,
+    finished_block,
+    shared_work,
+)
 
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
@@ -129,6 +140,9 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     progress = progress or SilentProgress()
     started = time.monotonic()
     target = tensor_type(recipe.type)
+    for outside in (recipe.embedding_type, recipe.output_type):
+        if outside in GRIDS and GRIDS[outside].ordered:
+            raise UsageError(f"{outside} is for matrices in the blocks: columns of the embedding have no order")
     if recipe.learns:
         _check_grid(recipe, grid_for(target.name, target.block_weights, recipe.granularity))
     check_output(recipe.out)
@@ -153,18 +167,24 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     calibration = _calibration(recipe, source, progress)
     if calibration:
         _check_team(team, recipe, len(calibration.tokens), decoder)
+    text = _text_to_learn(recipe, source, team, progress)
     progress.stage("Asking llama.cpp's converter about the model")
     plan = plan_types(recipe, source, decoder, tree)
     for name, reason in plan.fallbacks.items():
         progress.note(f"{name} {reason}")
     autocast = learning_dtype(device)
-    identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan)
+    identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan) | _preprocessed(recipe, text)
     folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
     with shared_work(team, lambda: WorkDirectory(folder, identity, recipe.fresh)) as work:
         resumed, ranges = 0, dict[str, Range]()
         if recipe.budgeted and calibration:
             plan = _within_budget(recipe, plan, source, decoder, calibration, team, work, progress)
         codebooks = _codebooks(recipe, decoder, plan.types | plan.outside, calibration, work, progress)
+        before = None
+        if text is not None:
+            decoder, before = _preprocess(
+                recipe, decoder, plan, codebooks, calibration, text, autocast, team, work, identity, progress
+            )
         for result in _results(recipe, decoder, plan, codebooks, calibration, autocast, team, work, progress):
             if not result.resumed:
                 work.keep(result)
@@ -178,6 +198,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         work = work.alone()
         if recipe.finish == "distill" and calibration:
             _finish(recipe, decoder, calibration, autocast, work, progress)
+        if before is not None:
+            _carry(before, decoder, work, recipe.finish != "none")
         progress.stage(f"Writing and verifying {recipe.out.name}")
         embedding = plan.embedding_type
         write_gguf(
@@ -236,10 +258,14 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
 
 
 def _check_grid(recipe: Recipe, grid: Grid) -> None:
-    """Refuse methods that move weights in steps of one scale where codes name codewords."""
+    """Refuse methods that move weights in steps of one scale where codes name codewords, or do not all reach as far."""
+    if recipe.method == "ptq161" and not grid.ordered:
+        raise UsageError(f"ptq161 learns the scales of ptq1_61: it is not possible in {grid.type}")
     uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
     if uneven and not grid.uniform:
-        raise UsageError(f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced")
+        raise UsageError(
+            f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced, or not equally many"
+        )
 
 
 def _codebooks(
@@ -295,6 +321,7 @@ def _results(
         granularity=recipe.granularity,
         activations=recipe.scheme,
         codebooks=codebooks,
+        salient="peak" if recipe.method == "ptq161" else "error",
         team=team,
     )
     with _memory_explained(decoder):
@@ -309,6 +336,71 @@ def _results(
         yield from walk.run(
             calibration.tokens, sensitivity.blocks, work.finished, lambda: _dequantized_embeddings(work)
         )
+
+
+def _text_to_learn(recipe: Recipe, source: ModelSource, team: Team, progress: Progress) -> Calibration | None:
+    """Read the text of the preprocessing, if there is one: as many sequences as its steps can take."""
+    if recipe.preprocess is None:
+        return None
+    check_installed()
+    if team.size > 1:
+        raise UsageError("--preprocess needs the whole model in one process: it is not possible under torchrun")
+    progress.stage("Reading the text to preprocess with")
+    schedule = _schedule(recipe)
+    wanted = schedule.steps * schedule.batch
+    return load_calibration(source, recipe.preprocess, wanted, recipe.settings.length, recipe.seed)
+
+
+def _schedule(recipe: Recipe) -> Preprocessing:
+    return Preprocessing(steps=recipe.preprocess_steps or STEPS[recipe.preset])
+
+
+def _preprocessed(recipe: Recipe, text: Calibration | None) -> dict[str, object]:
+    """What preprocessing adds to the identity of a run."""
+    return {"preprocess": None if text is None else [text.fingerprint(), asdict(_schedule(recipe))]}
+
+
+def _preprocess(
+    recipe: Recipe,
+    decoder: Decoder,
+    plan: TypePlan,
+    codebooks: torch.Tensor | None,
+    calibration: Calibration | None,
+    text: Calibration,
+    autocast: torch.dtype,
+    team: Team,
+    work: WorkDirectory,
+    identity: Mapping[str, object],
+    progress: Progress,
+) -> tuple[Decoder, WorkDirectory]:
+    """Quantise once, learn on the dequantised model and merge, as far as no earlier run has.
+
+    Returns:
+        The model to quantise in the end, and where what the first quantisation made is kept.
+    """
+    first = {key: value for key, value in identity.items() if key != "preprocess"}
+    with WorkDirectory(work.folder / "before", first, fresh=False) as before:
+        merged = work.folder / "preprocessed"
+        if not merged.is_dir():
+            for result in _results(recipe, decoder, plan, codebooks, calibration, autocast, team, before, progress):
+                if not result.resumed:
+                    before.keep(result)
+                progress.block(result, len(decoder))
+            progress.stage("Learning on the quantised model")
+        with _memory_explained(decoder):
+            source = _schedule(recipe).run(
+                decoder, before.block, text.tokens, recipe.seed, autocast, merged, progress.advance
+            )
+    return Decoder(source, decoder.device), before
+
+
+def _carry(before: WorkDirectory, decoder: Decoder, work: WorkDirectory, finish: bool) -> None:
+    """Keep vectors that only the first quantisation changed: the model that was quantised last has them."""
+    carried: dict[str, QuantizedTensor] = {}
+    for index in range(len(decoder)):
+        again = work.block(index, finish).keys()
+        carried |= {name: t for name, t in before.block(index).items() if t.plain and name not in again}
+    work.keep_tensors(CARRIED, carried)
 
 
 def _few(calibration: Calibration) -> torch.Tensor:
@@ -427,6 +519,8 @@ def _finish(
 
 def _method(recipe: Recipe, width: int) -> Method:
     """Put a method together from what a recipe names, for a model with so many channels."""
+    if recipe.method == "ptq161":
+        return Ptq161(len(SOFT_SHARE) * recipe.settings.steps, recipe.settings.batch, recipe.parts)
     if recipe.method in LEARNED:
         method = _learned(recipe, width)
         return AWQ(method) if recipe.init.startswith("awq") else method
@@ -479,6 +573,7 @@ def _identity(
         "method": recipe.method,
         "init": recipe.init,
         "rank": recipe.rank,
+        "parts": recipe.parts if recipe.method == "ptq161" else None,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
         "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
         "codebooks": None if recipe.codebooks == "universal" else recipe.codebooks,
@@ -494,9 +589,14 @@ def _identity(
 
 
 def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None, ranges: Mapping[str, Range]) -> Metadata:
-    settings = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
+    settings: dict[str, object] = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
     if recipe.rank:
         settings["rank"] = recipe.rank
+    if recipe.method == "ptq161":
+        settings["parts"] = recipe.parts
+    if recipe.preprocess:
+        settings["preprocess"] = Path(recipe.preprocess).name
+        settings["preprocess_steps"] = _schedule(recipe).steps
     entries: dict[str, str | int] = {
         "general.file_type": file_type,
         "tesseraq.method": _name(recipe),
@@ -514,19 +614,22 @@ def _name(recipe: Recipe) -> str:
     init = f" from {recipe.init}" if recipe.method in LEARNED and recipe.init != "auto" else ""
     init += " per channel" if recipe.granularity == "channel" else ""
     init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""
+    init += ", preprocessed" if recipe.preprocess else ""
     init += ", codebooks of its own" if recipe.codebooks == "model" else ""
     return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 
 def _report(recipe: Recipe, blocks: int, resumed: int, fallbacks: dict[str, str], started: float) -> ConversionReport:
     seen = inspect(recipe.out)
-    grids = [t for t in seen.tensors if t.name.startswith("blk.") and t.type in GRIDS and recipe.learns]
+    inside = [t for t in seen.tensors if t.name.startswith("blk.") and recipe.learns]
+    grids = [t for t in inside if t.type in GRIDS]
     weights = sum(math.prod(t.shape) for t in grids)
+    size = sum(t.bytes for t in grids) + sum(t.bytes for t in inside if t.name.endswith(SUFFIX))
     return ConversionReport(
         out=recipe.out,
         bytes=seen.bytes,
         bits_per_weight=seen.bpw,
-        block_bits_per_weight=8 * sum(t.bytes for t in grids) / weights if weights else 0.0,
+        block_bits_per_weight=8 * size / weights if weights else 0.0,
         blocks=blocks,
         resumed=resumed,
         seconds=time.monotonic() - started,

@@ -8,23 +8,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from tesseraq_gguf.paths import temporary_sibling
 
 _SEPARATOR = "|"
 
-_PLAIN = "f32"
+_PLAIN, _ORDER = "f32", "i32"
+
+ORDER = ".order"
+"""Ends the name of an order of columns, which begins as that of the matrix does: `….q_proj.order`."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One learned matrix, or a vector such as a norm's weight that changed along with matrices.
+    """One learned matrix, a vector such as a norm's weight that changed along with matrices, or an order of columns.
 
     Attributes:
-        type: name of its tensor type (`tsq2`); `f32` for a vector.
+        type: name of its tensor type (`tsq2`); `f32` for a vector, `i32` for an order.
         arrays: codes and parameters by name, each with the matrix's rows first: for TSQ types `q` uint8 [out, in],
-            `d` and `z` uint8 [out, in / 64]. Their meaning is the grid's and the packer's. A vector has `values`.
+            `d` and `z` uint8 [out, in / 64]. Their meaning is the grid's and the packer's. A vector has `values`,
+            and so has an order: the input channel of every column.
     """
 
     type: str
@@ -35,10 +40,25 @@ class QuantizedTensor:
         """Whether this is a vector of plain numbers."""
         return self.type == _PLAIN
 
+    @property
+    def is_order(self) -> bool:
+        """Whether this is an order of columns."""
+        return self.type == _ORDER
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether this is a learned matrix."""
+        return not self.plain and not self.is_order
+
 
 def plain_vector(values: Tensor) -> QuantizedTensor:
     """Keep a vector, float32 of any shape, as it is."""
     return QuantizedTensor(_PLAIN, {"values": values.detach().float()})
+
+
+def column_order(order: Tensor) -> QuantizedTensor:
+    """Keep an order of columns: the input channel of each, any integers [in]."""
+    return QuantizedTensor(_ORDER, {"values": order.detach().to(torch.int32)})
 
 
 def save_tensors(file: Path, tensors: dict[str, QuantizedTensor], notes: dict[str, str] | None = None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.schemes import ActivationScheme, scheme_of
 
-METHODS = ("tesseraq", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
+METHODS = ("tesseraq", "ptq161", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
 """Methods by name: those that learn the rounding, then those to compare with."""
 
 LEARNED = ("tesseraq", "lrq", "flexround")
@@ -32,6 +32,9 @@ AUTO = "auto"
 
 CANDIDATES = ("tsq2", "tsq3", "tsq4")
 """Types that a budget is spent on unless others are named."""
+
+PARTS = ("mask", "scales", "cosine")
+"""Parts of PTQ1.61, each with all before it: the mask alone, learned scales, the cosine in their loss."""
 
 CODEBOOKS = ("universal", "model")
 """Where types with codebooks have them from."""
@@ -92,6 +95,8 @@ class Recipe:
         activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
         kv_bits: bits of keys and values while learning; None leaves them.
         codebooks: `universal`, or `model` for codebooks designed from this model, in types that have any.
+        preprocess: the text of quantisation preprocessing, as `calibration`; None leaves it out.
+        preprocess_steps: its steps; None takes the preset's.
         preset: `fast`, `balanced` or `best`.
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
@@ -115,10 +120,13 @@ class Recipe:
     init: str = "auto"
     finish: str = "none"
     rank: int | None = None
+    parts: str = "cosine"
     granularity: str = "group"
     activations: str = "none"
     kv_bits: int | None = None
     codebooks: str = "universal"
+    preprocess: str | None = None
+    preprocess_steps: int | None = None
     preset: str = "balanced"
     calibration: str | None = None
     samples: int | None = None
@@ -142,6 +150,7 @@ class Recipe:
         _check("initialisation", self.init, INITIALISATIONS)
         _check("finish", self.finish, FINISHES)
         _check("granularity", self.granularity, GRANULARITIES)
+        _check("part of PTQ1.61", self.parts, PARTS)
         if self.target_bpw is not None and self.target_size is not None:
             raise UsageError("--target-bpw and --target-size are two budgets: give one")
         if self.target_bpw is not None and not self.target_bpw > 0:
@@ -155,6 +164,8 @@ class Recipe:
             raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank must be at least 1, not {self.rank}")
+        if self.preprocess_steps is not None and (self.preprocess is None or self.preprocess_steps < 1):
+            raise UsageError("--preprocess-steps must be at least 1, and go with --preprocess TEXT")
         if self.samples is not None and self.samples < 1:
             raise UsageError(f"--samples must be at least 1, not {self.samples}")
         if self.seqlen is not None and self.seqlen < 8:

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.activations import ActivationRounding
+from tesseraq_gguf.column_order import Score
 from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.parallel import Team
-from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
+from tesseraq_gguf.quantized import ORDER, QuantizedTensor, column_order, plain_vector
 from tesseraq_gguf.rare_experts import Visits, counted, rarely, round_rare
+from tesseraq_gguf.reordering import InputWatch, plan_moves
 from tesseraq_gguf.schemes import ActivationScheme, Range
 
 Finished = Callable[[int], "BlockResult | None"]
@@ -84,9 +86,12 @@ class BlockProblem:
         """Run the block on hidden states [batch, length, hidden], with `weights` in place of its own where given."""
         return self.block.run(hidden, self.arguments, weights)
 
-    def quantised(self, hidden: Tensor, weights: Weights) -> Tensor:
-        """Run the block as the file will: with `weights`, and with activations rounded where the scheme says so."""
-        return self.block.run(hidden, self.arguments, weights, rounding=self.rounding)
+    def quantised(self, hidden: Tensor, weights: Weights, vectors: Weights | None = None) -> Tensor:
+        """Run the block as the file will: with `weights`, and with activations rounded where the scheme says so.
+
+        `vectors` take the place of the block's own, by name within the block.
+        """
+        return self.block.run(hidden, self.arguments, weights, vectors, self.rounding)
 
     def loss(self, weights: Weights, samples: Tensor) -> Tensor:
         """Weighted squared error of the block's output, summed over channels, mean over tokens.
@@ -96,13 +101,17 @@ class BlockProblem:
             samples: which samples to run, int64.
         """
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
-        with self._precision():
+        with self.precision():
             out = self.quantised(hidden, weights)
-        error = (out.float() - target).pow(2)
+        return self.weighted((out.float() - target).pow(2))
+
+    def weighted(self, error: Tensor) -> Tensor:
+        """Sum errors [batch, length, hidden] over channels as the answers feel these; mean over tokens."""
         first, rest = error[:, 0] @ self.sensitivity[0], error[:, 1:] @ self.sensitivity[1]
         return (first.sum() + rest.sum()) / (first.numel() + rest.numel())
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
+        """Return the context in which matrix products are made while learning."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
     def draw(self, count: int) -> Tensor:
@@ -150,7 +159,7 @@ class BlockProblem:
         handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
         try:
             for sample in self.inputs[: self.team.count(samples)].split(1):
-                with self._precision():
+                with self.precision():
                     self.forward(sample.to(self.device))
         finally:
             for handle in handles:
@@ -231,6 +240,7 @@ class Reconstruction:
         granularity: what shares a scale: `group` or `channel`.
         activations: how activations of the quantised chain are rounded.
         codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+        salient: which channels come to salient places, where a type has these.
         team: the processes that learn together.
     """
 
@@ -243,6 +253,7 @@ class Reconstruction:
     granularity: str = "group"
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     codebooks: Tensor | None = None
+    salient: Score = "error"
     team: Team = field(default_factory=Team)
 
     def run(
@@ -274,10 +285,14 @@ class Reconstruction:
             problem = self._problem(index, full, quantised, sensitivity[index], recorded)
             problem.samples = samples
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
-            with counted(problem) as visits:
-                _run_in_place(full, problem.forward, problem.device)
             result = finished(index)
+            ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
+            watch = InputWatch()
+            with watch.watching(problem.block, ordered), counted(problem) as visits:
+                _run_in_place(full, problem.forward, problem.device)
             if result is None:
+                if ordered:
+                    self._reorder(problem, watch)
                 ranges = problem.input_ranges() if self.activations.static else {}
                 self._round(problem, ranges)
                 before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
@@ -286,7 +301,7 @@ class Reconstruction:
                 weights = _dequantized(problem, learned)
                 after = _mean_loss(problem, weights)
                 named = {f"{problem.block.prefix}{name}.weight": r for name, r in ranges.items()}
-                tensors = _named(problem, learned)
+                tensors = leaving(problem.block, problem.grids, learned)
                 rare = tuple(f"{problem.block.prefix}{name}.weight" for name in rarely(visits))
                 seconds = time.monotonic() - started
                 result = BlockResult(index, tensors, before, after, seconds, ranges=named, rare=rare)
@@ -304,6 +319,15 @@ class Reconstruction:
         learned = self.method.learn(problem) if problem.grids else {}
         problem.grids = grids
         return learned | rounded
+
+    def _reorder(self, problem: BlockProblem, watch: InputWatch) -> None:
+        """Bring columns into the order that their types want; the block stays the same function."""
+        statistics = watch.statistics(self.team)
+        hidden = problem.inputs[:1].to(problem.device)
+        for move in self.team.from_first(
+            lambda: plan_moves(problem.block, problem.arguments, hidden, problem.grids, statistics, self.salient)
+        ):
+            move.apply(problem.block)
 
     def _round(self, problem: BlockProblem, ranges: Mapping[str, Range]) -> None:
         if self.activations.rounds:
@@ -354,12 +378,14 @@ def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
     return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
 
 
-def _named(problem: BlockProblem, learned: Mapping[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
-    """What leaves the block, by checkpoint name."""
-    block = problem.block
-    matrices = {f"{name}.weight": problem.grids[name].stored(tensor) for name, tensor in learned.items()}
+def leaving(
+    block: LoadedBlock, grids: Mapping[str, Grid], learned: Mapping[str, QuantizedTensor]
+) -> dict[str, QuantizedTensor]:
+    """Return what leaves a block, by checkpoint name: matrices, vectors that changed, and orders of columns."""
+    matrices = {f"{name}.weight": grids[name].stored(tensor) for name, tensor in learned.items()}
     vectors = {name: plain_vector(v) for name, v in block.replaced.items() if name not in matrices}
-    return {block.prefix + name: tensor for name, tensor in (matrices | vectors).items()}
+    orders = {f"{name}{ORDER}": column_order(order) for name, order in block.orders.items()}
+    return {block.prefix + name: tensor for name, tensor in (matrices | vectors | orders).items()}
 
 
 def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:

@@ -27,6 +27,9 @@ EMBEDDINGS = "embeddings"
 CODEBOOKS = "codebooks"
 """Name of the codebooks that were designed for the model."""
 
+CARRIED = "carried"
+"""Name of the vectors that changed before preprocessing and that the second quantisation left as they were."""
+
 FINAL = "final"
 """Name of the vectors outside the blocks that the last pass learned; the pass is over when they are there."""
 
@@ -128,9 +131,9 @@ class WorkDirectory:
         ranges = {name: (low, high) for name, (low, high) in json.loads(notes.get("ranges", "{}")).items()}
         return BlockResult(index, tensors, before, after, seconds=0.0, resumed=True, ranges=ranges)
 
-    def block(self, index: int) -> dict[str, QuantizedTensor]:
-        """Return what was learned for a finished block."""
-        return load_tensors(self._file(_block(index)))[0]
+    def block(self, index: int, finish: bool = False) -> dict[str, QuantizedTensor]:
+        """Return what was learned for a finished block, or what a last pass over it left."""
+        return load_tensors(self._file(finished_block(index) if finish else _block(index)))[0]
 
     def keep_tensors(self, name: str, tensors: dict[str, QuantizedTensor], notes: dict[str, str] | None = None) -> None:
         """Write tensors that belong to no block, or to a later pass, under a name."""
@@ -159,7 +162,7 @@ class WorkDirectory:
             finish: whether a last pass ran over them.
         """
         names = [finished_block(i) if finish else _block(i) for i in range(blocks)]
-        more = [EMBEDDINGS, *([FINAL] if finish else [])]
+        more = [EMBEDDINGS, CARRIED, *([FINAL] if finish else [])]
         return [self._file(n) for n in names] + [f for n in more if (f := self._file(n)).is_file()]
 
     def remove(self) -> None:

@@ -16,12 +16,17 @@ import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
+from tesseraq_gguf.converter.column_orders import orders_of
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.converter.verify import own_codebooks
+from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.inspection import inspect
+from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.source import expand
 from tesseraq_gguf.pipeline import SilentProgress
+from tesseraq_gguf.quantized import load_tensors
 from tesseraq_gguf.recipe import PRESETS
 
 pytestmark = pytest.mark.slow
@@ -346,3 +351,122 @@ def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_pat
 def test_codebooks_refuse_methods_that_step_by_one_scale(options, make_model, long_text, tmp_path):  # noqa: F811
     with pytest.raises(UsageError, match="not evenly spaced"):
         convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="bcq4", **options))
+
+
+def _final(source, tokens, blocks) -> torch.Tensor:
+    """Final hidden states of a model with learned blocks."""
+    decoder = Decoder(source, torch.device("cpu"))
+    hidden, recorded = decoder.stem(tokens)
+    with torch.no_grad():
+        for index in range(len(decoder)):
+            block = decoder.load_block(index)
+            weights = block.adopt(blocks(index))
+            hidden = torch.cat([block.run(h, recorded.arguments[index], weights) for h in hidden.split(1)])
+    return hidden
+
+
+@pytest.mark.parametrize("origin", ["folder", "gguf"])
+@pytest.mark.parametrize("method", ["rtn", "ptq161"])
+def test_ordered_columns_from_model_to_file(method, origin, make_model, long_text, tmp_path):  # noqa: F811
+    source = make_model("llama-256")
+    if origin == "gguf":
+        write_plain(source, tmp_path / "model.gguf", "f16")
+        source = resolve_model(str(tmp_path / "model.gguf"))
+    given = {} if method == "rtn" else {"samples": 8, "seqlen": 32, "calibration": str(long_text), "preset": "fast"}
+    model = str(source.gguf or source.folder)
+    recipe = Recipe(
+        model, tmp_path / "out.gguf", type="ptq1_61", method=method, device="cpu", embedding_type="f32",
+        work_dir=tmp_path / "work", **given,
+    )  # fmt: skip
+    report = convert(recipe)
+    file = open_gguf(recipe.out)
+    learned = {t.name for t in file.tensors if t.type == "ptq1_61"}
+    assert len(learned) == 14
+    # values, gate and up carry the orders of what reads them in their rows
+    stored = {t.name for t in file.tensors if t.type == "i32"}
+    assert stored == {f"blk.{i}.{name}.order" for i in (0, 1) for name in ("attn_q", "ffn_gate")}
+    assert orders_of(file).keys() == {
+        f"blk.{i}.{name}.weight" for i in (0, 1) for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+    }
+    weights = sum(t.weights for t in file.tensors if t.name in learned)
+    bits = 27 / 16 + 32 * 256 * len(stored) / weights
+    assert report.block_bits_per_weight == pytest.approx(bits)
+    assert inspect(recipe.out).block_bpw == pytest.approx(bits, abs=1e-4)
+    # the file is the same function as the learner's blocks
+    tokens = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+    blocks = [load_tensors(tmp_path / "work" / f"block-{i:04d}.safetensors")[0] for i in (0, 1)]
+    expected = _final(source, tokens, blocks.__getitem__)
+    got = _final(expand(recipe.out, tmp_path / "back"), tokens, lambda _: {})
+    assert float((got - expected).norm()) < 2e-3 * float(expected.norm())
+
+
+def test_a_last_pass_keeps_orders_and_biases(make_model, long_text, tmp_path):  # noqa: F811
+    source = make_model("llama-256-bias")
+    recipe = _recipe(
+        source, tmp_path / "out.gguf", long_text, type="ptq1_61", method="gptq", finish="distill",
+        work_dir=tmp_path / "work",
+    )  # fmt: skip
+    convert(recipe)
+    for index in (0, 1):
+        before, after = (
+            load_tensors(tmp_path / "work" / f"{name}-{index:04d}.safetensors")[0] for name in ("block", "finish")
+        )
+        assert before.keys() <= after.keys()
+        kept = [n for n, t in before.items() if t.is_order or n.endswith("bias")]
+        assert len(kept) == 5 + 3
+        assert all(torch.equal(before[n].arrays["values"], after[n].arrays["values"]) for n in kept)
+        assert any(not torch.equal(before[n].arrays["d"], t.arrays["d"]) for n, t in after.items() if t.is_matrix)
+
+
+def test_rows_that_no_block_divides_are_named(make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()  # 128 channels, and 192 between
+    report = convert(
+        _recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="ptq1_61", method="gptq"), told
+    )
+    assert {name.split(".")[-2] for name in report.fallbacks} == {"down_proj"}
+    assert any("down_proj" in note and "128 does not divide its rows of 192" in note for note in told.notes)
+
+
+def test_ptq161_is_of_its_own_type(make_model, long_text, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="not possible in tsq2"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method="ptq161"))
+    with pytest.raises(UsageError, match="lrq is not possible in ptq1_61"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method="lrq", type="ptq1_61"))
+    with pytest.raises(UsageError, match="no order"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, embedding_type="ptq1_61"))
+
+
+class Stopper(Listener):
+    """Stops a conversion after some steps of the preprocessing."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left, self.stage_now = steps, ""
+
+    def stage(self, text: str) -> None:
+        self.stage_now = text
+
+    def advance(self, done: int, total: int) -> None:
+        if self.stage_now.startswith("Learning on the quantised model"):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+
+def test_preprocessing_makes_another_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
+    source, whole = make_model("llama-256"), tmp_path / "whole.gguf"
+    options = {"type": "ptq1_61", "method": "ptq161", "embedding_type": "f16"}
+    plain = _recipe(source, tmp_path / "plain.gguf", long_text, **options)
+    options |= {"preprocess": str(long_text), "preprocess_steps": 4}
+    told = Listener()
+    convert(plain, told)
+    convert(_recipe(source, whole, long_text, **options), told)
+    assert whole.read_bytes() != plain.out.read_bytes()
+    assert "preprocessed" in str(inspect(whole).tesseraq["method"])
+    broken = _recipe(source, tmp_path / "broken.gguf", long_text, **options)
+    with pytest.raises(KeyboardInterrupt):
+        convert(broken, Stopper(2))
+    told = Listener()
+    convert(broken, told)
+    assert [r.resumed for r in told.results] == [True, True, False, False]  # blocks of the first, then of the last
+    assert broken.out.read_bytes() == whole.read_bytes()

@@ -54,6 +54,12 @@ KINDS: dict[str, tuple[str, dict]] = {
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "phi-fused": ("Phi3", {"original_max_position_embeddings": 512}),
 }
+_WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
+# rows of two blocks of 128, and heads of one
+WIDE_KINDS: dict[str, tuple[str, dict]] = {
+    "llama-256": ("Llama", _WIDE),
+    "llama-256-bias": ("Llama", _WIDE | {"attention_bias": True, "mlp_bias": True}),
+}
 
 
 def tokenizer() -> bytes:
@@ -74,7 +80,7 @@ def tokenizer() -> bytes:
 def save_model(kind: str, folder: Path) -> None:
     import transformers
 
-    architecture, different = KINDS[kind]
+    architecture, different = (KINDS | WIDE_KINDS)[kind]
     name = f"{architecture}TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
     config = getattr(transformers, name)(**(SMALL | different))
     torch.manual_seed(len(kind))
@@ -88,7 +94,7 @@ def save_model(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
-    """Return the tiny model of a kind in KINDS, made once."""
+    """Return the tiny model of a kind in KINDS or WIDE_KINDS, made once."""
     made: dict[str, ModelSource] = {}
     pieces = tokenizer()
 

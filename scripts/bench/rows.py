@@ -12,8 +12,9 @@ from dataclasses import dataclass
 OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
 FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
 
-TYPES, ROUNDING = "types", "rounding"
-"""Studies: what a type of some size can do, ours and theirs; and how rounding is learned, by what it generalises to."""
+TYPES, ROUNDING, PTQ161 = "types", "rounding", "ptq161"
+"""Studies: what a type of some size can do, ours and theirs; how rounding is learned, by what it generalises to; and
+what the parts of PTQ1.61 bring, one after the other."""
 
 Command = tuple[str, ...]
 
@@ -58,6 +59,7 @@ CUSTOM_TYPES = ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4")
 STOCK_TYPES = ("q2_0", "q4_0", "q4_1")
 K_TYPES = ("q2_k", "q3_k", "q4_k")
 INITIALISATIONS = ("none", "gptq", "awq", "omniquant", "awq+gptq")
+ONE_BIT_TYPE = "ptq1_61"
 METHOD_NAMES = {
     "rtn": "RTN",
     "gptq": "GPTQ",
@@ -66,6 +68,7 @@ METHOD_NAMES = {
     "tesseraq": "TesseraQ",
     "lrq": "LRQ",
     "flexround": "FlexRound",
+    "ptq161": "PTQ1.61",
 }
 ROUNDING_SAMPLES = 512
 """Calibration sequences of the study of rounding, where it does not vary them."""
@@ -75,6 +78,9 @@ RANKS = (16, 8, 4, 2)
 
 # what `--pure` is told, by the type that comes of it: the file type IQ2_S is made of iq2_xs, IQ2_M of iq2_s
 LLAMA_TYPES = {
+    "iq1_s": "IQ1_S",
+    "tq1_0": "TQ1_0",
+    "iq1_m": "IQ1_M",
     "iq2_xxs": "IQ2_XXS",
     "iq2_xs": "IQ2_XS",
     "iq2_s": "IQ2_M",
@@ -93,7 +99,10 @@ AUTOROUND_BITS = 2 + (16 + 2) / 64
 
 def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
-    return [*_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_budget_rows(), *_rounding_rows()]
+    return [
+        *_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_one_bit_rows(), *_budget_rows(),
+        *_rounding_rows(), *_ptq161_rows(),
+    ]  # fmt: skip
 
 
 def _references() -> Iterator[Row]:
@@ -167,6 +176,33 @@ def _our_rows() -> Iterator[Row]:
             yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
             note = "its 363 sequences are those of the row above; blocks and last pass were made in two runs"
             yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more, note=note)
+
+
+def _ptq1_61(name: str, title: str, *options: str, study: str = TYPES, note: str = "") -> Row:
+    command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", ONE_BIT_TYPE, "--embedding-type", "q8_0")
+    if "rtn" not in options:
+        options += ("--preset", "{preset}", "--calibration", "{calibration}")
+    return Row(name, OURS, title, ONE_BIT_TYPE, False, ((*command, *options),), study=study, note=note)
+
+
+def _one_bit_rows() -> Iterator[Row]:
+    """PTQ1_61 by the paper's method, and by those that go beyond it: they learn signs and 4-bit codes too."""
+    for method in ("rtn", "gptq", "ptq161"):
+        yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-{method}", METHOD_NAMES[method], "--method", method)
+    learn = ("--method", "tesseraq")
+    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-gptq", "TesseraQ from GPTQ", *learn, "--init", "gptq")
+    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-distill", "TesseraQ, distilled", *learn, "--finish", "distill")
+
+
+def _ptq161_rows() -> Iterator[Row]:
+    """The paper's ablation: each row does what the one before does, and one thing more."""
+    for name, title, options in (
+        ("mask", "mask", ("--parts", "mask")),
+        ("scales", "+ learned scales", ("--parts", "scales")),
+        ("cosine", "+ cosine in the loss", ("--parts", "cosine")),
+        ("preprocess", "+ preprocessing", ("--parts", "cosine", "--preprocess", "{calibration}")),
+    ):
+        yield _ptq1_61(f"ptq161-{name}", title, "--method", "ptq161", *options, study=PTQ161)
 
 
 def _budget_rows() -> Iterator[Row]:

@@ -9,6 +9,7 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.grids import codebook, stock, superblock, tsq
 from tesseraq_gguf.grids.grid import Arrays, Grid
 from tesseraq_gguf.grids.per_channel import per_channel
+from tesseraq_gguf.grids.ptq161 import PTQ1_61
 
 _ALL: tuple[Grid, ...] = (
     tsq.with_bits(2),
@@ -16,6 +17,7 @@ _ALL: tuple[Grid, ...] = (
     tsq.with_bits(4),
     codebook.codebook("bcq4"),
     codebook.codebook("bcq4_a4"),
+    PTQ1_61,
     stock.symmetric("q2_0", bits=2, group=64),
     stock.symmetric("q4_0", bits=4, group=32),
     stock.offset("q4_1", bits=4, group=32),
@@ -57,7 +59,7 @@ def grid_for(tensor_type: str, columns: int, granularity: str, codebooks: Tensor
         grid = grid.with_codebooks(codebooks)
     if granularity == "group":
         return grid
-    if not grid.uniform:
+    if isinstance(grid, codebook.CodebookGrid):
         raise UsageError(
             f"--granularity channel is not possible in {grid.type}: every 8 weights have their own codebook"
         )

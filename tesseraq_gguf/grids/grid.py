@@ -52,8 +52,31 @@ class Grid(ABC):
 
     @property
     def uniform(self) -> bool:
-        """Whether neighbouring codes are one scale apart; False where codes name codewords."""
+        """Whether all codes from 0 to the highest are there, one scale apart; False where codes name codewords."""
         return True
+
+    @property
+    def places(self) -> tuple[int, int] | None:
+        """Places of a block, and how many of them, the first, are for salient weights; None if all are alike."""
+        return None
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the places of a block differ, so that an order of the columns is chosen (`column_order.py`)."""
+        return self.places is not None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What a span is made of, in the order in which columns should be rounded: all spans' first parts first."""
+        return ((self, range(self.span)),)
+
+    def spread(self, variables: Tensor) -> Tensor:
+        """Give groups the variables that they share: [rows, variables of all spans] to [rows, groups]."""
+        return variables
+
+    def gather(self, of_groups: Tensor) -> Tensor:
+        """Invert `spread`: [rows, groups] to [rows, variables]."""
+        return of_groups
 
     @abstractmethod
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -165,6 +188,10 @@ class Grid(ABC):
         """Store what `realise` gives."""
         scale, zero = self.realise(relaxed, arrays)
         return self.settle_scale(scale) | self.settle_zero(zero, scale)
+
+
+Part = tuple[Grid, range]
+"""Columns of a span, and the grid that they have for themselves; its arrays are among those of the span's grid."""
 
 
 class Rounder(ABC):

@@ -66,7 +66,9 @@ class AWQ:
             losses = []
             for alpha in self._alphas():
                 s = scales(fold, means, alpha)
-                losses.append(sum(self._loss(problem, name, s[fold.spread], moments[name]) for name in fold.consumers))
+                losses.append(
+                    sum(self._loss(problem, name, fold.columns(name, s), moments[name]) for name in fold.consumers)
+                )
             chosen[fold.producer] = alpha = self._alphas()[min(range(self.points), key=losses.__getitem__)]
             if alpha:
                 fold.apply(problem.block, scales(fold, means, alpha))
@@ -93,7 +95,7 @@ def scales(fold: Fold, means: dict[str, Tensor], alpha: float) -> Tensor:
         means: mean|x| of each input of each matrix, float32 [in] by module name.
         alpha: the exponent; 0 gives all ones.
     """
-    inputs = means[fold.consumers[0]]
+    inputs = fold.inputs(fold.consumers[0], means[fold.consumers[0]])
     # query heads that share a channel each see it differently
     channels = torch.zeros(fold.channels, device=inputs.device).index_add_(0, fold.spread, inputs)
     channels /= len(fold.spread) / fold.channels

@@ -6,7 +6,8 @@ the columns after it.
     for column j:  q_j = grid(w_j);  e_j = (w_j - ŵ_j) / U_jj;  w_k -= e_j·U_jk for k > j
 
 The parameters of a span (a group, or a super-block of groups) are searched when its first column comes up, on the
-weights as the errors so far have moved them.
+weights as the errors so far have moved them. Where a grid has spans of two kinds of columns, those that err most come
+first, in all spans: the others can take what they err by.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.grids import Arrays, Grid
+from tesseraq_gguf.grids import Grid
 from tesseraq_gguf.methods.start import Start
 from tesseraq_gguf.reconstruction import BlockProblem
 
@@ -42,6 +43,9 @@ class GPTQ:
         }
 
 
+KAPPA = 0.0
+
+
 @torch.no_grad()
 def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> Start:
     """GPTQ on one matrix.
@@ -55,29 +59,41 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> St
     Returns:
         Codes and parameters, and each weight as the errors of the columns before it had moved it when it was rounded.
     """
-    w = weight.clone()
-    upper = _inverse_factor(moment, damping)
+    visited = _visits(grid, weight.shape[1]).to(weight.device)
+    w, moved = weight[:, visited], len(grid.parts) > 1
+    upper = _inverse_factor(moment[visited][:, visited] if moved else moment, damping)
     importance = 1.0 / upper.diagonal().square()
     codes = torch.empty_like(w, dtype=torch.uint8)
-    found: list[Arrays] = []
-    for start in range(0, w.shape[1], grid.span):
-        columns = slice(start, start + grid.span)
-        rounder = grid.rounder(grid.search(w[:, columns], importance[columns]))
-        block, factor = w[:, columns].T.contiguous(), upper[columns, columns]
-        errors = torch.empty_like(block)
-        q = torch.empty_like(block)
-        for j in range(grid.span):
-            q[j], value = rounder(j, block, importance[columns])
-            torch.div(block[j] - value, factor[j, j], out=errors[j])
-            block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
-        found.append(rounder.arrays)
-        w[:, columns] = block.T
-        codes[:, columns] = q.T.to(torch.uint8)
-        w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
-    arrays = {key: torch.cat([f[key] for f in found], 1) for key in found[0] if key != "c"}
-    if "c" in found[0]:  # codebooks, which all spans share
-        arrays["c"] = found[0]["c"]
-    return Start(grid.assemble(codes, arrays), w)
+    found: dict[str, list[Tensor]] = {}
+    stop = 0
+    for part, _ in grid.parts:
+        for start in range(stop, stop + weight.shape[1] // grid.span * part.span, part.span):
+            columns = slice(start, start + part.span)
+            rounder = part.rounder(part.search(w[:, columns], importance[columns]))
+            block, factor = w[:, columns].T.contiguous(), upper[columns, columns]
+            errors = torch.empty_like(block)
+            q, values = torch.empty_like(block), torch.empty_like(block)
+            for j in range(part.span):
+                q[j], values[j] = rounder(j, block, importance[columns])
+                torch.div(block[j] - values[j], factor[j, j], out=errors[j])
+                block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
+            for key, array in rounder.arrays.items():
+                found.setdefault(key, []).append(array)
+            # what later parts have taken must be there when learning begins
+            w[:, columns] = (block if part is grid.parts[-1][0] else block.lerp_(values, KAPPA)).T
+            codes[:, columns] = q.T.to(torch.uint8)
+            w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
+            stop = columns.stop
+    # codebooks are the same in all spans
+    arrays = {key: a[0] if key == "c" else torch.cat(a, 1) for key, a in found.items()}
+    back = visited.argsort()
+    return Start(grid.assemble(codes[:, back], arrays), w[:, back])
+
+
+def _visits(grid: Grid, columns: int) -> Tensor:
+    """Columns in the order in which they are rounded, int64 [columns]."""
+    spans = torch.arange(columns).view(-1, grid.span)
+    return torch.cat([spans[:, part.start : part.stop].flatten() for _, part in grid.parts])
 
 
 def _inverse_factor(moment: Tensor, damping: float) -> Tensor:

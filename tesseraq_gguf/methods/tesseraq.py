@@ -119,7 +119,7 @@ class SoftMatrix:
 
     Attributes:
         rounding: ν, float32 [groups, weights of a group], learned.
-        tuning: v, float32 [groups, 1], learned until the scale settles.
+        tuning: v, float32 [groups, or those of their scales that are stored, 1], learned until the scale settles.
         zero: z, float32 [groups, 1], learned until it settles; never if the grid fixes it.
 
     Args:
@@ -143,11 +143,11 @@ class SoftMatrix:
                 fraction /= self._gap.clamp_min(1)  # equal codewords leave no choice
             fraction.clamp_(1e-4, 1 - 1e-4)
         self.rounding = inverse_soft_step(fraction).requires_grad_()
-        self.tuning = torch.zeros_like(self._scale).requires_grad_()
+        self.tuning = torch.zeros_like(grid.gather(self._of_rows(self._scale)).view(-1, 1)).requires_grad_()
 
     def weight(self) -> Tensor:
         """Ŵ, float32 [out, in], differentiable in ν, v and z."""
-        scale = self._scale * 2 * torch.sigmoid(self.tuning)
+        scale = self._tuned()
         return _SoftWeight.apply(self.rounding, self._base, self._gap, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -168,7 +168,7 @@ class SoftMatrix:
     @torch.no_grad()
     def settle_scale(self) -> None:
         """Move the scale, d·2σ(v), to where the type can store it; v stops learning."""
-        self._arrays |= self._grid.settle_scale(self._of_rows(self._scale * 2 * torch.sigmoid(self.tuning)))
+        self._arrays |= self._grid.settle_scale(self._of_rows(self._tuned()))
         self._scale = self._grid.scale(self._arrays).view(-1, 1)
         self.tuning = torch.zeros_like(self.tuning)
 
@@ -183,6 +183,9 @@ class SoftMatrix:
         """Fix what is still soft and return codes and parameters."""
         q = self._code + (self.rounding > 0).view(self._shape)
         return self._grid.assemble(q, self._arrays)
+
+    def _tuned(self) -> Tensor:
+        return self._scale * 2 * torch.sigmoid(self._grid.spread(self._of_rows(self.tuning)).view_as(self._scale))
 
     def _of_rows(self, parameter: Tensor) -> Tensor:
         return parameter.view(self._shape[0], -1)

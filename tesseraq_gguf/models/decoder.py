@@ -8,7 +8,8 @@ safetensors files; `mean_loss` and `answer_gradient` run final norm and output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models.experts import aliases, unroll
 from tesseraq_gguf.models.source import ModelSource
-from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.quantized import ORDER, QuantizedTensor
 
 _ANSWERS = 256
 """Positions whose answers, a number for every word of the vocabulary, are in memory at a time."""
@@ -41,12 +42,15 @@ class LoadedBlock:
         prefix: what stands before the block's parameter names in the checkpoint, such as `model.layers.3.`.
         module: the transformers block, float32, parameters frozen.
         replaced: parameters that `replace` changed, by name within the block.
+        orders: for matrices whose columns have an order of their own, the input channel of each column, int64 [in], by
+            module name. The block gathers what it feeds them.
     """
 
     index: int
     prefix: str
     module: nn.Module
     replaced: dict[str, Tensor] = field(default_factory=dict)
+    orders: dict[str, Tensor] = field(default_factory=dict)
 
     def matrices(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the block by module name: the matrices that methods learn."""
@@ -62,6 +66,25 @@ class LoadedBlock:
         self.module.get_parameter(name).data = value
         self.replaced[name] = value
 
+    def reorder(self, names: Iterable[str], order: Tensor) -> None:
+        """Give matrices that read the same input an order of columns; their weights are moved along.
+
+        Args:
+            names: module names.
+            order: the input channel of each column, a permutation, int64 [in].
+        """
+        for name in names:
+            self.replace(f"{name}.weight", self.module.get_parameter(f"{name}.weight").data[:, order])
+        self._gather(names, order)
+
+    def _gather(self, names: Iterable[str], order: Tensor) -> None:
+        gather = _Gather(order)
+        for name in names:
+            assert name not in self.orders
+            self.orders[name] = order
+            # the first of all hooks, so that all others see what the matrix multiplies
+            self.module.get_submodule(name).register_forward_pre_hook(gather, prepend=True)
+
     def adopt(self, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
         """Take over what was learned for this block, by checkpoint name.
 
@@ -71,13 +94,27 @@ class LoadedBlock:
         """
         device = next(self.module.parameters()).device
         weights = {}
+        self.take_over(tensors)
+        for full_name, tensor in tensors.items():
+            name = full_name.removeprefix(self.prefix)
+            if tensor.is_matrix:
+                weights[name.removesuffix(".weight")] = grid_of(tensor.type).dequantize(tensor).to(device)
+        return weights
+
+    def take_over(self, tensors: Mapping[str, QuantizedTensor]) -> None:
+        """Take over what was learned for this block beside the matrices: vectors, and orders of columns."""
+        device = next(self.module.parameters()).device
+        same: dict[bytes, tuple[list[str], Tensor]] = {}
         for full_name, tensor in tensors.items():
             name = full_name.removeprefix(self.prefix)
             if tensor.plain:
                 self.replace(name, tensor.arrays["values"].to(device))
-            else:
-                weights[name.removesuffix(".weight")] = grid_of(tensor.type).dequantize(tensor).to(device)
-        return weights
+            elif tensor.is_order:
+                order = tensor.arrays["values"]
+                names = same.setdefault(order.numpy().tobytes(), ([], order.to(device, torch.int64)))[0]
+                names.append(name.removesuffix(ORDER))
+        for names, order in same.values():
+            self._gather(names, order)
 
     def norms(self) -> dict[str, Tensor]:
         """Return the parameters of the block's norms, vectors, by name within the block."""
@@ -131,6 +168,22 @@ class LoadedBlock:
             raise ModelError(
                 f"keys and values of {type(self.module).__name__} cannot be rounded: its attention takes no cache"
             )
+
+
+class _Gather:
+    """A hook that gives matrices with the same input their columns' channels, gathered once."""
+
+    def __init__(self, order: Tensor) -> None:
+        self._order = order
+        self._seen: tuple[Callable[[], Tensor | None], Callable[[], Tensor | None]] = (lambda: None, lambda: None)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        seen, gathered = (reference() for reference in self._seen)
+        if seen is not x or gathered is None:
+            gathered = x[..., self._order]
+            self._seen = weakref.ref(x), weakref.ref(gathered)
+        return (gathered, *args[1:])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ tried on the block, and one that changes what it computes is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ class Fold:
         offset: what the producer adds to its stored weight before it multiplies by it: 1 for norms such as Gemma's.
         consumers: module names of the linears that read the channels, in the order they run.
         spread: which channel each input of a consumer reads, int64 [inputs].
+        orders: of consumers whose columns have an order of their own, the input of each column, int64 [inputs].
     """
 
     producer: str
@@ -51,6 +52,16 @@ class Fold:
     offset: float
     consumers: tuple[str, ...]
     spread: Tensor = field(compare=False, repr=False)
+    orders: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def columns(self, name: str, s: Tensor) -> Tensor:
+        """Give what belongs to channels, [channels], to the columns of a consumer that read them, [inputs]."""
+        spread = s[self.spread]
+        return spread[self.orders[name]] if name in self.orders else spread
+
+    def inputs(self, name: str, of_columns: Tensor) -> Tensor:
+        """Bring what belongs to a consumer's columns into the order of its inputs, both [inputs]."""
+        return of_columns[self.orders[name].argsort()] if name in self.orders else of_columns
 
     def parameters(self, block: LoadedBlock, s: Tensor) -> dict[str, Tensor]:
         """Return the parameters that folding changes, by name within the block, with their new values.
@@ -71,7 +82,25 @@ class Fold:
             changed[f"{self.producer}.{key}"] = value
         for name in self.consumers:
             weight = block.module.get_parameter(f"{name}.weight").detach()
-            changed[f"{name}.weight"] = weight * s[self.spread]
+            changed[f"{name}.weight"] = weight * self.columns(name, s)
+        return changed
+
+    def scaled(self, block: LoadedBlock, r: Tensor) -> dict[str, Tensor]:
+        """Return the producer's parameters, by name within the block, that multiply channels by r, float32 [channels].
+
+        Consumers stay as they are, so this changes what the block computes. It is differentiable in r.
+        """
+        module = block.module.get_submodule(self.producer)
+        inside = slice(self.first, self.first + self.channels)
+        changed = {}
+        for key, offset in (("weight", self.offset), ("bias", 0.0)):
+            stored = getattr(module, key, None)
+            if stored is not None:
+                rows = stored.detach()[inside]
+                moved = (rows + offset) * r.view(-1, *(1,) * (rows.dim() - 1)) - offset
+                changed[f"{self.producer}.{key}"] = torch.cat(
+                    [stored[: self.first].detach(), moved, stored[inside.stop :].detach()]
+                )
         return changed
 
     def apply(self, block: LoadedBlock, s: Tensor) -> None:
@@ -92,7 +121,7 @@ def folds(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, learnab
         hidden: hidden states to try it on, float32 [samples, length, hidden] on the block's device.
         learnable: module names of the matrices that may change.
     """
-    trace = _Trace(block, arguments, hidden)
+    trace = Trace(block, arguments, hidden)
     found = _of_norms(trace, learnable)
     taken = {name for fold in found for name in fold.consumers}
     found += _of_linears(trace, learnable, taken)
@@ -100,7 +129,7 @@ def folds(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, learnab
     return sorted(found, key=lambda fold: order.index(fold.consumers[0]))
 
 
-class _Trace:
+class Trace:
     """One run of a block as it is, and what it takes to compare other runs with it.
 
     Attributes:
@@ -121,15 +150,23 @@ class _Trace:
         """Return a linear by module name."""
         return self._linears[name]
 
+    def orders(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the orders of columns of those linears that have one."""
+        return {name: order for name, order in self.block.orders.items() if name in set(names)}
+
     def exact(self, fold: Fold) -> bool:
         """Whether folding arbitrary factors leaves what every linear and the whole block compute as it is."""
         random = torch.Generator().manual_seed(0)
         s = torch.exp2(torch.rand(fold.channels, generator=random) * 2 - 1).to(self._hidden.device)
-        _, outputs = self._run(fold.parameters(self.block, s))
+        return self.unchanged(fold.parameters(self.block, s), {fold.producer}, _TOLERANCE)
+
+    def unchanged(self, parameters: dict[str, Tensor], but: Set[str], tolerance: float) -> bool:
+        """Whether other parameters leave what linears, except some, and the whole block compute as it is."""
+        _, outputs = self._run(parameters)
         return all(
-            name in outputs and _close(outputs[name], before)  # experts may be chosen anew
+            name in outputs and _close(outputs[name], before, tolerance)  # experts may be chosen anew
             for name, before in self._outputs.items()
-            if name != fold.producer
+            if name not in but
         )
 
     def scaled(self, producer: str, factors: Tensor) -> dict[str, Tensor]:
@@ -141,17 +178,24 @@ class _Trace:
             handle.remove()
 
     def _run(self, parameters: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what each linear read and computed, and under '' what the block added to the hidden states."""
+        """Return what each linear read and computed, and under '' what the block added to the hidden states.
+
+        What a linear read is told before its columns' order is applied to it.
+        """
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
 
-        def watch(name: str, module: nn.Linear) -> torch.utils.hooks.RemovableHandle:
-            def keep(_module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-                inputs[name], outputs[name] = args[0], out
+        def watch(name: str, module: nn.Linear) -> Iterator[torch.utils.hooks.RemovableHandle]:
+            def read(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                inputs[name] = args[0]
 
-            return module.register_forward_hook(keep)
+            def made(_module: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
+                outputs[name] = out
 
-        handles = [watch(name, module) for name, module in self._linears.items()]
+            yield module.register_forward_pre_hook(read, prepend=True)
+            yield module.register_forward_hook(made)
+
+        handles = [handle for name, module in self._linears.items() for handle in watch(name, module)]
         try:
             out = functional_call(self.block.module, parameters, (self._hidden,), self._arguments)
         finally:
@@ -181,7 +225,7 @@ class _Trace:
                 handle.remove()
 
 
-def _of_norms(trace: _Trace, learnable: Set[str]) -> list[Fold]:
+def _of_norms(trace: Trace, learnable: Set[str]) -> list[Fold]:
     """Norms whose output is what linears read, all of them learnable."""
     found = []
     for name, (args, kwargs, out) in trace.norms.items():
@@ -193,7 +237,8 @@ def _of_norms(trace: _Trace, learnable: Set[str]) -> list[Fold]:
         offset = _offset(norm, args, kwargs)
         if offset is None:
             continue
-        fold = Fold(name, 0, channels, offset, consumers, torch.arange(channels, device=out.device))
+        spread = torch.arange(channels, device=out.device)
+        fold = Fold(name, 0, channels, offset, consumers, spread, trace.orders(consumers))
         if trace.exact(fold):
             found.append(fold)
     return found
@@ -210,14 +255,14 @@ def _offset(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     return None
 
 
-def _of_linears(trace: _Trace, learnable: Set[str], taken: Set[str]) -> list[Fold]:
+def _of_linears(trace: Trace, learnable: Set[str], taken: Set[str]) -> list[Fold]:
     """Linears that read multiples of rows of an earlier linear, both learnable."""
     found: list[Fold] = []
     order = [name for name in trace.inputs if name in learnable]
     consumers = [name for name in order if name not in taken]
     for position, producer in enumerate(order):
         later = [name for name in order[position + 1 :] if name in consumers and _beside(producer, name)]
-        fold = _of_rows(trace, producer, later)
+        fold = of_rows(trace, producer, later)
         if fold is not None:
             found.append(fold)
             consumers.remove(fold.consumers[0])
@@ -230,10 +275,11 @@ def _beside(producer: str, consumer: str) -> bool:
     return not inside or (len(inside) == 2 and inside[0] == inside[1])
 
 
-def _of_rows(trace: _Trace, producer: str, consumers: list[str]) -> Fold | None:
+def of_rows(trace: Trace, producer: str, consumers: list[str]) -> Fold | None:
+    """Find rows of a linear of which the input of one of the consumers is a multiple, channel by channel."""
     rows = trace.linear(producer).out_features
     widths = {name: trace.linear(name).in_features for name in consumers}
-    for first, count in _slices(rows, set(widths.values())):
+    for first, count in row_slices(rows, set(widths.values())):
         readers = {name: width for name, width in widths.items() if width % count == 0}
         if not readers:
             continue
@@ -245,13 +291,13 @@ def _of_rows(trace: _Trace, producer: str, consumers: list[str]) -> Fold | None:
             spread = _sources(trace.inputs[name], scaled[name], probe) if name in scaled else None
             if spread is None:
                 continue
-            fold = Fold(producer, first, count, 0.0, (name,), spread)
+            fold = Fold(producer, first, count, 0.0, (name,), spread, trace.orders((name,)))
             if trace.exact(fold):
                 return fold
     return None
 
 
-def _slices(rows: int, widths: Set[int]) -> list[tuple[int, int]]:
+def row_slices(rows: int, widths: Set[int]) -> list[tuple[int, int]]:
     """Rows (first, count) of a linear that may make channels for linears of these widths.
 
     All of them; one half, where gate and up are one matrix; the last, where queries, keys and values are.
@@ -297,7 +343,7 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
     if a.shape != b.shape:
         return False
-    return float((a - b).norm()) <= _TOLERANCE * float(b.norm()) and math.isfinite(float(a.norm()))
+    return float((a - b).norm()) <= tolerance * float(b.norm()) and math.isfinite(float(a.norm()))

@@ -201,7 +201,6 @@ def _readable(file: Path, folder: Path) -> Iterator[Path]:
 
 def _write_folder(file: Path, folder: Path) -> None:
     import torch
-    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -214,6 +213,22 @@ def _write_folder(file: Path, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ModelError(f"{file} cannot be read as a GGUF model: {reason}") from error
+    save_weights(model, folder)
+    config = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config |= _lost_by_gguf(config)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = "float16"
+    tokenizer.save_pretrained(folder)
+    # written last: its presence says that the folder is whole
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write the weights of a transformers model as one safetensors file: matrices in float16 where that holds them."""
+    import torch
+    from safetensors.torch import save_file
+
     tied = {p.data_ptr() for p in [model.get_input_embeddings().weight]} if model.config.tie_word_embeddings else set()
     output = model.get_output_embeddings()
     weights = {}
@@ -224,14 +239,6 @@ def _write_folder(file: Path, folder: Path) -> None:
         exact_enough = tensor.dim() >= 2 and bool(torch.isfinite(half).all())
         weights[name] = half if exact_enough else tensor.clone()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config |= _lost_by_gguf(config)
-    config["architectures"] = [type(model).__name__]
-    config["dtype"] = "float16"
-    tokenizer.save_pretrained(folder)
-    # written last: its presence says that the folder is whole
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
 
 
 def _lost_by_gguf(config: dict[str, Any]) -> dict[str, Any]:
