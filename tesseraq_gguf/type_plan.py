@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from tesseraq_gguf.bit_budget import CostMeter, Item, bytes_of, choose
+from tesseraq_gguf.converter.column_orders import ORDERED_TYPES
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import check_source
@@ -22,6 +23,11 @@ from tesseraq_gguf.runtime.source import SourceTree
 
 _EMBEDDING_CANDIDATES = ("q8_0",)
 """Types to choose from for embedding and output matrix, besides those for the blocks."""
+
+_WITHOUT_ORDER = "tsq2"
+"""Type of matrices whose columns cannot have the order that their type would need."""
+
+_UNORDERED = "is not learned and gets a stock type: experts cannot have an order of columns"
 
 _SPARE = 1 << 16
 """Bytes left for metadata that is not known before the file is written."""
@@ -102,7 +108,12 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
                 f"--tensor-type {pattern}={type} matches no matrix of the blocks, such as {next(iter(shapes))}"
             )
     for name, (_, columns) in shapes.items():
-        found, said = _fitting(ruled(recipe.rules, name) or recipe.type, columns)
+        asked = ruled(recipe.rules, name) or recipe.type
+        if stack_of(name) and asked.lower() in ORDERED_TYPES:
+            found, _ = _fitting(_WITHOUT_ORDER, columns)
+            said = f"is {found}, not {asked.lower()}: experts cannot have an order of columns" if found else _UNORDERED
+        else:
+            found, said = _fitting(asked, columns)
         if said:
             fallbacks[name] = said
         if found:

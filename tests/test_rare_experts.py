@@ -144,3 +144,14 @@ def test_what_was_rare_is_said(make_model, tmp_path):  # noqa: F811
     # 16 tokens go to 2 of 4 experts each: no expert sees 32
     assert [n for n in notes if n.startswith("block 1: experts 0, 1, 2, 3 were fed fewer than 32")]
     assert any(stack_of(name) for name in Decoder(source, CPU).matrix_shapes())
+
+
+def test_experts_have_no_order_of_columns(make_model, tmp_path):  # noqa: F811
+    """A type whose columns are gathered is another one in experts, and that is said."""
+    out = tmp_path / "out.gguf"
+    report = convert(Recipe(str(make_model("mixtral").folder), out, type="ptq1_61", method="rtn"))
+    found = {t.name.split(".", 2)[2]: t.type for t in inspect(out).tensors if t.name.startswith("blk.0.")}
+    assert found["attn_q.weight"] == "ptq1_61"
+    assert found["ffn_gate_exps.weight"] == "tsq2"
+    said = [said for name, said in report.fallbacks.items() if "experts.0.w1" in name]
+    assert said == ["is tsq2, not ptq1_61: experts cannot have an order of columns"] * 2
