@@ -288,7 +288,7 @@ def test_a_model_in_an_order_answers_as_in_the_natural_one(
         (np.arange(-1, WIDTH - 1, dtype=np.int32), "is no permutation of 0 to 255"),
         (np.zeros(WIDTH, np.int32), "is no permutation of 0 to 255"),
         (np.arange(WIDTH // 2, dtype=np.int32), "is no order of the columns of 'blk.0.attn_q.weight'"),
-        (np.arange(WIDTH, dtype=np.float32), "is no order of the columns of 'blk.0.attn_q.weight'"),
+        (np.arange(WIDTH, dtype=np.float32), "is no order of columns: its type is f32"),
     ],
 )
 def test_what_is_no_order_is_refused(
