@@ -10,16 +10,16 @@
 
 // The best codes of the salient weights for a scale. Returns the weighted squared error.
 static double ptq_assign(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, int s_code, uint8_t * GGML_RESTRICT q) {
-    const double s = tsq_decode_d(s_code);
+    const double s = (double) tsq_decode_d(s_code);
 
     double total = 0.0;
     for (int i = 0; i < PTQ_SALIENT; i++) {
-        const double v = floor(x[i]/s + 8.0);
+        const double v = floor((double) x[i]/s + 8.0);
         q[i] = v > 0.0 ? v < 15.0 ? (uint8_t) v : 15 : 0; // also takes NaN to 0
 
-        const double e  = s*(q[i] - 7.5) - x[i];
+        const double e  = s*(q[i] - 7.5) - (double) x[i];
         const float  e2 = (float) (e*e);
-        total += (double) w[i]*e2;
+        total += (double) w[i]*(double) e2;
     }
     return total;
 }
@@ -35,7 +35,7 @@ static const float ptq_equal[QK_PTQ] = {
 static const float * ptq_importance(const float * w, int n, double * sum) {
     *sum = 0.0;
     for (int i = 0; i < n; i++) {
-        *sum += w[i];
+        *sum += (double) w[i];
     }
     if (*sum > 0.0) {
         return w;
@@ -83,7 +83,7 @@ static void ptq_quantize_binary(const float * GGML_RESTRICT x, const float * GGM
     double total = 0.0;
     memset(y->signs, 0, sizeof(y->signs));
     for (int i = 0; i < PTQ_BINARY; i++) {
-        total += (double) w[i]*fabsf(x[i]);
+        total += (double) w[i]*(double) fabsf(x[i]);
         y->signs[i / 8] |= (x[i] >= 0.0f) << i % 8;
     }
     const float mean = (float) (total/sum);

@@ -6,6 +6,8 @@
 #include "ggml.h"
 #include "ggml-cpu.h"
 #include "tesseraq/bcq-repack.h"
+#include "tesseraq/get-cols.h"
+#include "tesseraq/ptq-repack.h"
 #include "tesseraq/tsq-repack.h"
 
 #include <algorithm>
@@ -64,7 +66,8 @@ static void add_vec_dot(std::vector<kernel> & kernels, const std::string & name,
     const ggml_type vec_dot_type = ggml_get_type_traits_cpu(type)->vec_dot_type;
 
     const std::shared_ptr<char> x = aligned(ggml_row_size(type, N)), y = aligned(ggml_row_size(vec_dot_type, N));
-    ggml_quantize_chunk(type, numbers(N).data(), x.get(), 0, 1, N, nullptr);
+    const std::vector<float> importance(N, 1.0f); // some types cannot be without
+    ggml_quantize_chunk(type, numbers(N).data(), x.get(), 0, 1, N, importance.data());
     ggml_get_type_traits_cpu(vec_dot_type)->from_float(numbers(N).data(), y.get(), N);
 
     kernels.push_back({ name, N, [=] {
@@ -99,6 +102,45 @@ static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
     }, 1e9 });
 }
 #endif
+
+#if PTQ_NROWS > 0
+static void add_repacked_ptq(std::vector<kernel> & kernels, int w) {
+    const int nb = N/QK_PTQ;
+
+    std::vector<char> rows(ggml_row_size(GGML_TYPE_PTQ1_61, N)*PTQ_NROWS), panel(nb*w*PTQ_PANEL_BLOCK_SIZE);
+    ggml_quantize_chunk(GGML_TYPE_PTQ1_61, numbers((size_t) N*PTQ_NROWS).data(), rows.data(), 0, PTQ_NROWS, N, nullptr);
+    const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
+    ptq_repack(PTQ_NROWS, nb, rows.data(), x.get());
+    for (int c = 0; c < w; c++) {
+        ptq_quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
+    }
+    std::vector<float> out(w*PTQ_NROWS);
+
+    kernels.push_back({ "ptq1_61_x" + std::to_string(w), (double) N*PTQ_NROWS*w, [=]() mutable {
+        float * s[TSQ_NCOLS];
+        for (int c = 0; c < w; c++) {
+            s[c] = out.data() + c*PTQ_NROWS;
+        }
+        ggml_gemm_ptq(N, s, x.get(), panel.data(), w);
+        sink = out[0];
+    }, 1e9 });
+}
+#endif
+
+// a row of activations in the order of a matrix's columns
+static void add_gather(std::vector<kernel> & kernels) {
+    const std::vector<float> x = numbers(N);
+    std::vector<int32_t> order(N);
+    for (int i = 0; i < N; i++) {
+        order[i] = (int32_t) ((uint32_t) i*2654435761u % N); // an odd number times all of 2^12
+    }
+    std::vector<float> y(N);
+
+    kernels.push_back({ "gather", N, [=]() mutable {
+        ggml_vec_get_cols(N, y.data(), x.data(), order.data());
+        sink = y[0];
+    }, 1e9 });
+}
 
 // encoding a row of activations into what meets the weights of a type
 static void add_encoder(std::vector<kernel> & kernels, const std::string & name, ggml_type type) {
@@ -202,7 +244,8 @@ int main(int argc, char ** argv) {
 
     std::vector<kernel> kernels;
     for (ggml_type type : { GGML_TYPE_TQ2_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0,
-                            GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4 }) {
+                            GGML_TYPE_IQ1_S, GGML_TYPE_IQ1_M,
+                            GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_PTQ1_61 }) {
         add_vec_dot(kernels, ggml_type_name(type), type, ggml_get_type_traits_cpu(type)->vec_dot);
     }
     add_vec_dot(kernels, "q2_0_stock", GGML_TYPE_Q2_0, ggml_vec_dot_q2_0_q8_0_generic);
@@ -218,6 +261,12 @@ int main(int argc, char ** argv) {
         add_repacked_bcq(kernels, w);
     }
 #endif
+#if PTQ_NROWS > 0
+    for (int w : { 1, 2, 4, TSQ_NCOLS }) {
+        add_repacked_ptq(kernels, w);
+    }
+#endif
+    add_gather(kernels);
     add_encoder(kernels, "activations_8_bits", GGML_TYPE_BCQ4);
     add_encoder(kernels, "activations_codebooks", GGML_TYPE_BCQ4_A4);
     for (int turn = 0; turn < TURNS; turn++) {

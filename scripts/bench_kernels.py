@@ -29,11 +29,14 @@ TYPES = {
     "tsq4": 502,
     "bcq4": 503,
     "bcq4_a4": 504,
+    "ptq1_61": 505,
     "tq2_0": 35,
     "q2_K": 10,
     "q3_K": 11,
     "q4_0": 2,
     "q2_0": 42,
+    "iq1_s": 19,
+    "iq1_m": 29,
 }
 """`ggml_type` of the types of whole models."""
 
@@ -58,6 +61,8 @@ IN_CACHE = (
     ("TSQ4 repacked", "tsq4_x1", "q4_0", "Q4_0", 1.2),
     ("BCQ4 row by row", "bcq4", "q4_0", "Q4_0", 1.0),
     ("BCQ4 repacked", "bcq4_x1", "q4_0", "Q4_0", 1.0),
+    ("PTQ1_61 row by row", "ptq1_61", "iq1_m", "IQ1_M", 1.5),
+    ("PTQ1_61 repacked", "ptq1_61_x1", "iq1_m", "IQ1_M", 1.5),
     ("Q2_0", "q2_0", "q2_0_stock", "Q2_0 without SIMD", 10.0),
 )
 """What is compared with what, and how many times as fast it should be."""
@@ -68,6 +73,9 @@ DECODING = (
     ("tsq3", "q3_K", 2.2),
     ("tsq4", "q4_0", 1.5),
     ("bcq4", "q4_0", 0.95),
+    ("ptq1_61", "tsq2", 1.15),
+    ("ptq1_61", "iq1_m", 1.5),
+    ("ptq1_61", "iq1_s", 1.5),
 )
 PROMPTS = (
     ("tsq2", "q4_0", 2.0),
@@ -75,6 +83,7 @@ PROMPTS = (
     ("tsq4", "q4_0", 2.0),
     ("bcq4", "q4_0", 0.8),
     ("bcq4_a4", "q4_0", 0.8),
+    ("ptq1_61", "q4_0", 1.0),
 )
 
 
@@ -134,6 +143,11 @@ def write_model(gguf: Any, ggml: ctypes.CDLL, path: Path, type_id: int, layers: 
         writer.add_tensor(tensor, made[shape], raw_dtype=kind)
         weights += shape[0] * shape[1]
         size += made[shape].nbytes
+    # the orders that PTQ1_61 needs at run time: the others are folded into the matrices before
+    orders = ("attn_q", "ffn_gate") if type_id == TYPES["ptq1_61"] else ()
+    for tensor in (f"blk.{i}.{n}.order" for i in range(layers) for n in orders):
+        writer.add_tensor(tensor, np.random.default_rng(0).permutation(WIDTH).astype(np.int32))
+        size += 4 * WIDTH
     embedding = quantize_rows(ggml, gguf.GGMLQuantizationType.Q8_0, VOCABULARY, WIDTH)
     writer.add_tensor("token_embd.weight", embedding, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     norms = [f"blk.{i}.{n}_norm.weight" for i in range(layers) for n in ("attn", "ffn")]
@@ -246,7 +260,7 @@ def report(
         "",
     ]
     encoders = [name for name in kernels if name.startswith("activations")]
-    names = [name for name in kernels if name not in ("read", "peak", *encoders)]
+    names = [name for name in kernels if name not in ("read", "peak", "gather", *encoders)]
     shares = {name: f"{kernels[name] / kernels['peak']:.0%}" if kernels["peak"] else "" for name in names}
     lines += table(
         ("kernel", "10⁹ weights × columns / s", "of the int8 peak"),
@@ -278,6 +292,19 @@ def report(
                 for name in encoders
             ],
         )
+    if "gather" in kernels:
+        shares = {
+            columns: f"{kernels[f'ptq1_61_x{w}'] / (WIDTH * kernels['gather']):.2%}"
+            for columns, w in ((1, 1), (PROMPT, 4), (PROMPT, 12))
+            if f"ptq1_61_x{w}" in kernels
+        }
+        found = " and ".join(f"{share} (columns: {columns})" for columns, share in shares.items())
+        lines += [
+            "Activations are brought into the order of a PTQ1_61 matrix's columns at "
+            f"{kernels['gather'] / 1e9:.1f}·10⁹ numbers a second, once",
+            f"for all matrices that share them. Of the time of a product with one of {WIDTH} rows this is {found}.",
+            "",
+        ]
     if models:
         read, peak = kernels["read"], kernels["peak"] * options.threads
         lines += ["## Models", ""]

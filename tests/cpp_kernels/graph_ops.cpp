@@ -1,4 +1,4 @@
-// ggml operators with TSQ and BCQ weights on the CPU backend, compared with the same operators on the dequantised weights.
+// ggml operators with TSQ, BCQ and PTQ1_61 weights on the CPU backend, compared with the same operators on the dequantised weights.
 // Prints one line per operator; exits with 1 if one of them is wrong.
 
 #include "ggml.h"
@@ -79,10 +79,11 @@ static bool check(const char * name, double max_nmse, const std::function<ggml_t
 
 static bool check_type(ggml_type type) {
     const double activations = type == GGML_TYPE_BCQ4_A4 ? 2e-2 : 1e-4; // of 4 or 8 bits
+    const int64_t block = ggml_blck_size(type);
     bool ok = true;
 
     // the longest rows are of several groups of activations, which threads share
-    for (int64_t k : {64, 192, 640, 2368}) {
+    for (int64_t k : {1*block, 3*block, 10*block, 37*block}) {
         for (int64_t n : {1, 2, 7, 33}) {
             char name[64];
             snprintf(name, sizeof(name), "mul_mat k=%d n=%d", (int) k, (int) n);
@@ -95,7 +96,7 @@ static bool check_type(ggml_type type) {
         }
     }
 
-    for (int64_t k : {192, 2368}) {
+    for (int64_t k : {3*block, 37*block}) {
         ok &= check("mul_mat_id", activations, [=](ggml_context * ctx, bool quantised) {
             weights w = make_weights(ctx, type, k, 32, 4);
             ggml_tensor * x   = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, k, 2, 5);
@@ -109,7 +110,7 @@ static bool check_type(ggml_type type) {
     }
 
     ok &= check("get_rows", 0.0, [=](ggml_context * ctx, bool quantised) {
-        weights w = make_weights(ctx, type, 192, 32);
+        weights w = make_weights(ctx, type, 3*block, 32);
         ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 9);
         for (int i = 0; i < 9; i++) {
             ((int32_t *) rows->data)[i] = (7*i + 3) % 32;
@@ -118,19 +119,19 @@ static bool check_type(ggml_type type) {
     });
 
     ok &= check("cpy to f32", 0.0, [=](ggml_context * ctx, bool quantised) {
-        weights w = make_weights(ctx, type, 192, 32);
-        return ggml_cpy(ctx, quantised ? w.q : w.f, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 192, 32, 1));
+        weights w = make_weights(ctx, type, 3*block, 32);
+        return ggml_cpy(ctx, quantised ? w.q : w.f, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 3*block, 32, 1));
     });
 
     // quantising in the graph gives the bytes of the reference, here seen through get_rows
     ok &= check("cpy from f32", 0.0, [=](ggml_context * ctx, bool quantised) {
-        ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 192, 8);
+        ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 3*block, 8);
         fill(x);
-        ggml_tensor * q = ggml_new_tensor_2d(ctx, type, 192, 8);
+        ggml_tensor * q = ggml_new_tensor_2d(ctx, type, 3*block, 8);
         if (quantised) {
             q = ggml_cpy(ctx, x, q);
         } else {
-            ggml_quantize_chunk(type, (const float *) x->data, q->data, 0, 8, 192, nullptr);
+            ggml_quantize_chunk(type, (const float *) x->data, q->data, 0, 8, 3*block, nullptr);
         }
         ggml_tensor * rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 8);
         for (int i = 0; i < 8; i++) {
@@ -151,7 +152,7 @@ static bool check_type(ggml_type type) {
 
 int main() {
     bool ok = true;
-    for (ggml_type type : {GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4}) {
+    for (ggml_type type : {GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4, GGML_TYPE_PTQ1_61}) {
         printf("%s\n", ggml_type_name(type));
         ok &= check_type(type);
     }

@@ -1,4 +1,4 @@
-// Matrix multiplications with TSQ and BCQ weights in the buffer type that repacks them, compared with the dequantised weights.
+// Matrix multiplications with TSQ, BCQ and PTQ1_61 weights in the buffer type that repacks them, compared with the dequantised weights.
 // Prints one line per operator; exits with 1 if one of them is wrong.
 
 #include "ggml.h"
@@ -124,22 +124,23 @@ int main() {
         return 0;
     }
     bool ok = true;
-    for (ggml_type type : { GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4 }) {
-        for (int64_t k : { 64, 192, 640 }) {
+    for (ggml_type type : { GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4, GGML_TYPE_PTQ1_61 }) {
+        const int64_t block = ggml_blck_size(type);
+        for (int64_t k : { 1*block, 3*block, 10*block }) {
             for (int64_t n : { 1, 2, 7, 13, 33 }) {
                 ok &= check("mul_mat", type, buft, { k, 48, 1, n, 1 }, 0);
             }
         }
-        ok &= check("mul_mat", type, buft, { 1024, 512, 1, 70, 3 }, 0);
-        ok &= check("mul_mat", type, buft, { 128, 16, 1, 5, 2 }, 0);
-        ok &= check("mul_mat_id", type, buft, { 192, 32, 4, 1, 1 }, 2);
-        ok &= check("mul_mat_id", type, buft, { 192, 32, 4, 2, 50 }, 2);
-        ok &= check("mul_mat_id", type, buft, { 128, 48, 8, 1, 40 }, 3);
+        ok &= check("mul_mat", type, buft, { 16*block, 512, 1, 70, 3 }, 0);
+        ok &= check("mul_mat", type, buft, { 2*block, 16, 1, 5, 2 }, 0);
+        ok &= check("mul_mat_id", type, buft, { 3*block, 32, 4, 1, 1 }, 2);
+        ok &= check("mul_mat_id", type, buft, { 3*block, 32, 4, 2, 50 }, 2);
+        ok &= check("mul_mat_id", type, buft, { 2*block, 48, 8, 1, 40 }, 3);
 
         // the loader leaves such tensors where they are
         bool supported;
-        std::vector<float> x(64);
-        compute({ 64, 20, 1, 1, 1 }, type, buft, nullptr, x, {}, 1, &supported);
+        std::vector<float> x(block);
+        compute({ block, 20, 1, 1, 1 }, type, buft, nullptr, x, {}, 1, &supported);
         ok &= !supported;
     }
     printf("%s\n", ok ? "all ok" : "FAILED");

@@ -51,7 +51,8 @@ def run(source: SourceTree, program: Path, command: list[str], units: list[str],
 
 
 def test_rows(source: SourceTree, tmp_path: Path, processor: str) -> None:
-    units = ["tsq.c", "tsq-cpu.c", "arm/tsq.c", "bcq.c", "bcq-cpu.c", "arm/bcq.c", "../ggml-threading.cpp"]
+    units = [f"{folder}{name}.c" for name in ("tsq", "bcq", "ptq") for folder in ("", "arm/")]
+    units += ["tsq-cpu.c", "bcq-cpu.c", "ptq-cpu.c", "../ggml-threading.cpp"]
     run(source, tmp_path / "sanitize", [CC, "-std=gnu11", *UBSAN], units, processor)
 
 

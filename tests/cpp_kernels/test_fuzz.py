@@ -21,9 +21,10 @@ COUNT = 300
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc with its sanitizers")
 def test_any_bytes_are_rows(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
-    # rows of BCQ are not among the inputs, but TSQ's own code names them
-    units = ["tsq.c", "tsq-cpu.c", "tsq-repack.cpp", "bcq.c", "bcq-cpu.c", "../ggml-threading.cpp"]
-    units += ["x86/tsq.c", "x86/tsq-repack.cpp", "x86/bcq.c"] if instructions else []
+    units = [f"{name}{part}" for name in ("tsq", "bcq", "ptq") for part in (".c", "-cpu.c", "-repack.cpp")]
+    if instructions:
+        units += [f"x86/{name}{part}" for name in ("tsq", "bcq", "ptq") for part in (".c", "-repack.cpp")]
+    units.append("../ggml-threading.cpp")
     options = [*(instructions or ["-DGGML_CPU_GENERIC"]), "-fsanitize=float-cast-overflow"]
     program = tmp_path / "fuzz"
     command = ["gcc", str(HERE / "fuzz_main.cpp")]

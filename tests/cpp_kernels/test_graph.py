@@ -75,9 +75,9 @@ def run_sanitized(
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc with its sanitizers")
 def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
-    # TSQ's own code names BCQ's rows
-    units = ["tsq.c", "tsq-cpu.c", "bcq.c", "bcq-cpu.c", "../ggml-threading.cpp"]
-    units += ["x86/tsq.c", "x86/q2_0.c", "x86/bcq.c"] if instructions else []
+    # TSQ's own code names the rows of the other types
+    units = ["tsq.c", "tsq-cpu.c", "bcq.c", "bcq-cpu.c", "ptq.c", "ptq-cpu.c", "../ggml-threading.cpp"]
+    units += ["x86/tsq.c", "x86/q2_0.c", "x86/bcq.c", "x86/ptq.c"] if instructions else []
     options = instructions or ["-DGGML_CPU_GENERIC"]
     run_sanitized(source, tmp_path / "sanitize", ["gcc", "-std=gnu11"], units, options)
 

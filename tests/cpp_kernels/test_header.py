@@ -9,22 +9,24 @@ import sys
 
 import pytest
 
-from tesseraq_gguf.converter.packers import bcq, tsq
+from tesseraq_gguf.converter.packers import bcq, ptq161, tsq
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.runtime import SourceTree, cache
 
-Q8_TSQ, A4_BCQ = 510, 511
+Q8_TSQ, A4_BCQ, Q8_PTQ = 510, 511, 512
 """`ggml_type` of activations, which no file has and Python has no other use for."""
 
 CUSTOM = [t for t in TENSOR_TYPES.values() if t.custom]
 
 
 def test_header_constants() -> None:
-    header = "".join((cache.kernels_dir() / name).read_text() for name in ("tsq.h", "bcq.h"))
+    header = "".join((cache.kernels_dir() / name).read_text() for name in ("tsq.h", "bcq.h", "ptq.h"))
     for t in CUSTOM:
         assert re.search(rf"#define {t.name.upper()}_TYPE_ID +{t.id}\b", header)
     assert re.search(rf"#define QK_TSQ {tsq.BLOCK}\b", header)
     assert re.search(rf"#define QK_BCQ +{bcq.BLOCK}\b", header)
+    assert re.search(rf"#define QK_PTQ +{ptq161.BLOCK}\b", header)
+    assert re.search(rf"#define PTQ_SALIENT +{ptq161.SALIENT}\b", header)
 
 
 @pytest.mark.runtime
@@ -45,12 +47,16 @@ def test_activations_have_a_type(ggml: ctypes.CDLL) -> None:
     assert ggml.ggml_type_name(A4_BCQ) == b"a4_bcq"
     assert ggml.ggml_blck_size(A4_BCQ) == bcq.BLOCK
     assert ggml.ggml_type_size(A4_BCQ) == 72
+    assert f"#define Q8_PTQ_TYPE_ID {Q8_PTQ}\n" in (cache.kernels_dir() / "ptq.h").read_text()
+    assert ggml.ggml_type_name(Q8_PTQ) == b"q8_ptq"
+    assert ggml.ggml_blck_size(Q8_PTQ) == ptq161.BLOCK
+    assert ggml.ggml_type_size(Q8_PTQ) == 144
 
 
 @pytest.mark.runtime
 def test_other_ids_are_empty(ggml: ctypes.CDLL) -> None:
     ours = [t.id for t in CUSTOM]
-    for i in sorted({*range(43, 512)} - {*ours, Q8_TSQ, A4_BCQ}):
+    for i in sorted({*range(43, 513)} - {*ours, Q8_TSQ, A4_BCQ, Q8_PTQ}):
         assert ggml.ggml_type_name(i) is None
         assert ggml.ggml_blck_size(i) == 0
 

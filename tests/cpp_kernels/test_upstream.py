@@ -16,7 +16,7 @@ from .conftest import TSQ_BITS, type_id
 
 pytestmark = pytest.mark.runtime
 
-NAMES = [*(f"tsq{bits}" for bits in TSQ_BITS), "bcq4", "bcq4_a4"]
+NAMES = [*(f"tsq{bits}" for bits in TSQ_BITS), "bcq4", "bcq4_a4", "ptq1_61"]
 
 
 def run(runtime: Runtime, name: str, *arguments: str) -> str:
@@ -41,12 +41,18 @@ def test_quantize_fns(runtime: Runtime) -> None:
 )
 def test_backend_ops(runtime: Runtime, operator: str, at_least: int) -> None:
     """With one backend it compares the CPU with itself: no operator aborts or is missing. Values: test_graph.py."""
-    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq[234]|bcq4")
+    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq[234]|bcq4|ptq1_61")
     for name in NAMES:
         assert len(re.findall(rf"^ *{operator}\(.*{name}\b.*: OK", output, re.MULTILINE)) >= at_least, name
         for columns in (1, 2, 8, 32, 512) if operator == "MUL_MAT" else ():
-            assert re.search(rf"type_a={name},type_b=f32,m=64,n={columns},k=1216,.*: OK", output), (name, columns)
+            k = 2432 if name == "ptq1_61" else 1216
+            assert re.search(rf"type_a={name},type_b=f32,m=64,n={columns},k={k},.*: OK", output), (name, columns)
     assert "FAIL" not in output
+
+
+def test_gathering_columns(runtime: Runtime) -> None:
+    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", "GET_COLS")
+    assert len(re.findall(r"^ *GET_COLS\(.*: OK", output, re.MULTILINE)) == 6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,13 +74,13 @@ def gguf_with_type(path: Path, type_id: int, weights: int = 256) -> Path:
     return path
 
 
-@pytest.mark.parametrize("type_id", [43, 300, 499, 505, 510, 511, 512, 2**31 - 1])
+@pytest.mark.parametrize("type_id", [43, 300, 499, 506, 510, 511, 512, 513, 2**31 - 1])
 def test_unknown_type_ids_are_a_clean_error(runtime: Runtime, tmp_path: Path, type_id: int) -> None:
     bad = gguf_with_type(tmp_path / "bad.gguf", type_id)
     command = [str(runtime.tool("llama-quantize")), str(bad), str(tmp_path / "out.gguf"), "TSQ2"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1
-    assert f"tensor 'blk.0.ffn_up.weight' has invalid ggml type {type_id}. should be in [0, 512)" in result.stderr
+    assert f"tensor 'blk.0.ffn_up.weight' has invalid ggml type {type_id}. should be in [0, 513)" in result.stderr
 
 
 def test_a_row_that_is_no_multiple_of_the_block_is_a_clean_error(runtime: Runtime, tmp_path: Path, bits: int) -> None:

@@ -69,8 +69,12 @@ def kernels(library: ctypes.CDLL, name: str) -> list[Any]:
 
 
 def dot(kernel: Any, data: Array, y: Array) -> float:
+    return dot_with(kernel, data, y, len(y) // 72 * 64)
+
+
+def dot_with(kernel: Any, data: Array, y: Array, n: int) -> float:
+    """What `ggml_vec_dot_*` makes of a row of n weights and activations."""
     out = ctypes.c_float(float("nan"))
-    n = len(y) // 72 * 64
     zero = ctypes.c_size_t(0)
     kernel(ctypes.c_int(n), ctypes.byref(out), zero, pointer(data), zero, pointer(y), zero, ctypes.c_int(1))
     return out.value
