@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from tesseraq_gguf.bit_budget import CostMeter, Item, bytes_of, choose
+from tesseraq_gguf.converter.column_orders import ORDERED_TYPES
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import check_source
@@ -21,6 +22,9 @@ from tesseraq_gguf.runtime.source import SourceTree
 
 _EMBEDDING_CANDIDATES = ("q8_0",)
 """Types to choose from for embedding and output matrix, besides those for the blocks."""
+
+_ORDER_BYTES = 4
+"""Of a column's place in an order."""
 
 _SPARE = 1 << 16
 """Bytes left for metadata that is not known before the file is written."""
@@ -145,6 +149,9 @@ def within_budget(
     shapes = decoder.matrix_shapes()
     items = {name: Item({t: bytes_of(shapes[name], t) for t in costs}, costs) for name, costs in meter.costs.items()}
     settled = sum(bytes_of(shapes[name], type) for name, type in plan.types.items() if name not in items)
+    # orders of columns at most: which inputs will need one is not known yet
+    wanted = [name for name, costs in meter.costs.items() if costs.keys() & set(ORDERED_TYPES)]
+    settled += sum(_ORDER_BYTES * shapes[name][1] for name in wanted)
     if recipe.target_bpw is not None:
         weights = sum(shapes[name][0] * shapes[name][1] for name in plan.types)
         return plan.with_choice(choose(items, int(recipe.target_bpw * weights / 8) - settled), decoder)
@@ -152,6 +159,7 @@ def within_budget(
     shape = (decoder.config.vocab_size, decoder.hidden_size)
     if recipe.embedding_type == AUTO:
         types = [t for t in (*recipe.candidates, *_EMBEDDING_CANDIDATES) if tensor_type(t).fits(shape[1])]
+        types = [t for t in types if t not in ORDERED_TYPES]  # columns of an embedding have no order
         types = list(dict.fromkeys(types)) or ["f16"]
         for name in ends:
             costs = embedding_costs(decoder, name, [t for t in types if t != "q8_0"], tokens, meter.final, meter.bottom)
