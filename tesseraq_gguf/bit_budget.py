@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tesseraq_gguf.column_order import InputStatistics, likeness, order_of, score
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.grids import grid_for
+from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.sensitivity import Passed
 
@@ -116,9 +117,19 @@ def costs_of(
     costs = {}
     for type in types:
         grid = grid_for(type, weight.shape[1], granularity)
-        off = grid.dequantize(grid.quantize(weight, importance)) - weight
+        order = _order(weight, importance, grid)
+        off = torch.empty_like(weight)
+        off[:, order] = grid.dequantize(grid.quantize(weight[:, order], importance[order])) - weight[:, order]
         costs[type] = 0.5 * float(((fed @ off.T) * felt).sum(1).square().mean())
     return costs
+
+
+def _order(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor | slice:
+    """The order of columns that a matrix alone would get where its type wants one."""
+    if grid.places is None:
+        return slice(None)
+    scores = score([weight], InputStatistics(importance, importance), "error")
+    return order_of(scores, likeness([weight]), None, *grid.places)
 
 
 @dataclass

@@ -29,6 +29,9 @@ _WITHOUT_ORDER = "tsq2"
 
 _UNORDERED = "is not learned and gets a stock type: experts cannot have an order of columns"
 
+_ORDER_BYTES = 4
+"""Of a column's place in an order."""
+
 _SPARE = 1 << 16
 """Bytes left for metadata that is not known before the file is written."""
 
@@ -87,7 +90,8 @@ class TypePlan:
         shapes, found = decoder.matrix_shapes(), {}
         for name in self.types:
             if ruled(recipe.rules, name) is None:
-                found[name] = [t for t in recipe.candidates if tensor_type(t).fits(shapes[name][1])]
+                possible = [t for t in recipe.candidates if not (stack_of(name) and t.lower() in ORDERED_TYPES)]
+                found[name] = [t for t in possible if tensor_type(t).fits(shapes[name][1])]
                 if not found[name]:
                     raise UsageError(f"none of {', '.join(recipe.candidates)} fits the rows of {name}: name others")
         return found
@@ -161,6 +165,9 @@ def within_budget(
     together = _together(meter.candidates)
     items = {name: _item(members, meter, shapes) for name, members in together.items()}
     settled = sum(bytes_of(shapes[name], type) for name, type in plan.types.items() if name not in meter.candidates)
+    # orders of columns at most: which inputs will need one is not known yet
+    wanted = [name for name, costs in meter.costs.items() if costs.keys() & set(ORDERED_TYPES)]
+    settled += sum(_ORDER_BYTES * shapes[name][1] for name in wanted)
 
     def choice(budget: int) -> TypePlan:
         chosen = choose(items, budget)
@@ -173,6 +180,7 @@ def within_budget(
     shape = (decoder.config.vocab_size, decoder.hidden_size)
     if recipe.embedding_type == AUTO:
         types = [t for t in (*recipe.candidates, *_EMBEDDING_CANDIDATES) if tensor_type(t).fits(shape[1])]
+        types = [t for t in types if t not in ORDERED_TYPES]  # columns of an embedding have no order
         types = list(dict.fromkeys(types)) or ["f16"]
         for name in ends:
             costs = embedding_costs(decoder, name, [t for t in types if t != "q8_0"], tokens, meter.final, meter.bottom)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TEXT, make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.bit_budget import CostMeter, Item, bytes_of, choose
+from tesseraq_gguf.bit_budget import CostMeter, Item, bytes_of, choose, costs_of
 from tesseraq_gguf.embeddings import embedding_costs
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.grids import grid_of
@@ -107,6 +107,18 @@ def test_costs_are_the_divergence_that_a_matrix_alone_makes(make_model):  # noqa
     assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.9
 
 
+def test_types_with_salient_places_are_tried_in_an_order():
+    random = torch.Generator().manual_seed(4)
+    weight = torch.randn(32, 256, generator=random)
+    fed = torch.randn(200, 256, generator=random) * torch.rand(256, generator=random) ** 4
+    felt = torch.randn(200, 32, generator=random)
+    costs = costs_of(weight, fed, felt, ["ptq1_61"])
+    grid = grid_of("ptq1_61")
+    off = grid.dequantize(grid.quantize(weight, fed.square().mean(0))) - weight
+    as_it_stands = 0.5 * float(((fed @ off.T) * felt).sum(1).square().mean())
+    assert costs["ptq1_61"] < 0.7 * as_it_stands
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_costs_of_the_embedding_are_in_the_same_unit(kind, make_model):  # noqa: F811
     """Gemma's is both ends, Llama's two; what each alone makes of the answers."""
@@ -192,3 +204,13 @@ def test_a_file_is_no_larger_than_it_may_be(kind, make_model, text, tmp_path):  
 def test_sizes_of_matrices_are_those_of_the_file():
     assert bytes_of((3, 128), "tsq2") == 3 * 2 * 18
     assert bytes_of((3, 128), "q8_0") == 3 * 4 * 34
+
+
+@pytest.mark.slow
+def test_mixed_types_find_their_orders(make_model, text, tmp_path):  # noqa: F811
+    """Matrices that read the same may have an order or none; the file is verified against what was learned."""
+    recipe = _recipe(
+        make_model("llama-256"), tmp_path / "a.gguf", text, target_bpw=2.0, candidates=("ptq1_61", "tsq2"),
+    )  # fmt: skip
+    assert convert(recipe).block_bits_per_weight <= 2.0
+    assert {"ptq1_61", "tsq2"} <= {t.type for t in inspect(recipe.out).types}
