@@ -45,7 +45,7 @@ from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.preprocessing import STEPS, Preprocessing, check_installed
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 from tesseraq_gguf.rare_experts import RARE
-from tesseraq_gguf.recipe import AUTO_INIT, LEARNED, Recipe
+from tesseraq_gguf.recipe import LEARNED, Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.rules import read_rules, rules_of
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
@@ -534,7 +534,7 @@ def _method(recipe: Recipe, width: int) -> Method:
 def _learned(recipe: Recipe, width: int) -> Method:
     settings = recipe.settings
     steps = len(SOFT_SHARE) * settings.steps
-    start = _starts(recipe)[AUTO_INIT[recipe.method] if recipe.init == "auto" else recipe.init]
+    start = _starts(recipe)[recipe.init]
     if recipe.method == "lrq":
         return lrq(steps, settings.batch, recipe.rank or max(1, width // PAPER_SHARE), start)
     if recipe.method == "flexround":
@@ -552,6 +552,7 @@ def _learned(recipe: Recipe, width: int) -> Method:
 def _starts(recipe: Recipe) -> dict[str, Initialisation]:
     """What learning can begin at, by the names that `--init` has, but for AWQ's scales, which are folded in before."""
     return {
+        "auto": GPTQ(),
         "gptq": GPTQ(),
         "awq+gptq": GPTQ(),
         "awq": ClipSearch(),

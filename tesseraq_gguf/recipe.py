@@ -15,10 +15,7 @@ LEARNED = ("tesseraq", "lrq", "flexround")
 """Those that learn the rounding, from a start."""
 
 INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
-"""What they can begin at."""
-
-AUTO_INIT = {"tesseraq": "gptq", "lrq": "none", "flexround": "none"}
-"""What `auto` stands for, by method."""
+"""What they can begin at; `auto` is the one that serves best, `gptq`, and LRQ's and FlexRound's papers have `none`."""
 
 FINISHES = ("none", "distill")
 """Last passes over the whole model."""

@@ -230,25 +230,22 @@ def _rounding_rows() -> Iterator[Row]:
         if samples != ROUNDING_SAMPLES:
             name += f"-{samples}"
         title = METHOD_NAMES[method]
-        if init:
+        if init not in ("", "none"):
             name += f"-{init}"
             title += f" from {METHOD_NAMES[init]}"
         return Row(name, OURS, title, type, False, (command,), study=ROUNDING, rank=rank, samples=samples)
 
     for type in ("tsq3", "tsq4", "q4_0"):
-        yield row(type, "rtn")
-        yield row(type, "awq")
-        yield row(type, "lrq", rank=4)
-        yield row(type, "flexround")
-        yield row(type, "tesseraq")
-        yield row(type, "gptq")
-        for init in ("gptq", "awq"):
+        for method in ("rtn", "awq", "gptq"):
+            yield row(type, method)
+        for init in ("none", "gptq"):  # the papers', and ours
             yield row(type, "lrq", init=init, rank=4)
             yield row(type, "flexround", init=init)
+        yield row(type, "tesseraq")
     for rank in RANKS:
         if rank != 4:  # is among the rows above
-            yield row("tsq3", "lrq", rank=rank)
+            yield row("tsq3", "lrq", init="none", rank=rank)
     for samples in (8, 32, 128):
-        yield row("tsq3", "lrq", rank=4, samples=samples)
-        yield row("tsq3", "flexround", samples=samples)
+        yield row("tsq3", "lrq", init="none", rank=4, samples=samples)
+        yield row("tsq3", "flexround", init="none", samples=samples)
         yield row("tsq3", "tesseraq", samples=samples)
