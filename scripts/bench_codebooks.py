@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from tesseraq_gguf.calibration import load_calibration, tokens_of
 from tesseraq_gguf.codebooks import best_design, draw
 from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
 from tesseraq_gguf.grids import grid_of
-from tesseraq_gguf.kernel_arithmetic import BLOCK, codebook_blocks
+from tesseraq_gguf.kernel_arithmetic import BLOCK, codebook_blocks, fp4_blocks
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.runtime import find_runtime
@@ -31,6 +31,9 @@ from tesseraq_gguf.simulation import chunks_of, final_states, measure
 CTX = 512
 
 EMBEDDING = "q8_0"
+
+FP4 = "nvfp4-like"
+"""What weights in NVFP4's format are called: 16 to an E4M3 scale; llama.cpp makes no such files from others."""
 
 ACTIVATIONS = {
     "float": "none",
@@ -114,13 +117,21 @@ def show(name: str, measured: Figures) -> None:
     print(f"| {name} | {measured.cells()} |", flush=True)
 
 
+def nearest_in(type: str) -> Callable[[Tensor], Tensor]:
+    """Return what rounds matrices to a type, with parameters of least squared error."""
+    grid = grid_of(type)
+    return lambda weight: grid.dequantize(grid.quantize(weight))
+
+
 def compare(bench: Bench, options: argparse.Namespace) -> None:
     """W4 with several activations, and BCQ4_A4 through llama.cpp."""
     print("| weights, activations | perplexity | KL divergence | same top token |\n| --- | --- | --- | --- |")
     for type in options.weights.split(","):
-        grid = grid_of(type)
-        weights = {name: grid.dequantize(grid.quantize(w)) for name, w in bench.matrices()}
+        rounded = fp4_blocks if type == FP4 else nearest_in(type)
+        weights = {name: rounded(w) for name, w in bench.matrices()}
         for said, name in ACTIVATIONS.items():
+            if name not in options.activations.split(","):
+                continue
             scheme = scheme_of(name, None)
             rounding = ActivationRounding(scheme) if scheme.rounds else None
             show(f"{type.upper()}, {said}", bench.measure(weights, rounding))
@@ -175,7 +186,8 @@ def main() -> None:
     parser.add_argument("--arrays", type=int, default=200, help="block arrays of 64 drawn from each tensor")
     parser.add_argument("--starts", type=int, default=2, help="of each kind, for a design")
     parser.add_argument("--no-llama", dest="llama", action="store_false", help="in torch alone; needs no runtime")
-    parser.add_argument("--weights", default="bcq4_a4,q4_0", help="types of the weights to compare activations with")
+    parser.add_argument("--weights", default=f"bcq4_a4,q4_0,{FP4}", help="types of the weights")
+    parser.add_argument("--activations", default=",".join(ACTIVATIONS.values()), help="their schemes")
     parser.add_argument("--only", choices=("compare", "curve"))
     options = parser.parse_args()
     bench = Bench(options)
