@@ -400,7 +400,8 @@ def _carry(before: WorkDirectory, decoder: Decoder, work: WorkDirectory, finish:
     for index in range(len(decoder)):
         again = work.block(index, finish).keys()
         carried |= {name: t for name, t in before.block(index).items() if t.plain and name not in again}
-    work.keep_tensors(CARRIED, carried)
+    if carried:
+        work.keep_tensors(CARRIED, carried)
 
 
 def _few(calibration: Calibration) -> torch.Tensor:

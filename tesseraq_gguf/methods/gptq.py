@@ -43,9 +43,6 @@ class GPTQ:
         }
 
 
-KAPPA = 0.0
-
-
 @torch.no_grad()
 def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> Start:
     """GPTQ on one matrix.
@@ -72,15 +69,14 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> St
             rounder = part.rounder(part.search(w[:, columns], importance[columns]))
             block, factor = w[:, columns].T.contiguous(), upper[columns, columns]
             errors = torch.empty_like(block)
-            q, values = torch.empty_like(block), torch.empty_like(block)
+            q = torch.empty_like(block)
             for j in range(part.span):
-                q[j], values[j] = rounder(j, block, importance[columns])
-                torch.div(block[j] - values[j], factor[j, j], out=errors[j])
+                q[j], value = rounder(j, block, importance[columns])
+                torch.div(block[j] - value, factor[j, j], out=errors[j])
                 block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
             for key, array in rounder.arrays.items():
                 found.setdefault(key, []).append(array)
-            # what later parts have taken must be there when learning begins
-            w[:, columns] = (block if part is grid.parts[-1][0] else block.lerp_(values, KAPPA)).T
+            w[:, columns] = block.T
             codes[:, columns] = q.T.to(torch.uint8)
             w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
             stop = columns.stop

@@ -109,8 +109,8 @@ def test_what_goes_beyond_it_is_better(problem):
     tesseraq = loss_of(problem, TesseraQ(steps=10, rounding_rate=0.05, scale_rate=1e-2).learn(problem))
     learned = loss_of(problem, Ptq161(steps=200, batch=4).learn(problem))
     problem.block.module.norm.weight.data.copy_(norm)
-    assert tesseraq < gptq < mask
-    assert learned < mask
+    assert max(tesseraq, gptq) < 0.3 * mask
+    assert max(tesseraq, gptq) < learned < mask
 
 
 def test_tesseraq_learns_signs_and_codes(problem):
