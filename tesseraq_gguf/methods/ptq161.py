@@ -16,8 +16,11 @@ with AdamW without decay. On the grid of PTQ1_61 this becomes:
 - The paper's code binarises around a mean μ of the row, α·sign(W - μ) + μ. The type has no place for it, and
   there is little to gain: of the squared error of the demo model's binary weights it would take 0.7 %
   (`scripts/bench_salient --mean`).
-- Mean squared error and cosine are of different size where the residual stream is; both are taken relative to the
-  target, and in the metric of the engine's sensitivity.
+- Mean squared error and cosine are of different size, by what the residual stream is; here the error is relative to
+  the target's energy. Both are in the metric of the engine's sensitivity: on a block of the demo model, where rounding
+  alone left a loss of 124 and the block's own weights 47, 60 steps came to 99 with it and to 114 without.
+- Scales are learned in log space. The paper's rate of 5e-4 for α, which is a few hundredths, is one of some hundredths
+  there: with rates of 0.005 for d and 0.002 for r2 the same steps came to 95.
 
 The mask, by the peaks of activations, is in the order of the columns already (`column_order.py`).
 """
@@ -63,8 +66,8 @@ class Ptq161:
     steps: int = PAPER_STEPS
     batch: int = 1
     parts: str = "cosine"
-    scale_rate: float = 5e-4
-    column_rate: float = 1e-3
+    scale_rate: float = 5e-3
+    column_rate: float = 2e-3
     growth: float = 0.5
     weighted: bool = True
     relative: bool = True
