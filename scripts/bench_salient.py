@@ -2,14 +2,16 @@
 
 Types with other shares than PTQ1_61's exist nowhere but here. The whole model is quantised block by block; the text
 that is measured on walks along through the quantised blocks. Perplexities count the second half of every chunk, as
-llama-perplexity does. `--mean` also measures what a mean of each row, which the paper's code binarises around and the
-type has no place for, would take of the squared error of the weights.
+llama-perplexity does. `--blocks` is quicker: the error of what the matrices of some blocks of the full-precision model
+compute, on tokens that nothing was found on. `--mean` measures what a mean of each row, which the paper's code
+binarises around and the type has no place for, would take of the squared error of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +19,10 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.calibration import load_calibration, tokens_of
-from tesseraq_gguf.column_order import Score
+from tesseraq_gguf.column_order import InputStatistics, Score, likeness, order_of, score
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.grids.ptq161 import BLOCK, Ptq161Grid, with_salient
-from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder, resolve_model
@@ -77,7 +79,7 @@ def main() -> None:
     """Print a table row by row."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", default="demo", help="as `convert` takes it (default: demo)")
-    parser.add_argument("--text", required=True, type=Path, help="text to measure on")
+    parser.add_argument("--text", type=Path, help="text to measure perplexity on")
     parser.add_argument("--calibration", metavar="TEXT", help="as `convert` takes it")
     parser.add_argument("--samples", type=int, default=64, help="calibration sequences (default: 64)")
     parser.add_argument("--seqlen", type=int, default=256, help="their tokens (default: 256)")
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="Adam steps of ptq161 (default: 120)")
     parser.add_argument("--salient", default=",".join(map(str, SHARES)), help="salient weights of 128, several")
     parser.add_argument("--scores", default="error", help="what chooses them: error, peak, or both with a comma")
+    parser.add_argument("--blocks", metavar="LIST", help="only measure errors, in these blocks: 0,4,8")
     parser.add_argument("--mean", action="store_true", help="only measure what means of rows would buy")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -96,6 +99,11 @@ def main() -> None:
         print_means(decoder)
         return
     tokens = load_calibration(source, options.calibration, options.samples, options.seqlen, seed=0).tokens
+    if options.blocks:
+        print_errors(decoder, tokens, [int(b) for b in options.blocks.split(",")], options)
+        return
+    if options.text is None:
+        parser.error("--text is needed to measure perplexity")
     begin, ids = tokens_of(source, options.text.read_text(encoding="utf-8"), special=False)
     text = chunks_of(ids, begin[0] if begin else None, options.ctx, options.chunks)
     sensitivity = measure_sensitivity(decoder, tokens[:16], seed=0).blocks
@@ -137,6 +145,50 @@ def perplexity(
     for _ in walk.run(tokens, sensitivity, lambda _: None):
         pass
     return measure(along.hidden, text, decoder.answers())[:2]
+
+
+@torch.no_grad()
+def print_errors(decoder: Decoder, tokens: Tensor, blocks: list[int], options: argparse.Namespace) -> None:
+    """Print the error of what matrices compute, relative to what they compute, mean over matrices of some blocks.
+
+    Each is quantised by itself, on the first half of the tokens, and measured on the second.
+    """
+    hidden, recorded = decoder.stem(tokens)
+    errors: dict[tuple[int, str, str], list[float]] = {}
+    for index in range(max(blocks) + 1):
+        block = decoder.load_block(index)
+        fed: dict[str, list[Tensor]] = {}
+        for name, module in block.matrices().items() if index in blocks else ():
+            module.register_forward_pre_hook(_keeping(fed, name))
+        for sample in range(len(hidden)):
+            given = hidden[sample : sample + 1].to(decoder.device)
+            hidden[sample] = block.run(given, recorded.arguments[index])[0].float().cpu()
+        for name, inputs in fed.items():
+            weight, x = block.matrices()[name].weight.detach(), torch.cat(inputs)
+            half = len(x) // 2
+            seen = InputStatistics(x[:half].abs().amax(0), x[:half].square().mean(0))
+            first, second = (part.T @ part / len(part) for part in (x[:half], x[half:]))
+            for salient in map(int, options.salient.split(",")):
+                grid = with_salient(salient)
+                for chosen_by in options.scores.split(","):
+                    order = order_of(score([weight], seen, chosen_by), likeness([weight]), salient=salient)
+                    w, there = weight[:, order], second[order][:, order]
+                    rounded = grid.dequantize(grid.quantize(w, seen.energy[order]))
+                    compensated = grid.dequantize(compensate(w, first[order][:, order], grid, 0.01).tensor)
+                    for method, got in (("rtn", rounded), ("gptq", compensated)):
+                        off = got - w
+                        error = float(((off @ there) * off).sum() / ((w @ there) * w).sum())
+                        errors.setdefault((salient, chosen_by, method), []).append(error)
+    print("| method | salient of 128 | chosen by | bits per weight | relative squared error |")
+    print("| --- | ---: | --- | ---: | ---: |")
+    for (salient, chosen_by, method), found in sorted(errors.items(), key=lambda item: item[0][::-1]):
+        bits = (4 * salient + BLOCK - salient + 16) / BLOCK
+        mean = sum(found) / len(found)
+        print(f"| {method} | {salient} ({salient / BLOCK:.0%}) | {chosen_by} | {bits:.2f} | {mean:.4f} |", flush=True)
+
+
+def _keeping(fed: dict[str, list[Tensor]], name: str) -> Callable[..., None]:
+    return lambda _module, args: fed.setdefault(name, []).append(args[0].flatten(0, -2).float())
 
 
 def print_means(decoder: Decoder) -> None:
