@@ -27,6 +27,7 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # architecture, what differs from SMALL
 KINDS: dict[str, tuple[str, dict]] = {
@@ -60,6 +61,13 @@ WIDE_KINDS: dict[str, tuple[str, dict]] = {
     "llama-256": ("Llama", _WIDE),
     "llama-256-bias": ("Llama", _WIDE | {"attention_bias": True, "mlp_bias": True}),
 }
+
+
+def experts(kind: str) -> list[tuple[str, str, str]]:
+    """Gate, up and down of each expert of a mixture, by module name; none of other kinds."""
+    names = {"mixtral": ("w1", "w3", "w2")}.get(kind, ("gate_proj", "up_proj", "down_proj"))
+    count = 4 if kind in MIXTURES else 0
+    return [tuple(f"mlp.experts.{e}.{name}" for name in names) for e in range(count)]  # type: ignore[misc]
 
 
 def tokenizer() -> bytes:

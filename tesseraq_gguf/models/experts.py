@@ -83,7 +83,7 @@ def unroll(block: nn.Module) -> None:
             made = Experts(Expert(hidden, inner, module.act_fn, _KNOWN[kind]) for _ in range(experts))  # type: ignore[arg-type]
             parent, _, leaf = name.rpartition(".")
             setattr(block.get_submodule(parent), leaf, made)
-        elif stacks:
+        elif stacks and kind.endswith("Experts"):
             raise ModelError(f"experts of this kind ({kind}) cannot be learned yet. There are: {', '.join(_KNOWN)}")
 
 

@@ -47,3 +47,4 @@ def test_unknown_experts_are_refused():
 
     with pytest.raises(ModelError, match="StrangeExperts"):
         unroll(nn.Sequential(StrangeExperts()))
+    unroll(nn.Sequential(nn.Conv1d(4, 4, 3)))  # has a weight of three dimensions, and no experts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import KINDS
+from tiny_models import KINDS, MIXTURES, experts
 from torch import nn
 
 from tesseraq_gguf.models import Decoder
@@ -21,6 +21,7 @@ UP = ("mlp.up_proj", ("mlp.down_proj",))
 PLAIN = [ATTENTION, VALUES, MLP, UP]
 EXPECTED = dict.fromkeys(KINDS, PLAIN) | {
     "gemma3": [ATTENTION, VALUES, ("pre_feedforward_layernorm", MLP[1]), UP],
+    **{kind: [ATTENTION, VALUES, *((up, (down,)) for _, up, down in experts(kind))] for kind in MIXTURES},
     "phi-fused": [
         ("input_layernorm", ("self_attn.qkv_proj",)),
         ("self_attn.qkv_proj", ("self_attn.o_proj",)),
@@ -28,6 +29,7 @@ EXPECTED = dict.fromkeys(KINDS, PLAIN) | {
         ("mlp.gate_up_proj", ("mlp.down_proj",)),
     ],
 }
+EXPECTED["qwen2-moe"].insert(2, ("mlp.shared_expert.up_proj", ("mlp.shared_expert.down_proj",)))
 
 
 @pytest.fixture

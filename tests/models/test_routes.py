@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import KINDS
+from tiny_models import KINDS, MIXTURES, experts
 from torch import nn
 
 from tesseraq_gguf.models import Decoder
@@ -17,12 +17,15 @@ TOKENS = torch.randint(4, 300, (1, 48), generator=torch.Generator().manual_seed(
 VALUES = ({("self_attn.v_proj", 0)}, ("self_attn.o_proj",))
 MLP = ({("mlp.gate_proj", 0), ("mlp.up_proj", 0)}, ("mlp.down_proj",))
 EXPECTED = {kind: [VALUES, MLP] for kind in KINDS} | {
+    **{kind: [VALUES, *(({(gate, 0), (up, 0)}, (down,)) for gate, up, down in experts(kind))] for kind in MIXTURES},
     "phi-fused": [
         ({("self_attn.qkv_proj", 192)}, ("self_attn.o_proj",)),
         ({("mlp.gate_up_proj", 0), ("mlp.gate_up_proj", 192)}, ("mlp.down_proj",)),
-    ]
+    ],
 }
-HEADS = {"llama-576": 64, "qwen2": 64, "qwen3": 64, "gemma3": 64}
+SHARED = ({("mlp.shared_expert.gate_proj", 0), ("mlp.shared_expert.up_proj", 0)}, ("mlp.shared_expert.down_proj",))
+EXPECTED["qwen2-moe"].insert(1, SHARED)
+HEADS = {"qwen3-moe": 64, "llama-576": 64, "qwen2": 64, "qwen3": 64, "gemma3": 64}
 
 
 @pytest.fixture
@@ -62,9 +65,9 @@ def test_every_route_is_found_and_exact(kind, load):
         expected = block.run(hidden, arguments)
     found = found_in(block, hidden, arguments)
     assert [(set(route.producers), route.consumers) for route in found] == EXPECTED[kind]
-    values, inner = found
+    values, *within = found
     assert values.run == HEADS.get(kind, 32)  # channels do not leave their head
-    assert inner.run == inner.channels
+    assert all(inner.run == inner.channels for inner in within)
     before = {name: p.detach().clone() for name, p in block.module.named_parameters()}
     for route in found:
         route.apply(block, shuffled(route))
