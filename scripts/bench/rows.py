@@ -246,6 +246,7 @@ def _rounding_rows() -> Iterator[Row]:
         if rank != 4:  # is among the rows above
             yield row("tsq3", "lrq", init="none", rank=rank)
     for samples in (8, 32, 128):
+        yield row("tsq3", "awq", samples=samples)
         yield row("tsq3", "lrq", init="none", rank=4, samples=samples)
         yield row("tsq3", "flexround", init="none", samples=samples)
         yield row("tsq3", "tesseraq", samples=samples)
