@@ -29,7 +29,7 @@ from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
 from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
-from tesseraq_gguf.converter.verify import Expected, verify
+from tesseraq_gguf.converter.verify import Expected, own_codebooks, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
 from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor, load_tensors
@@ -375,7 +375,7 @@ def _from_gguf(
     import gguf
 
     source = open_gguf(Path(job["gguf"]))
-    orders = orders_of(source)
+    orders, codebooks = orders_of(source), own_codebooks(source)
     writer = _raw_writer(source)
     vectors: dict[str, NDArray[Any]] = {}
     if plan is not None and probe is not None:
@@ -393,7 +393,7 @@ def _from_gguf(
             deferred, kind = _array(vectors.pop(tensor.name)), "f32"
         else:
             kind = _type_in_copy(tensor, job)
-            deferred = _copied(source, tensor, kind, orders.get(tensor.name))
+            deferred = _copied(source, tensor, kind, orders.get(tensor.name), codebooks)
             if plan is not None and kind != "f32":
                 fallbacks.append((tensor.name, kind, tensor.shape[0]))
         shape = None if deferred.dtype == np.uint8 else tuple(reversed(tensor.shape))
@@ -438,13 +438,35 @@ def _type_in_copy(tensor: TensorInfo, job: dict[str, Any]) -> str:
     wanted = tensor_type(job["embedding_type"] if tensor.name in _EMBEDDINGS else job["type"])
     if not wanted.fits(tensor.shape[0]):
         wanted = tensor_type("f16")
-    if tensor.type in ORDERED_TYPES:  # an order of columns is not copied
+    if tensor.type in (*ORDERED_TYPES, *bcq.TYPES):  # neither an order of columns nor codebooks are copied
         return wanted.name
     keep = job["learned"] and tensor.name not in _EMBEDDINGS and tensor.bits_per_weight <= wanted.bits_per_weight
     return tensor.type if keep else wanted.name
 
 
-def _copied(source: GgufFile, tensor: TensorInfo, kind: str, order: NDArray[np.int32] | None = None) -> DeferredTensor:
+def _dequantized(
+    tensor: TensorInfo, rows: NDArray[np.uint8], codebooks: NDArray[np.int8] | None
+) -> NDArray[np.float32]:
+    """Weights of rows of a tensor, columns in the order of the file, with the file's own codebooks if it brings any."""
+    import gguf
+
+    if tensor.type not in TENSOR_TYPES or not tensor_type(tensor.type).custom:
+        kind = gguf.GGMLQuantizationType(tensor.type_id)
+        return gguf.quants.dequantize(np.array(rows), kind)  # type: ignore[no-any-return]
+    packer = packer_of(tensor.type)
+    arrays = packer.unpack(np.ascontiguousarray(rows))
+    if codebooks is not None and tensor.type in bcq.TYPES:
+        arrays["c"] = bcq.repeated(codebooks, len(rows))
+    return packer.dequantize(arrays)
+
+
+def _copied(
+    source: GgufFile,
+    tensor: TensorInfo,
+    kind: str,
+    order: NDArray[np.int32] | None,
+    codebooks: NDArray[np.int8] | None,
+) -> DeferredTensor:
     import gguf
 
     data = source.data(tensor)
@@ -453,17 +475,12 @@ def _copied(source: GgufFile, tensor: TensorInfo, kind: str, order: NDArray[np.i
             dtype = np.dtype("<f4" if tensor.type == "f32" else "<f2")
             return DeferredTensor(tuple(reversed(tensor.shape)), dtype, lambda: [data])
         return DeferredTensor((*reversed(tensor.shape[1:]), data.shape[1]), np.uint8, lambda: [data])
-    have = gguf.GGMLQuantizationType(tensor.type_id)
     want = gguf.GGMLQuantizationType(tensor_type(kind).id)
     step = max(1, _CHUNK // tensor.shape[0])
     outer = tuple(reversed(tensor.shape[1:]))
 
     def weights(start: int, stop: int) -> NDArray[np.float32]:
-        rows = np.array(data[start:stop])
-        if tensor.type in ORDERED_TYPES:
-            packer = packer_of(tensor.type)
-            return natural(packer.dequantize(packer.unpack(rows)), order)
-        return gguf.quants.dequantize(rows, have)  # type: ignore[no-any-return]
+        return natural(_dequantized(tensor, data[start:stop], codebooks), order)
 
     sample = gguf.quants.quantize(weights(0, 1), want)
 
@@ -476,11 +493,11 @@ def _copied(source: GgufFile, tensor: TensorInfo, kind: str, order: NDArray[np.i
 
 def _check_row_order(job: dict[str, Any], source: GgufFile, plan: Plan) -> None:
     """Hold rows of the expanded folder, moved by our row maps, against the rows of the file they came from."""
-    import gguf
     from safetensors import safe_open
 
     from tesseraq_gguf.models.source import ModelSource
 
+    orders, codebooks = orders_of(source), own_codebooks(source)
     tensors = {t.name: t for t in source.tensors}
     files = ModelSource(job["name"], Path(job["folder"])).weight_map()
     for target, ((name, placement),) in plan.by_target.items():  # of a file's experts nothing is learned
@@ -493,8 +510,7 @@ def _check_row_order(job: dict[str, Any], source: GgufFile, plan: Plan) -> None:
         with safe_open(files[stored], "pt") as weights:
             part = weights.get_slice(stored)
             mine = np.stack([part[int(r) : int(r) + 1].float().numpy()[0] for r in there])
-        kind = gguf.GGMLQuantizationType(tensor.type_id)
-        theirs = gguf.quants.dequantize(np.array(source.data(tensor)[picked]), kind)
+        theirs = natural(_dequantized(tensor, source.data(tensor)[picked], codebooks), orders.get(target))
         if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=2e-3, atol=1e-6):
             raise ConversionError(
                 f"the rows of {name} do not return to their places in {target}: transformers read {source.path.name} "

@@ -10,6 +10,7 @@ from tiny_models import TEXT, make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.evaluation import evaluate
 from tesseraq_gguf.pipeline import convert
 from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, ActivationScheme, from_metadata, scheme_of
@@ -68,6 +69,23 @@ def test_the_second_half_of_every_chunk_counts():
     assert kld == pytest.approx(sum(divergences) / 9, rel=1e-4)
     assert top == pytest.approx(sum(same) / 9)
     assert measure(hidden, tokens, answers)[2:] == (None, None)
+
+
+@pytest.mark.slow
+def test_a_model_with_its_own_codebooks_is_read_with_them(made, text):
+    """The same weights with universal and with own codebooks: both near the model, and llama.cpp agrees with torch."""
+    out = made(type="bcq4_a4", method="rtn", codebooks="model")
+    found = simulate(out, text, CTX, 2, scheme=scheme_of("a4-codebooks", None))
+    assert found.perplexity == pytest.approx(evaluate(out, text, CTX, 2).perplexity, rel=0.02)
+
+
+@pytest.mark.slow
+def test_another_file_of_that_name_in_the_working_directory_is_left_alone(made, text, tmp_path, monkeypatch):
+    out = made(type="tsq3", method="rtn")
+    expected = simulate(out, text, CTX, 1)
+    (tmp_path / out.name).write_bytes(b"no model")
+    monkeypatch.chdir(tmp_path)
+    assert simulate(out, text, CTX, 1) == expected
 
 
 def test_chunks_are_cut_as_llama_perplexity_does():

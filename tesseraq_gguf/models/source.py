@@ -205,7 +205,8 @@ def _write_folder(file: Path, folder: Path) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    place, options = str(file.parent), {"gguf_file": file.name}
+    # the whole path: transformers takes a file of that name in the working directory first
+    place, options = str(file.parent), {"gguf_file": str(file.resolve())}
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
