@@ -23,52 +23,30 @@ void quantize_row_ptq1_61(const float * GGML_RESTRICT x, void * GGML_RESTRICT y,
     quantize_row_ptq1_61_ref(x, (block_ptq1_61 *) y, k);
 }
 
-void ptq_round_generic(const float * GGML_RESTRICT x, int8_t * GGML_RESTRICT q, float * GGML_RESTRICT d, int32_t * GGML_RESTRICT s) {
-    static const int end [2] = { PTQ_SALIENT, QK_PTQ };
-    static const int lack[2] = { PTQ_LACK_SALIENT, PTQ_LACK_BINARY };
-
-    for (int kind = 0, first = 0; kind < 2; first = end[kind++]) {
-        float amax = 0.0f;
-        for (int j = first; j < end[kind]; j++) {
-            amax = fmaxf(amax, fabsf(x[j]));
-        }
-        const float id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
-        d[kind] = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
-
-        int sum = 0;
-        for (int j = first; j < end[kind]; j++) {
-            const float v = rintf(x[j]*id);
-            q[j] = (int8_t) (v >= -128.0f && v <= 127.0f ? (int) v : v > 0.0f ? 127 : -128);
-            sum += q[j];
-        }
-        s[kind] = sum*lack[kind];
+static void ptq_round_part_generic(const float * GGML_RESTRICT x, int n, int lack, int8_t * GGML_RESTRICT q, float * d, int32_t * s) {
+    float amax = 0.0f;
+    for (int j = 0; j < n; j++) {
+        amax = fmaxf(amax, fabsf(x[j]));
     }
+    const float id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+    *d = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
+
+    int sum = 0;
+    for (int j = 0; j < n; j++) {
+        const float v = rintf(x[j]*id);
+        q[j] = (int8_t) (v >= -128.0f && v <= 127.0f ? (int) v : v > 0.0f ? 127 : -128);
+        sum += q[j];
+    }
+    *s = sum*lack;
+}
+
+void ptq_round_generic(const float * GGML_RESTRICT x, int8_t * GGML_RESTRICT q, float * GGML_RESTRICT d, int32_t * GGML_RESTRICT s) {
+    ptq_round_part_generic(x,               PTQ_SALIENT, PTQ_LACK_SALIENT, q,               &d[0], &s[0]);
+    ptq_round_part_generic(x + PTQ_SALIENT, PTQ_BINARY,  PTQ_LACK_BINARY,  q + PTQ_SALIENT, &d[1], &s[1]);
 }
 
 void quantize_row_q8_ptq_generic(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
-    assert(k % QK_PTQ == 0);
-    const int64_t nb = k / QK_PTQ;
-
-    uint8_t * group = y;
-
-    for (int64_t i = 0; i < nb; i += Q8_PTQ_GROUP) {
-        const int m = nb - i < Q8_PTQ_GROUP ? (int) (nb - i) : Q8_PTQ_GROUP;
-
-        for (int b = 0; b < m; b++, x += QK_PTQ) {
-            int8_t  q[QK_PTQ];
-            float   d[2];
-            int32_t s[2];
-            ptq_round_generic(x, q, d, s);
-
-            for (int kind = 0; kind < 2; kind++) {
-                memcpy(group + 4*(kind*m + b),       &d[kind], sizeof(float));
-                memcpy(group + 4*((2 + kind)*m + b), &s[kind], sizeof(int32_t));
-            }
-            memcpy(group + 16*m + b*QK_PTQ,              q + PTQ_SALIENT, PTQ_BINARY);
-            memcpy(group + 16*m + b*QK_PTQ + PTQ_BINARY, q,               PTQ_SALIENT);
-        }
-        group += m*Q8_PTQ_BLOCK_SIZE;
-    }
+    ptq_quantize_row(x, y, k, ptq_round_part_generic);
 }
 
 void ggml_cpu_ptq1_61_to_fp32_generic(const void * GGML_RESTRICT x, float * GGML_RESTRICT y, int64_t k) {

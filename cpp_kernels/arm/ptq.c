@@ -131,28 +131,7 @@ static PTQ_INLINE void ptq_dequantize_row(const block_ptq1_61 * GGML_RESTRICT x,
 
 void quantize_row_q8_ptq(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, int64_t k) {
 #if defined(PTQ_NEON)
-    assert(k % QK_PTQ == 0);
-    const int64_t nb = k / QK_PTQ;
-
-    uint8_t * group = y;
-
-    for (int64_t i = 0; i < nb; i += Q8_PTQ_GROUP) {
-        const int m = nb - i < Q8_PTQ_GROUP ? (int) (nb - i) : Q8_PTQ_GROUP;
-
-        for (int b = 0; b < m; b++, x += QK_PTQ) {
-            uint8_t * q = group + 16*m + b*QK_PTQ;
-            float   d[2];
-            int32_t s[2];
-            ptq_round_part(x,               PTQ_SALIENT, PTQ_LACK_SALIENT, (int8_t *) q + PTQ_BINARY, &d[0], &s[0]);
-            ptq_round_part(x + PTQ_SALIENT, PTQ_BINARY,  PTQ_LACK_BINARY,  (int8_t *) q,              &d[1], &s[1]);
-
-            for (int kind = 0; kind < 2; kind++) {
-                memcpy(group + 4*(kind*m + b),       &d[kind], sizeof(float));
-                memcpy(group + 4*((2 + kind)*m + b), &s[kind], sizeof(int32_t));
-            }
-        }
-        group += m*Q8_PTQ_BLOCK_SIZE;
-    }
+    ptq_quantize_row(x, y, k, ptq_round_part);
 #else
     quantize_row_q8_ptq_generic(x, y, k);
 #endif
