@@ -39,7 +39,7 @@ from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
-from tesseraq_gguf.models.experts import stack_of
+from tesseraq_gguf.models.experts import expert_of
 from tesseraq_gguf.parallel import Team, join
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.preprocessing import STEPS, Preprocessing, check_installed
@@ -167,7 +167,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     calibration = _calibration(recipe, source, progress)
     if calibration:
         _check_team(team, recipe, len(calibration.tokens), decoder)
-    text = _text_to_learn(recipe, source, team, progress)
+    text = _text_to_learn(recipe, source, decoder, team, progress)
     progress.stage("Asking llama.cpp's converter about the model")
     plan = plan_types(recipe, source, decoder, tree)
     for name, reason in plan.fallbacks.items():
@@ -220,14 +220,15 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
 
 
 def _rare(result: BlockResult) -> str:
-    experts = sorted({int(name.partition(".experts.")[2].partition(".")[0]) for name in result.rare})
-    named = f"expert {experts[0]} was" if len(experts) == 1 else f"experts {', '.join(map(str, experts))} were"
+    """What is said of the experts of a block that calibration hardly visited."""
+    experts = list(dict.fromkeys(str(expert_of(name)) for name in result.rare))
+    named = f"expert {experts[0]} was" if len(experts) == 1 else f"experts {', '.join(experts)} were"
     return f"block {result.index + 1}: {named} fed fewer than {RARE} calibration tokens: rounded with care, not learned"
 
 
 def _check_team(team: Team, recipe: Recipe, samples: int, decoder: Decoder) -> None:
     """Refuse teams that cannot share a step's sequences evenly, or a model's experts."""
-    if team.size > 1 and any(stack_of(name) for name in decoder.matrix_shapes()):
+    if team.size > 1 and decoder.has_experts:
         raise UsageError("several processes cannot share a model with experts yet: run one, without torchrun")
     batch = recipe.settings.batch
     if team.size > 1 and (batch % team.size or samples < batch):
@@ -338,13 +339,17 @@ def _results(
         )
 
 
-def _text_to_learn(recipe: Recipe, source: ModelSource, team: Team, progress: Progress) -> Calibration | None:
+def _text_to_learn(
+    recipe: Recipe, source: ModelSource, decoder: Decoder, team: Team, progress: Progress
+) -> Calibration | None:
     """Read the text of the preprocessing, if there is one: as many sequences as its steps can take."""
     if recipe.preprocess is None:
         return None
     check_installed()
     if team.size > 1:
         raise UsageError("--preprocess needs the whole model in one process: it is not possible under torchrun")
+    if decoder.has_experts:
+        raise UsageError("--preprocess cannot give adapters to experts: leave it out for this model")
     progress.stage("Reading the text to preprocess with")
     schedule = _schedule(recipe)
     wanted = schedule.steps * schedule.batch
@@ -533,6 +538,7 @@ def _method(recipe: Recipe, width: int) -> Method:
 
 
 def _learned(recipe: Recipe, width: int) -> Method:
+    """A method that learns the rounding, with what it begins at."""
     settings = recipe.settings
     steps = len(SOFT_SHARE) * settings.steps
     start = _starts(recipe)[recipe.init]

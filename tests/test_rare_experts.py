@@ -155,3 +155,14 @@ def test_experts_have_no_order_of_columns(make_model, tmp_path):  # noqa: F811
     assert found["ffn_gate_exps.weight"] == "tsq2"
     said = [said for name, said in report.fallbacks.items() if "experts.0.w1" in name]
     assert said == ["is tsq2, not ptq1_61: experts cannot have an order of columns"] * 2
+
+
+def test_experts_cannot_be_preprocessed(make_model, tmp_path):  # noqa: F811
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 30)
+    recipe = Recipe(
+        str(make_model("mixtral").folder), tmp_path / "out.gguf", method="rtn", preprocess=str(text), preprocess_steps=2
+    )
+    with pytest.raises(UsageError, match="adapters to experts"):
+        convert(recipe)
+    assert not (tmp_path / "out.gguf").exists()

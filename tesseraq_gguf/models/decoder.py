@@ -21,7 +21,7 @@ from torch.func import functional_call
 from tesseraq_gguf.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.grids import grid_of
-from tesseraq_gguf.models.experts import aliases, unroll
+from tesseraq_gguf.models.experts import aliases, stack_of, unroll
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor
 
@@ -246,6 +246,11 @@ class Decoder:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.config.hidden_size)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether blocks choose among experts, each with matrices of its own."""
+        return any(stack_of(name) for name in self.matrix_shapes())
 
     def block_prefix(self, index: int) -> str:
         """Return the checkpoint prefix of block `index`, with its final dot."""

@@ -94,6 +94,18 @@ def aliases(name: str) -> list[str]:
 
 def stack_of(name: str) -> str | None:
     """Return what the matrices of one stack are called together, a star in place of the expert's number; else None."""
-    before, found, after = name.partition(".experts.")
+    before, number, rest = _parts(name)
+    return f"{before}.experts.*.{rest}" if number else None
+
+
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert that a matrix belongs to, None if it belongs to none."""
+    number = _parts(name)[1]
+    return int(number) if number else None
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """What stands before an expert's number in a name, the number, and what stands after; no number, no expert."""
+    before, _, after = name.partition(".experts.")
     number, _, rest = after.partition(".")
-    return f"{before}.experts.*.{rest}" if found and number.isdecimal() else None
+    return before, number if number.isdecimal() else "", rest

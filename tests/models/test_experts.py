@@ -8,7 +8,7 @@ from torch import nn
 
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.models.experts import aliases, stack_of, unroll
+from tesseraq_gguf.models.experts import aliases, expert_of, stack_of, unroll
 
 
 def test_matrices_have_the_checkpoints_names(make_model):
@@ -30,6 +30,17 @@ def test_gradients_reach_the_experts_that_were_chosen(make_model):
     reached = {name for name, w in weights.items() if w.grad is not None and stack_of(name)}
     assert 0 < len(reached) < 12  # two tokens choose two experts each
     assert {name.rpartition(".")[2] for name in reached} == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_numbers_of_experts():
+    assert expert_of("model.layers.3.mlp.experts.17.up_proj.weight") == 17
+    assert expert_of("mlp.experts.0.w1") == 0
+    assert expert_of("model.layers.3.mlp.shared_expert.up_proj.weight") is None
+
+
+def test_a_decoder_knows_whether_it_has_experts(make_model):
+    kinds = {"qwen2-moe": True, "mixtral": True, "llama": False}
+    assert {kind: Decoder(make_model(kind), torch.device("cpu")).has_experts for kind in kinds} == kinds
 
 
 def test_names_of_stacks():
