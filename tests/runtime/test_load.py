@@ -62,7 +62,7 @@ assert llama_cpp.__file__.startswith(str(find_runtime().python))
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else str(find_runtime().lib)
 assert str(find_runtime().lib) in maps
 import llama_cpp._ggml
-count = 512  # GGML_TYPE_COUNT: no type chosen
+count = 513  # GGML_TYPE_COUNT: no type chosen
 assert llama_cpp.llama_model_quantize_default_params().output_tensor_type == count
 from tesseraq_gguf.runtime import load_llama_cpp
 assert load_llama_cpp() is llama_cpp
