@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from bench import report
 from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
 from bench.results import Result, Results, result_key
@@ -32,6 +33,7 @@ from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
 from tesseraq_gguf.recipe import PRESETS
+from tesseraq_gguf.runtime.cuda import find_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {
@@ -153,6 +155,7 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         peak_bytes=round(spent[2]) or None,
         variables=learned_at_once(row, [(t.shape[1], t.shape[0]) for t in matrices if t.name.startswith("blk.0.")]),
         kept=found[1] if row.study == ROUNDING else None,
+        gpu=next((gpu.name for gpu in find_gpus() if torch.cuda.is_available() and row.family == OURS), None),
     )
     agreement = f"divergence {kld:.5f}, same token {100 * top1:.2f} %"
     _say(f"{row.name}: perplexity {perplexity:.4f}, {agreement}, {spent[0]:.0f} s")

@@ -1,7 +1,7 @@
 """Time a step of each learning method against the bare forward and backward pass of the same block.
 
-The block is a Llama block with random weights; processor time of one thread is what is told, so other work on the
-machine does not count.
+The block is a Llama block with random weights. On the processor the time of one thread is what is told, so other work
+on the machine does not count; on a GPU it is wall time, and the most of its memory that was in use.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
@@ -34,13 +35,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256, help="of a sequence (default: 256)")
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step (default: 4)")
     parser.add_argument("--type", default="tsq2", help="tensor type (default: tsq2)")
+    parser.add_argument("--device", default="cpu", help="where to learn (default: cpu)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    problem = make_problem(options)
-    bare = timed(lambda steps: [forward_and_backward(problem, options.batch) for _ in range(steps)])
-    print(f"{problem_size(problem) / 1e6:.1f} million weights, {options.batch} × {options.tokens} tokens, one thread\n")
-    print("| | ms a step | of the bare pass |\n| --- | ---: | ---: |")
-    print(f"| bare forward and backward | {1e3 * bare:.0f} | 1 |")
+    device = resolve_device(options.device)
+    where = "one thread" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    problem = make_problem(options, device)
+    bare, peak = timed(lambda steps: [forward_and_backward(problem, options.batch) for _ in range(steps)], device)
+    print(f"{problem_size(problem) / 1e6:.1f} million weights, {options.batch} × {options.tokens} tokens, {where}\n")
+    print("| | ms a step | of the bare pass | peak memory |\n| --- | ---: | ---: | ---: |")
+    print(f"| bare forward and backward | {1e3 * bare:.1f} | 1 | {_gigabytes(peak)} |", flush=True)
     methods: dict[str, Callable[[int], Method]] = {
         # one stage, in which scales and zero-points move as well
         "TesseraQ": lambda steps: TesseraQ(
@@ -50,11 +54,11 @@ def main() -> None:
         "LRQ, rank 1/4": lambda steps: lrq(steps, options.batch, options.width // PAPER_SHARE),
     }
     for name, make in methods.items():
-        seconds = timed(lambda steps, make=make: learn(problem, make(steps)))
-        print(f"| {name} | {1e3 * seconds:.0f} | {seconds / bare:.2f} |", flush=True)
+        seconds, peak = timed(lambda steps, make=make: learn(problem, make(steps)), device)
+        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / bare:.2f} | {_gigabytes(peak)} |", flush=True)
 
 
-def make_problem(options: argparse.Namespace) -> BlockProblem:
+def make_problem(options: argparse.Namespace, device: torch.device) -> BlockProblem:
     """Return a Llama block of random weights as a problem; its inputs are random as well."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -65,22 +69,23 @@ def make_problem(options: argparse.Namespace) -> BlockProblem:
         hidden_size=options.width, intermediate_size=options.inner, num_attention_heads=heads, num_key_value_heads=heads
     )
     config._attn_implementation = "sdpa"
-    module = LlamaDecoderLayer(config, 0).eval().requires_grad_(False)
+    module = LlamaDecoderLayer(config, 0).to(device).eval().requires_grad_(False)
     block = LoadedBlock(0, "model.layers.0.", module)
     inputs = torch.randn(2 * options.batch, options.tokens, options.width)
     positions = torch.arange(options.tokens)[None]
-    arguments = {"position_embeddings": LlamaRotaryEmbedding(config)(inputs, positions)}
+    cos, sin = LlamaRotaryEmbedding(config)(inputs, positions)
+    arguments = {"position_embeddings": (cos.to(device), sin.to(device))}
     with torch.no_grad():
-        targets = block.run(inputs, arguments)
+        targets = block.run(inputs.to(device), arguments).cpu()
     return BlockProblem(
         block=block,
         grids=dict.fromkeys(block.matrices(), grid_of(options.type)),
         inputs=inputs,
         targets=targets,
-        sensitivity=torch.ones(2, options.width),
+        sensitivity=torch.ones(2, options.width, device=device),
         arguments=arguments,
-        device=torch.device("cpu"),
-        autocast=torch.float32,
+        device=device,
+        autocast=torch.float32 if device.type == "cpu" else learning_dtype(device),
         generator=torch.Generator().manual_seed(0),
         report=lambda *_: None,
     )
@@ -102,15 +107,30 @@ def learn(problem: BlockProblem, method: Method) -> None:
     method.learn(replace(problem, generator=torch.Generator().manual_seed(0)))
 
 
-def timed(run: Callable[[int], object]) -> float:
-    """Return the seconds of processor time that a step takes, after a first round that may compile."""
+def timed(run: Callable[[int], object], device: torch.device) -> tuple[float, int]:
+    """Return the seconds that a step takes, after a first round that may compile, and bytes in use on a GPU."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     run(FEW)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     spent = []
     for steps in (FEW, MORE):
-        began = time.process_time()
+        _wait(device)
+        began = clock()
         run(steps)
-        spent.append(time.process_time() - began)
-    return (spent[1] - spent[0]) / (MORE - FEW)
+        _wait(device)
+        spent.append(clock() - began)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return (spent[1] - spent[0]) / (MORE - FEW), peak
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _gigabytes(peak: int) -> str:
+    return f"{peak / 1e9:.1f} GB" if peak else ""
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def _type(row: Row) -> str:
 
 def _time(result: Result) -> str:
     spent = "" if result.cpu_seconds is None else f" ({_minutes(result.cpu_seconds)})"
-    return _minutes(result.seconds) + spent
+    return _minutes(result.seconds) + spent + (f", {result.gpu}" if result.gpu else "")
 
 
 def _minutes(seconds: float) -> str:

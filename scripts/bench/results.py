@@ -35,6 +35,7 @@ class Result:
         variables: how many numbers were learned at once, in the largest block; None where nothing is learned.
         kept: perplexity, its error, divergence and agreement on the kept part of the calibration text, for rows of the
             study of rounding.
+        gpu: name of the GPU that the file was learned on; None if there was none. The measurement is the processor's.
     """
 
     key: str
@@ -50,6 +51,7 @@ class Result:
     peak_bytes: int | None = None
     variables: int | None = None
     kept: tuple[float, float, float, float] | None = None
+    gpu: str | None = None
 
 
 def result_key(row: Row, setting: Mapping[str, Any]) -> str:
