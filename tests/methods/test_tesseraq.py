@@ -10,7 +10,7 @@ from tesseraq_gguf.grids import TSQ2, grid_of
 from tesseraq_gguf.grids.tsq import decode_scale
 from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.start import AsItStarts, Start
-from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, soft_step
+from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, ranked, soft_step
 from tesseraq_gguf.models import Decoder
 
 CPU = torch.device("cpu")
@@ -172,6 +172,13 @@ def test_on_codebooks_each_method_beats_the_one_before():
     learned = TesseraQ(steps=4, batch=4, rounding_rate=6e-2, scale_rate=1e-2).learn(problem)
     assert loss_of(problem, start) < 0.8 * loss_of(problem, rounded)
     assert loss_of(problem, learned) < 0.9 * loss_of(problem, start)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 500, 999, 1000])
+def test_sorting_finds_what_selecting_finds(rank):
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(rank)).round(decimals=1)  # many are equal
+    expected = torch.tensor(sorted(values.tolist())[rank - 1])
+    assert ranked(values, rank, sorting=True) == ranked(values, rank, sorting=False) == expected
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["universal", "own"])
