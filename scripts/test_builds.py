@@ -63,6 +63,7 @@ ANSWERS = {
     "llama-quantize": (["--help"], "TSQ2"),
     "llama-imatrix": (["--version"], "version"),
     "llama-completion": (["--version"], "version"),
+    "ggml-rpc-server": (["--help"], "--port"),
     "test-backend-ops": (["--help"], "Usage"),
     "test-quantize-perf": (["--type", "tsq2", "--op", "vec_dot_q", "-i", "1"], "tsq2"),
 }

@@ -42,6 +42,7 @@ TOOLS = (
     "llama-quantize",
     "llama-imatrix",
     "llama-completion",
+    "ggml-rpc-server",
     "test-backend-ops",
     "test-quantize-fns",
     "test-quantize-perf",
@@ -51,6 +52,7 @@ TOOLS = (
 _OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release",
     "-DBUILD_SHARED_LIBS=ON",
+    "-DGGML_RPC=ON",
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
     "-DLLAMA_BUILD_TOOLS=ON",
     "-DLLAMA_BUILD_SERVER=OFF",
