@@ -31,6 +31,8 @@ from tests.conftest import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
+LEARNING = ROOT / "tests" / "test_learning_on_gpu.py"
+
 FILES: Mapping[str, Mapping[str, Any]] = {
     **{kind: {"type": kind} for kind in ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4")},
     "bcq4, own codebooks": {"type": "bcq4", "codebooks": "model"},
@@ -89,6 +91,11 @@ def main() -> int:
         ]
         rates = measure_rates(runtime, folder, options.layers)
         learner = None if options.no_learner else measure_learner(folder)
+        if (
+            not options.no_learner
+            and subprocess.run([sys.executable, "-m", "pytest", "-q", str(LEARNING)], cwd=ROOT).returncode
+        ):
+            failures.append(f"{LEARNING.name}: a method does not learn on the GPU what it learns on the processor")
     text = "\n".join(report(gpus[0], runtime, perplexities, rates, learner))
     print(text)
     options.out.write_text(options.out.read_text().partition(GPU)[0] + GPU + "\n" + text + "\n")
