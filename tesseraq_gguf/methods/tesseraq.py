@@ -194,8 +194,7 @@ class SoftMatrix:
 def ranked(values: Tensor, rank: int, sorting: bool) -> Tensor:
     """The `rank`-th smallest of values [n], counted from 1, as a tensor without dimensions.
 
-    Selecting is the least work, and what a processor does best. A GPU selects with a single thread block, and has the
-    values sorted long before that.
+    Selecting is the least work, but torch selects with a single thread block on a GPU, and sorts with all of them.
     """
     return values.sort().values[rank - 1] if sorting else values.kthvalue(rank).values
 

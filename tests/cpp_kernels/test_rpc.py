@@ -87,6 +87,7 @@ def test_a_server_of_another_llama_cpp_is_refused(runtime: Runtime, model: Path,
         endpoint = f"127.0.0.1:{upstream.getsockname()[1]}"
         command = [str(runtime.tool("llama-perplexity")), "-m", str(model), "-f", str(long_text), "--rpc", endpoint]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        upstream.settimeout(60)
         connection, _ = upstream.accept()
         with connection:
             head = connection.recv(9)  # the command, and how many bytes follow
