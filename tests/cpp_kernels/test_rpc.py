@@ -89,10 +89,9 @@ def test_a_server_of_another_llama_cpp_is_refused(runtime: Runtime, model: Path,
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         upstream.settimeout(60)
         connection, _ = upstream.accept()
-        with connection:
-            head = connection.recv(9)  # the command, and how many bytes follow
-            size = int.from_bytes(head[1:], "little")
-            connection.recv(size)
+        with connection, connection.makefile("rb") as sent:  # read whole: one message may come in several pieces
+            size = int.from_bytes(sent.read(9)[1:], "little")  # after the command: how many bytes follow
+            sent.read(size)
             answer = bytes([7, 0, 0]).ljust(4 + size, b"\0")  # the version, and as many capabilities as were sent
             connection.sendall(len(answer).to_bytes(8, "little") + answer)
             said, _ = process.communicate(timeout=60)
