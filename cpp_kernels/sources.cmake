@@ -59,6 +59,7 @@ set(TESSERAQ_ARM_SOURCES
 # by their whole path: the CUDA backend is made in another folder
 set(TESSERAQ_CUDA_SOURCES
     ${CMAKE_CURRENT_LIST_DIR}/cuda/bcq-tables.cu
+    ${CMAKE_CURRENT_LIST_DIR}/cuda/get-cols.cu
     ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-bcq4.cu
     ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq2.cu
     ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq3.cu

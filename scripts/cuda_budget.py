@@ -51,9 +51,11 @@ class Type:
     rows: int
 
 
-def _ours(name: str) -> Type:
+def _ours(name: str, dot_products: int = 8) -> Type:
+    """One of our types: four rows, and the sums of activations that they share."""
     known = TENSOR_TYPES[name]
-    return Type(name.upper(), known.id, 8 * known.block_bytes / known.block_weights, 32, 4 * 8 + 8, warps=2, rows=4)
+    bits = 8 * known.block_bytes / known.block_weights
+    return Type(name.upper(), known.id, bits, 32, 5 * dot_products, warps=2, rows=4)
 
 
 TYPES = (
@@ -61,6 +63,7 @@ TYPES = (
     _ours("tsq3"),
     _ours("tsq4"),
     _ours("bcq4"),
+    _ours("ptq1_61", 8 + 2),
     Type("IQ2_XXS", 16, 2.0625, 32, 8, warps=4, rows=1),
     Type("Q2_K", 10, 2.625, 16, 8, warps=4, rows=1),
     Type("Q3_K", 11, 3.4375, 16, 4, warps=4, rows=1),

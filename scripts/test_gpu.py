@@ -34,13 +34,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LEARNING = ROOT / "tests" / "test_learning_on_gpu.py"
 
 FILES: Mapping[str, Mapping[str, Any]] = {
-    **{kind: {"type": kind} for kind in ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4")},
+    **{kind: {"type": kind} for kind in ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4", "ptq1_61")},
     "bcq4, own codebooks": {"type": "bcq4", "codebooks": "model"},
 }
 """Files whose perplexity is measured, and what `Recipe` has to know of them."""
 
 TYPES = {
-    **{"tsq2": 500, "tsq3": 501, "tsq4": 502, "bcq4": 503, "bcq4_a4": 504},
+    **{"tsq2": 500, "tsq3": 501, "tsq4": 502, "bcq4": 503, "bcq4_a4": 504, "ptq1_61": 505},
     **{"q2_K": 10, "iq2_xxs": 16, "q4_0": 2, "iq4_nl": 20},
 }
 """`ggml_type` of the types whose rates are compared."""
@@ -50,9 +50,10 @@ BANDWIDTH = {"H100 80GB HBM3": 3352, "H100 PCIe": 2039, "H200": 4800, "A100-SXM4
 """GB/s by a part of a GPU's name, from data sheets."""
 
 OPERATORS = {
-    "MUL_MAT": r"type_a=(tsq[234]|bcq4|bcq4_a4),type_b=f32",
-    "MUL_MAT_ID": r"type_a=(tsq[234]|bcq4|bcq4_a4),type_b=f32",
-    "GET_ROWS": r"type=(tsq[234]|bcq4|bcq4_a4),",
+    "MUL_MAT": r"type_a=(tsq[234]|bcq4|bcq4_a4|ptq1_61),type_b=f32",
+    "MUL_MAT_ID": r"type_a=(tsq[234]|bcq4|bcq4_a4|ptq1_61),type_b=f32",
+    "GET_COLS": r"ne=",
+    "GET_ROWS": r"type=(tsq[234]|bcq4|bcq4_a4|ptq1_61),",
 }
 """What test-backend-ops is asked for, by operator; it compares the GPU with the CPU."""
 

@@ -3,6 +3,7 @@
 // Our types in convert.cu and getrows.cu: their kernels take two weights per call, half a block apart.
 
 #include "tesseraq/cuda/bcq-dequantize.cuh"
+#include "tesseraq/cuda/ptq-dequantize.cuh"
 #include "tesseraq/cuda/tsq-dequantize.cuh"
 
 #define TESSERAQ_CASE_DEQUANTIZE_CONT(TYPE, NAME, name) \

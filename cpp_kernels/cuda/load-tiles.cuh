@@ -14,7 +14,7 @@ static constexpr __device__ util_funcs_t tesseraq_mmq_util_funcs(util_funcs_t fu
     if constexpr (type == GGML_TYPE_##NAME) {                                       \
         funcs.load_tiles = ggml_cuda_mmq_load_tiles_##name<type, J, fallback>;      \
     }
-    TESSERAQ_CUDA_LAYOUTS(TESSERAQ_LOAD_TILES)
+    TESSERAQ_MMQ_LAYOUTS(TESSERAQ_LOAD_TILES)
 #undef TESSERAQ_LOAD_TILES
     return funcs;
 }

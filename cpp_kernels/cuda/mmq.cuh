@@ -19,9 +19,13 @@ static constexpr __host__ __device__ ggml_type tesseraq_mmq_like(ggml_type type)
     }
 }
 
+static constexpr __host__ __device__ bool tesseraq_has_tiles(ggml_type type) {
+    return tesseraq_mmq_like(type) != GGML_TYPE_COUNT;
+}
+
 // in upstream's functions of a type: what they say of the type with the same tiles
 #define TESSERAQ_MMQ_LIKE(type, ...)                    \
-    if (tesseraq_is_type(type)) {                       \
+    if (tesseraq_has_tiles(type)) {                     \
         const ggml_type like = tesseraq_mmq_like(type); \
         return __VA_ARGS__;                             \
     }
@@ -35,7 +39,7 @@ static constexpr __host__ __device__ config_t tesseraq_mmq_config(ggml_type type
 }
 
 #define TESSERAQ_MMQ_UTIL_FUNCS(type, J, fallback, prec_src1)                                                   \
-    if constexpr (tesseraq_is_type(type)) {                                                                     \
+    if constexpr (tesseraq_has_tiles(type)) {                                                                   \
         return tesseraq_mmq_util_funcs<type, J, fallback>(                                                      \
             ggml_cuda_mmq_get_util_funcs<tesseraq_mmq_like(type), J, fallback, prec_src1>());                   \
     }

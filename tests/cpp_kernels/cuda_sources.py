@@ -36,7 +36,7 @@ _MMA = re.compile(
 _PRMT = re.compile(r'asm\("prmt\.b32 [^"]*" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
 _LOP3 = re.compile(r'asm\("lop3\.b32 [^"]*, (0x\w+);" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
 _ASM = re.compile(r"\basm( volatile)?\(.*?\);", re.DOTALL)
-_OTHER_TYPES = re.compile(r"(\n *TESSERAQ_CUDA_TYPES\(TESSERAQ_CASE_\w+\)\n).*?(\n *default:)", re.DOTALL)
+_OTHER_TYPES = re.compile(r"(\n *TESSERAQ_(?:CUDA|MMQ)_TYPES\(TESSERAQ_CASE_\w+\)\n).*?(\n *default:)", re.DOTALL)
 
 
 def backend(source: SourceTree) -> Path:

@@ -19,9 +19,12 @@ NVCC = shutil.which("nvcc")
 
 pytestmark = [pytest.mark.runtime, pytest.mark.skipif(NVCC is None, reason="needs nvcc, of CUDA 12.8 or newer")]
 
+OURS = ("bcq-tables.cu", "get-cols.cu")
+"""Units of ours."""
+
 UNITS = (
     *("convert.cu", "getrows.cu", "quantize.cu", "mmvq.cu", "mmq.cu", "ggml-cuda.cu"),
-    *("mmq-largest.cu", "bcq-tables.cu"),
+    *("mmq-largest.cu", *OURS),
 )
 """The files of upstream's that the patch touches, or that see what it touches, a choice of MMQ's kernels, and ours."""
 
@@ -29,10 +32,10 @@ CASES = [
     (name, architecture)
     for name in UNITS
     for architecture in ARCHITECTURES
-    if name != "bcq-tables.cu" or architecture == ARCHITECTURES[-1]  # which has no kernels
+    if name not in OURS or architecture == ARCHITECTURES[-1]  # which have no kernels, or a simple one
 ]
 
-KERNELS = {"quantize.cu": ("bcq_", 3), "mmvq.cu": ("mul_mat_vec_q", 52), "mmq-largest.cu": ("mul_mat_q", 4)}
+KERNELS = {"quantize.cu": ("bcq_", 3), "mmvq.cu": ("mul_mat_vec_q", 65), "mmq-largest.cu": ("mul_mat_q", 4)}
 """Files whose kernels must not spill: a part of their names, and how many there are.
 
 MMVQ has, for each layout, 4 kernels for one column (for long rows and short ones, fused with a gate or not), 7 for more
@@ -52,7 +55,7 @@ def compile_unit(source: SourceTree, name: str, architecture: str, folder: Path)
     """Compile one of `UNITS`."""
     # the real cuBLAS is 400 MB, and nothing is linked
     options = [f"-I{HERE / 'cublas'}", *include_paths(source)]
-    elsewhere = {"mmq-largest.cu": HERE, "mmvq.cu": folder, "bcq-tables.cu": ours(source)}
+    elsewhere = {"mmq-largest.cu": HERE, "mmvq.cu": folder, **dict.fromkeys(OURS, ours(source))}
     unit = elsewhere.get(name, backend(source)) / name
     if (folder / name).is_file():  # a copy that a test has changed
         unit = folder / name

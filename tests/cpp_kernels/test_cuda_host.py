@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None or os.uname().sysname != "Linux", reason="needs g++ on Linux"),
 ]
 
-PARTS = {"dequantize": "convert", "get_rows": "getrows", "quantize": "quantize", "mmvq": "mmvq", "mmq": "mmq"}
+PARTS = {"dequantize": "convert", "get_rows": "getrows", "get_cols": "getcols", "quantize": "quantize", "mmvq": "mmvq", "mmq": "mmq"}
 """What the program can be asked to check, and the source that does."""
 
 TENSOR_CORES, DP4A = 750, 610
@@ -43,7 +43,7 @@ def build(source: SourceTree, folder: Path, parts: Sequence[str], capability: in
     objects = [folder / f"{path.stem}.o" for path in sources]
     commands = [["g++", *options, "-c", str(path), "-o", str(to)] for path, to in zip(sources, objects, strict=True)]
     include = [*include_paths(source), f"-I{ours(source).parent.parent / 'ggml-cpu'}"]
-    for name in ("tsq", "bcq", "bcq-cpu"):
+    for name in ("tsq", "bcq", "bcq-cpu", "ptq"):
         objects.append(folder / f"{name}.o")
         reference = ours(source).parent / f"{name}.c"
         commands.append(["gcc", "-O1", "-g1", *include, "-c", str(reference), "-o", str(objects[-1])])

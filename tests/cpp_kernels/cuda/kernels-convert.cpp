@@ -33,7 +33,7 @@ void check_dequantize(const types_t & types, random_t & random) {
     for (const tested_type * t : types) {
         const tested_type & type = *t;
         for (const bool any_scale : { false, true }) {
-            const matrix m(type, 9, 9*QK, random, any_scale);
+            const matrix m(type, 9, 9*type.qk, random, any_scale);
             check<float>      (m, ggml_get_to_fp32_cuda(type.type), ggml_get_to_fp32_nc_cuda(type.type), "float32");
             check<half>       (m, ggml_get_to_fp16_cuda(type.type), ggml_get_to_fp16_nc_cuda(type.type), "float16");
             check<nv_bfloat16>(m, ggml_get_to_bf16_cuda(type.type), ggml_get_to_bf16_nc_cuda(type.type), "bfloat16");

@@ -7,7 +7,7 @@
 void check_get_rows(const types_t & types, random_t & random) {
     for (const tested_type * t : types) {
         const tested_type & type = *t;
-        const matrix m(type, 11, 5*QK, random, true);
+        const matrix m(type, 11, 5*type.qk, random, true);
         const std::vector<int32_t> ids = { 10, 0, 7, 7, 3 };
         std::vector<float> y(ids.size()*m.ncols);
 

@@ -7,6 +7,9 @@
 
 #include "kernels.h"
 
+static constexpr int QK = 64; // weights of a block, for all types with tiles
+static_assert(QK == QK_TSQ && QK == QK_BCQ, "types have blocks of several sizes");
+
 static constexpr int J = 16; // columns of a tile
 
 // ------------------------------------------------------------ a tile
@@ -158,6 +161,9 @@ static void check_type(const tested_type & t, random_t & random) {
 
 void check_mmq(const types_t & types, random_t & random) {
     for (const tested_type * t : types) {
+        if (!tesseraq_has_tiles(t->type)) {
+            continue;
+        }
         switch (t->type) {
             case GGML_TYPE_TSQ2: check_type<GGML_TYPE_TSQ2>(*t, random); break;
             case GGML_TYPE_TSQ3: check_type<GGML_TYPE_TSQ3>(*t, random); break;

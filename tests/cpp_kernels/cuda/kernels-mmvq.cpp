@@ -66,7 +66,7 @@ static void check(const tested_type & t, int64_t nrows, int64_t ncols_x, int nco
 // a matrix times one column, the gate times it, silu of the second times the first, in one kernel
 static void check_fused(const tested_type & t, random_t & random) {
     const int64_t nrows = 6;
-    const int64_t ncols = 12*QK;
+    const int64_t ncols = 12*t.qk;
     const matrix      m(t, nrows, ncols, random);
     const matrix      gate(t, nrows, ncols, random);
     const activations y(t, ncols, 1, random);
@@ -90,7 +90,7 @@ static void check_fused(const tested_type & t, random_t & random) {
 static void check_experts(const tested_type & t, int64_t nrows, int n_tokens, random_t & random) {
     const int n_experts = 3;
     const int n_used    = 2;
-    const int64_t ncols = 5*QK;
+    const int64_t ncols = 5*t.qk;
     const matrix      m(t, nrows*n_experts, ncols, random);
     const activations y(t, ncols, n_tokens, random); // one for all experts of a token
     std::vector<int32_t> ids;
@@ -117,14 +117,14 @@ static void check_experts(const tested_type & t, int64_t nrows, int n_tokens, ra
 void check_mmvq(const types_t & types, random_t & random) {
     for (const tested_type * type : types) {
         const tested_type & t = *type;
-        check(t, 5, 70*QK, 1, false, random); // more than one step
+        check(t, 5, 70*t.qk, 1, false, random); // more than one step
         if (t.type == GGML_TYPE_BCQ4_A4) {
             continue; // other activations, and BCQ4's kernels
         }
         for (const int ncols_dst : { 1, 2, 3, 4, 5, 6, 7, 8 }) {
-            check(t, ncols_dst == 1 ? 8 : 4, 9*QK, ncols_dst, false, random); // fewer weights than one step takes
+            check(t, ncols_dst == 1 ? 8 : 4, 9*t.qk, ncols_dst, false, random); // fewer weights than one step takes
         }
-        check(t, 7, 70*QK, 1, true, random);
+        check(t, 7, 70*t.qk, 1, true, random);
         check_fused(t, random);
         check_experts(t, 6, 1, random);
         check_experts(t, 6, 4, random);

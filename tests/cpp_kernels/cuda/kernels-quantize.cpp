@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+static constexpr int QK = QK_BCQ;
+
 // rows of numbers, of several kinds: as in models, large, small, zeros, and halfway between two quarters of the scale
 static std::vector<float> rows(int64_t nrows, int64_t ncols, random_t & random) {
     std::normal_distribution<float> normal;

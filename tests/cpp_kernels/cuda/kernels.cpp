@@ -14,32 +14,35 @@ static void dequantize(const void * x, float * y, int64_t k) {
     dequantize_row((const block_t *) x, y, k);
 }
 
-const tested_type tested_types[5] = {
-    { GGML_TYPE_TSQ2,    sizeof(block_tsq2), "tsq2",    dequantize<block_tsq2, dequantize_row_tsq2> },
-    { GGML_TYPE_TSQ3,    sizeof(block_tsq3), "tsq3",    dequantize<block_tsq3, dequantize_row_tsq3> },
-    { GGML_TYPE_TSQ4,    sizeof(block_tsq4), "tsq4",    dequantize<block_tsq4, dequantize_row_tsq4> },
-    { GGML_TYPE_BCQ4,    sizeof(block_bcq4), "bcq4",    dequantize<block_bcq4, dequantize_row_bcq4> },
-    { GGML_TYPE_BCQ4_A4, sizeof(block_bcq4), "bcq4_a4", dequantize<block_bcq4, dequantize_row_bcq4> },
+const tested_type tested_types[6] = {
+    { GGML_TYPE_TSQ2,    QK_TSQ, sizeof(block_tsq2),    1, "tsq2",    dequantize<block_tsq2, dequantize_row_tsq2> },
+    { GGML_TYPE_TSQ3,    QK_TSQ, sizeof(block_tsq3),    1, "tsq3",    dequantize<block_tsq3, dequantize_row_tsq3> },
+    { GGML_TYPE_TSQ4,    QK_TSQ, sizeof(block_tsq4),    1, "tsq4",    dequantize<block_tsq4, dequantize_row_tsq4> },
+    { GGML_TYPE_BCQ4,    QK_BCQ, sizeof(block_bcq4),    1, "bcq4",    dequantize<block_bcq4, dequantize_row_bcq4> },
+    { GGML_TYPE_BCQ4_A4, QK_BCQ, sizeof(block_bcq4),    1, "bcq4_a4", dequantize<block_bcq4, dequantize_row_bcq4> },
+    { GGML_TYPE_PTQ1_61, QK_PTQ, sizeof(block_ptq1_61), 2, "ptq1_61", dequantize<block_ptq1_61, dequantize_row_ptq1_61> },
 };
 
 matrix::matrix(const tested_type & type, int64_t nrows, int64_t ncols, random_t & random, bool any_scale) :
-        type(type), nrows(nrows), ncols(ncols), data(nrows*(ncols/QK)*type.block_size), weights(nrows*ncols) {
+        type(type), nrows(nrows), ncols(ncols), data(GGML_PAD(nrows*(ncols/type.qk)*type.block_size, sizeof(uint32_t))), weights(nrows*ncols) {
     for (uint8_t & byte : data) {
         byte = (uint8_t) random();
     }
-    for (size_t i = 0; !any_scale && i < data.size(); i += type.block_size) {
-        data[i] = (uint8_t) (120 + random() % 48); // 2^-9 ... 2^-4
+    for (size_t i = 0; !any_scale && i < nrows*blocks()*type.block_size; ++i) {
+        if (i % type.block_size < type.scales) {
+            data[i] = (uint8_t) (120 + random() % 48); // 2^-9 ... 2^-4
+        }
     }
     type.dequantize(data.data(), weights.data(), (int64_t) weights.size());
 }
 
 std::vector<float> as_multiplied(const tested_type & type, const std::vector<float> & x) {
     std::vector<float> y = x;
-    for (size_t i = 0; type.type == GGML_TYPE_BCQ4_A4 && i < x.size(); i += QK) {
-        int8_t q[QK];
+    for (size_t i = 0; type.type == GGML_TYPE_BCQ4_A4 && i < x.size(); i += QK_BCQ) {
+        int8_t q[QK_BCQ];
         float  d;
         bcq_encode_generic(&x[i], q, &d);
-        for (int j = 0; j < QK; ++j) {
+        for (int j = 0; j < QK_BCQ; ++j) {
             y[i + j] = d*q[j];
         }
     }
@@ -72,7 +75,16 @@ void ggml_cuda_error(const char * stmt, const char *, const char *, int, const c
     fail(std::string(stmt) + ": " + msg);
 }
 
-extern "C" int64_t ggml_blck_size(ggml_type) { return QK; }
+void ggml_cuda_set_device(int) {}
+
+extern "C" int64_t ggml_blck_size(ggml_type type) {
+    for (const tested_type & t : tested_types) {
+        if (t.type == type) {
+            return t.qk;
+        }
+    }
+    fail("the block of a type that is not tested is asked for");
+}
 
 extern "C" void ggml_abort(const char * file, int line, const char * format, ...) {
     fail(std::string(file) + ":" + std::to_string(line) + ": " + format);
@@ -113,7 +125,7 @@ int main(int argc, char ** argv) {
     const std::string part = argc > 1 ? argv[1] : "";
     random_t random(20);
     const auto check = part == "dequantize" ? check_dequantize : part == "get_rows" ? check_get_rows :
-        part == "quantize" ? check_quantize : part == "mmvq" ? check_mmvq : part == "mmq" ? check_mmq : nullptr;
+        part == "get_cols" ? check_get_cols : part == "quantize" ? check_quantize : part == "mmvq" ? check_mmvq : part == "mmq" ? check_mmq : nullptr;
     if (!check) {
         fail("no such part: " + part);
     }

@@ -11,19 +11,18 @@ typedef std::mt19937 random_t;
 
 struct tested_type {
     ggml_type    type;
-    size_t       block_size; // bytes of 64 weights, the first of which is the scale
+    int          qk;         // weights of a block
+    size_t       block_size; // bytes
+    size_t       scales;     // the first so many of them
     const char * name;
     void (*dequantize)(const void * x, float * y, int64_t k); // the C reference
 };
 
-static constexpr int QK = 64; // weights of a block, for all types
-static_assert(QK == QK_TSQ && QK == QK_BCQ, "types have blocks of several sizes");
-
-extern const tested_type tested_types[5];
+extern const tested_type tested_types[6];
 
 typedef std::vector<const tested_type *> types_t;
 
-// Rows of a matrix, in memory that ends where they end: sanitizers see whoever reads on. Scales are those of weights in models, or any.
+// Rows of a matrix, in memory that ends with the word in which they end: sanitizers see whoever reads on. Scales are those of weights in models, or any.
 struct matrix {
     const tested_type &  type;
     int64_t              nrows;
@@ -33,7 +32,7 @@ struct matrix {
 
     matrix(const tested_type & type, int64_t nrows, int64_t ncols, random_t & random, bool any_scale = false);
 
-    int64_t blocks() const { return ncols / QK; }
+    int64_t blocks() const { return ncols / type.qk; }
 };
 
 // 64 activations as the CPU encodes them for BCQ4_A4: their codewords, and the scale
@@ -48,6 +47,7 @@ std::vector<float> as_multiplied(const tested_type & type, const std::vector<flo
 // types: all of them, or those with codebooks, which differ from one time to the next
 void check_dequantize(const types_t & types, random_t & random); // kernels-convert.cpp
 void check_get_rows  (const types_t & types, random_t & random); // kernels-getrows.cpp
+void check_get_cols  (const types_t & types, random_t & random); // kernels-getcols.cpp
 void check_quantize  (const types_t & types, random_t & random); // kernels-quantize.cpp
 void check_mmvq      (const types_t & types, random_t & random); // kernels-mmvq.cpp
 void check_mmq       (const types_t & types, random_t & random); // kernels-mmq.cpp

@@ -13,4 +13,4 @@
         const uint3 sample_ratio, const uint3 nsamples_y, const int stride_sample_x, const int stride_sample_y,             \
         const int stride_sample_dst, const uint3 ntx);
 
-TESSERAQ_CUDA_LAYOUTS(TESSERAQ_LARGEST)
+TESSERAQ_MMQ_LAYOUTS(TESSERAQ_LARGEST)

@@ -57,6 +57,7 @@ inline int __dp4a(int a, int b, int c) {
 
 // the instruction has selectors of four bits, this one of three
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selectors) { return emulator::prmt(a, b, selectors & 0x7777); }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) { return (unsigned) (((uint64_t) high << 32 | low) >> shift%32); }
 
 template <typename op_t> inline unsigned emulator_bytes(unsigned a, unsigned b, op_t op) {
     unsigned result = 0;
