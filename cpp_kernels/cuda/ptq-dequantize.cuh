@@ -4,10 +4,12 @@
 
 static __device__ __forceinline__ float dequantize_ptq1_61(const block_ptq1_61 * x, int i) {
     if (i < PTQ_SALIENT) {
-        return tsq_scale(x->s, -1) * (2*ptq_code(x, i) - 15);
+        const int q = x->qs[i % (PTQ_SALIENT/2)] >> 4*(i / (PTQ_SALIENT/2)) & 15;
+        return tsq_scale(x->s, -1) * (2*q - 15);
     }
+    const int   j = i - PTQ_SALIENT;
     const float d = tsq_scale(x->d, 0);
-    return ptq_sign(x, i - PTQ_SALIENT) ? d : -d;
+    return x->signs[j / 8] >> j % 8 & 1 ? d : -d;
 }
 
 // Weights iqs and iqs + 64 of a block. Exact: s has four significant bits, what it is multiplied with as many.

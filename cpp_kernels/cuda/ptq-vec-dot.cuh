@@ -30,10 +30,12 @@ static __device__ __forceinline__ float vec_dot_ptq1_61_q8_1(
         const void * __restrict__ vbq, const block_q8_1 * __restrict__ bq8_1, const int & kbx, const int & iqs) {
     const block_ptq1_61 * block = (const block_ptq1_61 *) vbq + kbx;
 
+    // masks, and not branches: what rows share stays in sight of the compiler
+    const int binary = iqs == 0 ? 0 : -1;
     int u[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        u[i] = iqs == 0 && i < PTQ_SALIENT/4 ? 0 : get_int_b4(bq8_1[iqs].qs, i);
+        u[i] = get_int_b4(bq8_1[iqs].qs, i) & (i < PTQ_SALIENT/4 ? binary : -1);
     }
     int a[8];
     ptq_transpose(u, a);
@@ -50,8 +52,9 @@ static __device__ __forceinline__ float vec_dot_ptq1_61_q8_1(
 
     const int      v     = min(iqs, 2);
     const uint32_t codes = ptq_load(block, (int) offsetof(block_ptq1_61, qs) + 4*v);
-    const int      low   = iqs < 3 ? get_int_b4(bq8_1[0].qs, v)     : 0;
-    const int      high  = iqs < 3 ? get_int_b4(bq8_1[0].qs, v + 3) : 0;
+    const int      third = iqs < 3 ? -1 : 0;
+    const int      low   = get_int_b4(bq8_1[0].qs, v)     & third;
+    const int      high  = get_int_b4(bq8_1[0].qs, v + 3) & third;
 
     const int salient = ggml_cuda_dp4a(0x01010101, low, ggml_cuda_dp4a(0x01010101, high, 0));
     const int product = ggml_cuda_dp4a(codes & 0x0F0F0F0F, low, ggml_cuda_dp4a((codes >> 4) & 0x0F0F0F0F, high, 0));
