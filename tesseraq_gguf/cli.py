@@ -238,6 +238,16 @@ def convert(
     samples: Annotated[int | None, typer.Option(help="Calibration sequences, in place of the preset's.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens of a sequence, in place of the preset's.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    memory_budget: Annotated[
+        str | None,
+        typer.Option(
+            "--memory-budget",
+            metavar="SIZE",
+            help="Memory of the device for activations kept from block to block (800M, 16G, …); if they need more, "
+            "a GPU's go to main memory, and those there to disk.",
+            show_default="a quarter of a GPU's free memory, half of the free main memory",
+        ),
+    ] = None,
     embedding_type: Annotated[
         str | None,
         typer.Option(
@@ -302,6 +312,7 @@ def convert(
         samples=samples,
         seqlen=seqlen,
         device=device,
+        memory_budget=None if memory_budget is None else size_of(memory_budget),
         embedding_type=embedding if embedding == AUTO else type_named(embedding).name,
         output_type=type_named(output_type).name if output_type else None,
         work_dir=work_dir,
@@ -662,7 +673,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
         budget: whether types are chosen within one.
     """
     given = _given(context)
-    learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen"]
+    learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen", "memory_budget"]
     if not _learns(type):
         ignored = [
             "method",

@@ -28,6 +28,7 @@ from tesseraq_gguf.distillation import Distillation
 from tesseraq_gguf.embeddings import dequantized, round_embeddings
 from tesseraq_gguf.errors import TesseraqError, UsageError
 from tesseraq_gguf.grids import GRIDS, Grid, grid_for
+from tesseraq_gguf.hidden_states import Place, choose_place
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch
 from tesseraq_gguf.methods.flexround import flexround
@@ -174,8 +175,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         progress.note(f"{name} {reason}")
     autocast = learning_dtype(device)
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan) | _preprocessed(recipe, text)
-    folder = recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
-    with shared_work(team, lambda: WorkDirectory(folder, identity, recipe.fresh)) as work:
+    with shared_work(team, lambda: WorkDirectory(_work_folder(recipe), identity, recipe.fresh)) as work:
         resumed, ranges = 0, dict[str, Range]()
         if recipe.budgeted and calibration:
             plan = _within_budget(recipe, plan, source, decoder, calibration, team, work, progress)
@@ -324,6 +324,7 @@ def _results(
         codebooks=codebooks,
         salient="peak" if recipe.method == "ptq161" else "error",
         team=team,
+        empty=_place(recipe, decoder, team.share(calibration.tokens), progress).empty,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
@@ -337,6 +338,19 @@ def _results(
         yield from walk.run(
             calibration.tokens, sensitivity.blocks, work.finished, lambda: _dequantized_embeddings(work)
         )
+
+
+def _work_folder(recipe: Recipe) -> Path:
+    return recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
+
+
+def _place(recipe: Recipe, decoder: Decoder, tokens: torch.Tensor, progress: Progress) -> Place:
+    """Where the hidden states of the two chains are kept."""
+    size = 2 * tokens.numel() * decoder.hidden_size * torch.float32.itemsize
+    place = choose_place(size, decoder.device, recipe.memory_budget, _work_folder(recipe))
+    if place.name == "disk":
+        progress.note(f"{size / 1e9:.1f} GB of activations are kept in {place.folder}: a larger budget would be faster")
+    return place
 
 
 def _text_to_learn(

@@ -99,6 +99,8 @@ class Recipe:
         samples: calibration sequences; None takes the preset's.
         seqlen: tokens of a sequence; None takes the preset's.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        memory_budget: bytes of the device's memory that activations kept from block to block may take; what does not
+            fit is kept elsewhere. None takes a part of what is free.
         embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size`.
         output_type: tensor type of the output matrix; None means that of the embedding.
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
@@ -129,6 +131,7 @@ class Recipe:
     samples: int | None = None
     seqlen: int | None = None
     device: str = "auto"
+    memory_budget: int | None = None
     embedding_type: str = "q8_0"
     output_type: str | None = None
     work_dir: Path | None = None

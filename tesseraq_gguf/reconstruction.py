@@ -24,6 +24,7 @@ from torch import Tensor
 from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.column_order import Score
 from tesseraq_gguf.grids import Grid, grid_for
+from tesseraq_gguf.hidden_states import Empty
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor, column_order, plain_vector
@@ -49,7 +50,7 @@ class BlockProblem:
     Attributes:
         block: the block with its full-precision weights.
         grids: the grid of each matrix to learn, by module name.
-        inputs: X_q, float32 [samples, length, hidden] on the CPU.
+        inputs: X_q, float32 [samples, length, hidden], on the device or not.
         targets: Y, the same shape.
         sensitivity: weights of the squared error of each channel, float32 [2, hidden]: in the first position, and in
             all others.
@@ -242,6 +243,7 @@ class Reconstruction:
         codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
         salient: which channels come to salient places, where a type has these.
         team: the processes that learn together.
+        empty: makes the tensors that hidden states are kept in.
     """
 
     decoder: Decoder
@@ -255,6 +257,7 @@ class Reconstruction:
     codebooks: Tensor | None = None
     salient: Score = "error"
     team: Team = field(default_factory=Team)
+    empty: Empty = torch.empty
 
     def run(
         self,
@@ -276,9 +279,9 @@ class Reconstruction:
             One result per block, in order. The caller keeps it before asking for the next.
         """
         samples, tokens = len(tokens), self.team.share(tokens)
-        full, recorded = self.decoder.stem(tokens)
+        full, recorded = self.decoder.stem(tokens, empty=self.empty)
         outside = embeddings()
-        quantised = self.decoder.stem(tokens, outside)[0] if outside else full.clone()
+        quantised = self.decoder.stem(tokens, outside, self.empty)[0] if outside else self.empty(full.shape).copy_(full)
         del outside
         for index in range(len(self.decoder)):
             started = time.monotonic()
@@ -396,7 +399,7 @@ def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> 
 def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], device: torch.device) -> None:
     """Replace activations [samples, length, hidden] by what `run` makes of them, sample by sample."""
     for sample in range(len(activations)):
-        activations[sample] = run(activations[sample : sample + 1].to(device))[0].float().cpu()
+        activations[sample].copy_(run(activations[sample : sample + 1].to(device))[0])
 
 
 @torch.no_grad()

@@ -278,15 +278,21 @@ class Decoder:
         return LoadedBlock(index, prefix, module.to(self.device).eval().requires_grad_(False))
 
     @torch.no_grad()
-    def stem(self, tokens: Tensor, embeddings: Mapping[str, Tensor] | None = None) -> tuple[Tensor, BlockInputs]:
+    def stem(
+        self,
+        tokens: Tensor,
+        embeddings: Mapping[str, Tensor] | None = None,
+        empty: Callable[[torch.Size], Tensor] = torch.empty,
+    ) -> tuple[Tensor, BlockInputs]:
         """Run what comes before the first block.
 
         Args:
             tokens: int64 [samples, length].
             embeddings: matrices to use in place of the model's own, by checkpoint name.
+            empty: makes the tensor that hidden states go to, of a shape and float32; by default it is on the CPU.
 
         Returns:
-            Hidden states float32 [samples, length, hidden] on the CPU, and what each block is handed.
+            Hidden states float32 [samples, length, hidden], and what each block is handed.
         """
         recorders = [_Recorder(b) for b in self._blocks]
         base = self._model.base_model
@@ -295,11 +301,14 @@ class Decoder:
             _replaced(self._model, self._blocks_name, nn.ModuleList(recorders)),
             _identity_norm(base),
         ):
-            outputs = []
-            for sample in tokens.split(1):
-                result = base(input_ids=sample.to(self.device), use_cache=False)
-                outputs.append(result.last_hidden_state.float().cpu())
-        return torch.cat(outputs), BlockInputs([r.arguments for r in recorders])
+            outputs = None
+            for index, sample in enumerate(tokens.split(1)):
+                hidden = base(input_ids=sample.to(self.device), use_cache=False).last_hidden_state[0]
+                if outputs is None:
+                    outputs = empty(torch.Size((len(tokens), *hidden.shape)))
+                outputs[index].copy_(hidden)
+        assert outputs is not None, "no tokens"
+        return outputs, BlockInputs([r.arguments for r in recorders])
 
     @torch.no_grad()
     def mean_loss(self, hidden: Tensor, tokens: Tensor) -> float:

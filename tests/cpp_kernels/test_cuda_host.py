@@ -20,7 +20,14 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None or os.uname().sysname != "Linux", reason="needs g++ on Linux"),
 ]
 
-PARTS = {"dequantize": "convert", "get_rows": "getrows", "get_cols": "getcols", "quantize": "quantize", "mmvq": "mmvq", "mmq": "mmq"}
+PARTS = {
+    "dequantize": "convert",
+    "get_rows": "getrows",
+    "get_cols": "getcols",
+    "quantize": "quantize",
+    "mmvq": "mmvq",
+    "mmq": "mmq",
+}
 """What the program can be asked to check, and the source that does."""
 
 TENSOR_CORES, DP4A = 750, 610
