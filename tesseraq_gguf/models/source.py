@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,13 @@ Say = Callable[[str], None]
 
 DEMO = "demo"
 
-_EXPANSION = 2
+_WORD = re.compile("[\u2581\u0120][a-z]{4,}")
+"""A word of a vocabulary: SentencePiece's mark of a space, or that of byte-level BPE, and letters."""
+
+_WORDS = 64
+"""How many of them a tokenizer is asked for."""
+
+_EXPANSION = 3
 """Grows when the folder made of a GGUF file changes."""
 
 
@@ -214,6 +221,7 @@ def _write_folder(file: Path, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ModelError(f"{file} cannot be read as a GGUF model: {reason}") from error
+    check_tokens(tokenizer, file)
     save_weights(model, folder)
     config = model.config.to_dict()
     config.pop("quantization_config", None)
@@ -223,6 +231,28 @@ def _write_folder(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     # written last: its presence says that the folder is whole
     (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+
+
+def check_tokens(tokenizer: Any, file: Path) -> None:
+    """Refuse a tokenizer that does not find the common words of its own vocabulary in a text.
+
+    Some versions of transformers (5.17 with Gemma 3, for one) lose the merges of a GGUF file's vocabulary and cut text
+    into characters. Nothing fails then, but what is learned is learned on a text that llama.cpp never sees.
+
+    Raises:
+        ModelError: it finds fewer than half of them.
+    """
+    words = sorted((number, token) for token, number in tokenizer.get_vocab().items() if _WORD.fullmatch(token))
+    common = words[:_WORDS]
+    found = [number in tokenizer.encode(" " + token[1:], add_special_tokens=False) for number, token in common]
+    if sum(found) < len(found) / 2:
+        import transformers
+
+        raise ModelError(
+            f"transformers {transformers.__version__} cuts text of {file.name} into other tokens than llama.cpp does "
+            f"({len(found) - sum(found)} of {len(found)} words of its vocabulary are not found). "
+            "Update it (pip install -U transformers), or give the model as a Hugging Face folder"
+        )
 
 
 def save_weights(model: Any, folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.source import check_tokens
 
 
 @pytest.mark.parametrize(
@@ -84,3 +87,24 @@ def _tree(monkeypatch):
     from tesseraq_gguf.runtime.source import ensure_source
 
     return ensure_source()
+
+
+class _Tokenizer:
+    """A vocabulary of words, and letters that it falls back to if its merges are lost."""
+
+    def __init__(self, merges: bool) -> None:
+        words = ["\u2581about", "\u2581house", "\u2581river", "\u2581green"]
+        self._merges, self._vocabulary = merges, {token: number for number, token in enumerate(["<pad>", *words])}
+
+    def get_vocab(self) -> dict[str, int]:
+        return self._vocabulary
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        whole = [self._vocabulary["\u2581" + word] for word in text.split()]
+        return whole if self._merges else [100 + ord(letter) for letter in text]
+
+
+def test_a_tokenizer_without_its_merges_is_refused():
+    check_tokens(_Tokenizer(merges=True), Path("model.gguf"))
+    with pytest.raises(ModelError, match=r"transformers \S+ cuts text of model\.gguf .*\(4 of 4 words"):
+        check_tokens(_Tokenizer(merges=False), Path("model.gguf"))
