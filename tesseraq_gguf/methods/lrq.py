@@ -18,8 +18,8 @@ from tesseraq_gguf.methods.start import NEAREST, Initialisation
 
 RATES = {2: 6e-4, 3: 6e-4, 4: 3e-4, 8: 2e-5}
 """Learning rates for 5000 steps, by bits: the paper's for 3 (appendix, Llama 2 7B). With every bit more, codes are
-twice as large, and half of a change in S moves them as far. The paper's 9e-4 for 4 bits was measured (docs/quality.md), and
-with few steps it leaves 1.4 times the error.
+twice as large, and half of a change in S moves them as far. The paper's 9e-4 for 4 bits was measured
+(docs/quality.md), and with few steps it leaves 1.4 times the error.
 """
 
 GROWTH = 0.85
