@@ -72,6 +72,7 @@ def choose_place(size: int, device: torch.device, budget: int | None, folder: Pa
 def _on_disk(folder: Path, shape: torch.Size) -> Tensor:
     size = max(shape.numel(), 1) * torch.float32.itemsize
     try:
+        folder.mkdir(parents=True, exist_ok=True)  # of a team's hosts only the first one has it
         handle, name = tempfile.mkstemp(prefix="hidden-states-", dir=folder)
         try:
             _reserve(handle, size)
