@@ -25,7 +25,7 @@ import torch
 from bench import report
 from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
 from bench.results import Result, Results, result_key
-from bench.rows import AUTOROUND, LLAMA_CPP, OURS, PTQ161, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
+from bench.rows import ACTIVATIONS, AUTOROUND, LLAMA_CPP, OURS, PTQ161, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
 from bench.variables import learned_at_once
 
 from tesseraq_gguf.errors import TesseraqError
@@ -34,6 +34,8 @@ from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
 from tesseraq_gguf.recipe import PRESETS
 from tesseraq_gguf.runtime.cuda import find_gpus
+from tesseraq_gguf.schemes import scheme_of
+from tesseraq_gguf.simulation import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = {
@@ -70,6 +72,11 @@ PTQ161_SAID = """### What the parts of PTQ1.61 bring
 Each row does what the row above does, and one thing more: the mask of activation peaks alone, signs and 4-bit channels
 rounded to nearest; scales of signs and of input channels learned from the blocks' squared error; the cosine in their
 loss; and preprocessing with adapters, which learn the calibration text."""
+
+ACTIVATIONS_SAID = """### Activations of few bits
+
+What matrices are fed has as many bits as their weights, each token a range of its own (`--activations a4`, `a3`); keys
+and values stay. No kernel computes so: torch measures it, `eval --simulate`."""
 
 
 def main() -> None:
@@ -118,7 +125,7 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         kept = places["kept_text"]
         assert isinstance(kept, Path)
         texts.append(kept)
-    logits = [base_logits(places, text) for text in texts]
+    logits = [base_logits(places, text) for text in texts if row.scheme is None]
     out = options.work / f"{row.name}.gguf"
     # what rows share is made here, outside their time
     needed = _Filling(places, out)
@@ -136,7 +143,10 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         raise RuntimeError(f"the matrices of its blocks should all be {row.type}, and are {dict(types)}")
     bits = facts.block_bpw
     _say(f"measuring {row.name}")
-    found = [_perplexity(places, out, t).compare(out, base) for t, base in zip(texts, logits, strict=True)]
+    if row.scheme is None:
+        found = [_perplexity(places, out, t).compare(out, base) for t, base in zip(texts, logits, strict=True)]
+    else:
+        found = [_simulated(places, out, row.scheme)]
     perplexity, error, kld, top1 = found[0]
     if not keep:
         for path in options.work.glob(f"{row.name}.gguf*"):
@@ -179,7 +189,9 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
     """Put table, plot and commands into `docs/quality.md`, between its markers."""
     page, drawing = docs / "quality.md", docs / "quality.svg"
     everything = measured
-    measured, rounding, ptq161 = ([m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING, PTQ161))
+    measured, rounding, ptq161, activations = (
+        [m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING, PTQ161, ACTIVATIONS)
+    )
     report.plot(measured, drawing)
     shown = SHOWN | {
         "calibration": options.calibration.name,
@@ -202,6 +214,7 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
             report.notes(measured),
             *([ROUNDING_SAID, report.rounding_table(rounding)] if rounding else []),
             *([PTQ161_SAID, report.table(ptq161)] if ptq161 else []),
+            *([ACTIVATIONS_SAID, report.table(activations)] if activations else []),
             f"![perplexity against bits per weight]({drawing.name})",
             f"Models, importance matrix ({read} of 512 tokens, in `llama-imatrix --no-ppl`) and tokens for AutoRound "
             f"{AUTOROUND_VERSION} ({options.samples} × {options.seqlen}, drawn as ours are) come from "
@@ -212,6 +225,15 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
     before = page.read_text(encoding="utf-8") if page.is_file() else ""
     page.write_text(report.insert(before, re.sub(r"\n{3,}", "\n\n", part)), encoding="utf-8")
     _say(f"{page} and {drawing.name}: {len(everything)} rows")
+
+
+def _simulated(places: Places, file: Path, scheme: str) -> tuple[float, float, float, float]:
+    """Measure in torch, with activations rounded in a scheme, against the same model as the other rows."""
+    options, reference = places.options, places["plain_reference"]
+    assert isinstance(reference, Path)
+    found = simulate(file, options.text, options.ctx, options.chunks, reference, scheme_of(scheme, None))
+    assert found.kld is not None and found.top1_agreement is not None
+    return found.perplexity, found.perplexity_error, found.kld, found.top1_agreement
 
 
 class _Filling(dict[str, object]):

@@ -2,14 +2,20 @@
 
 The block is a Llama block with random weights. On the processor the time of one thread is what is told, so other work
 on the machine does not count; on a GPU it is wall time, and the most of its memory that was in use.
+
+Under torchrun the sequences of a step are shared, every process has one thread, and wall time is told: `--wall` gives
+that of one process to compare with.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -20,9 +26,10 @@ from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.parallel import Team, join
 from tesseraq_gguf.reconstruction import BlockProblem, Method
 
-FEW, MORE = 4, 12
+FEW, MORE = 10, 50
 """Steps of the two runs whose difference is told: what happens once a block cancels out."""
 
 
@@ -36,15 +43,27 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of a step (default: 4)")
     parser.add_argument("--type", default="tsq2", help="tensor type (default: tsq2)")
     parser.add_argument("--device", default="cpu", help="where to learn (default: cpu)")
+    parser.add_argument("--precision", choices=("float32", "auto"), help="auto is what convert would take; default: "
+                        "float32 on the processor, auto on a GPU")  # fmt: skip
+    parser.add_argument("--wall", action="store_true", help="tell wall time, on the processor too")
+    parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="also time AutoRound, which this Python has")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    device = resolve_device(options.device)
+    device, team = resolve_device(options.device), join()
+    clock = time.process_time if device.type == "cpu" and team.size == 1 and not options.wall else time.perf_counter
     where = "one thread" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    problem = make_problem(options, device)
-    bare, peak = timed(lambda steps: [forward_and_backward(problem, options.batch) for _ in range(steps)], device)
-    print(f"{problem_size(problem) / 1e6:.1f} million weights, {options.batch} × {options.tokens} tokens, {where}\n")
-    print("| | ms a step | of the bare pass | peak memory |\n| --- | ---: | ---: | ---: |")
-    print(f"| bare forward and backward | {1e3 * bare:.1f} | 1 | {_gigabytes(peak)} |", flush=True)
+    where += "" if team.size == 1 else f" in each of {team.size} processes"
+    problem = make_problem(options, device, team)
+    say = print if team.first else lambda *_, **__: None
+
+    def time_of(run: Callable[[int], object]) -> tuple[float, int]:
+        return timed(run, device, clock)
+
+    bare, peak = time_of(lambda steps: [forward_and_backward(problem, options.batch) for _ in range(steps)])
+    size = f"{problem_size(problem) / 1e6:.1f} million weights, {options.batch} × {options.tokens} tokens"
+    say(f"{size}, {str(problem.autocast).removeprefix('torch.')}, {where}\n")
+    say("| | ms a step | of the bare pass | peak memory |\n| --- | ---: | ---: | ---: |")
+    say(f"| bare forward and backward | {1e3 * bare:.1f} | 1 | {_gigabytes(peak)} |", flush=True)
     methods: dict[str, Callable[[int], Method]] = {
         # one stage, in which scales and zero-points move as well
         "TesseraQ": lambda steps: TesseraQ(
@@ -54,11 +73,25 @@ def main() -> None:
         "LRQ, rank 1/4": lambda steps: lrq(steps, options.batch, options.width // PAPER_SHARE),
     }
     for name, make in methods.items():
-        seconds, peak = timed(lambda steps, make=make: learn(problem, make(steps)), device)
-        print(f"| {name} | {1e3 * seconds:.1f} | {seconds / bare:.2f} | {_gigabytes(peak)} |", flush=True)
+        seconds, peak = time_of(lambda steps, make=make: learn(problem, make(steps)))
+        say(f"| {name} | {1e3 * seconds:.1f} | {seconds / bare:.2f} | {_gigabytes(peak)} |", flush=True)
+    if options.autoround:
+        seconds = autoround_step(options)
+        say(f"| AutoRound | {1e3 * seconds:.1f} | {seconds / bare:.2f} | |")
 
 
-def make_problem(options: argparse.Namespace, device: torch.device) -> BlockProblem:
+def autoround_step(options: argparse.Namespace) -> float:
+    """Return the seconds of a step of AutoRound on the same block, in its own environment, as its own clock says."""
+    shape = ["--width", options.width, "--inner", options.inner, "--heads", options.heads or options.width // 64]
+    size = ["--tokens", options.tokens, "--batch", options.batch, "--steps", FEW, MORE]
+    script = Path(__file__).with_name("bench") / "autoround_step.py"
+    command = [str(word) for word in (options.autoround, script, *shape, *size)]
+    command += ["--wall"] if options.wall else []
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return float(json.loads(said.splitlines()[-1])["seconds"])
+
+
+def make_problem(options: argparse.Namespace, device: torch.device, team: Team) -> BlockProblem:
     """Return a Llama block of random weights as a problem; its inputs are random as well."""
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
@@ -71,12 +104,14 @@ def make_problem(options: argparse.Namespace, device: torch.device) -> BlockProb
     config._attn_implementation = "sdpa"
     module = LlamaDecoderLayer(config, 0).to(device).eval().requires_grad_(False)
     block = LoadedBlock(0, "model.layers.0.", module)
-    inputs = torch.randn(2 * options.batch, options.tokens, options.width)
+    samples = 2 * options.batch
+    inputs = team.share(torch.randn(samples, options.tokens, options.width))
     positions = torch.arange(options.tokens)[None]
     cos, sin = LlamaRotaryEmbedding(config)(inputs, positions)
     arguments = {"position_embeddings": (cos.to(device), sin.to(device))}
     with torch.no_grad():
         targets = block.run(inputs.to(device), arguments).cpu()
+    precision = options.precision or ("float32" if device.type == "cpu" else "auto")
     return BlockProblem(
         block=block,
         grids=dict.fromkeys(block.matrices(), grid_of(options.type)),
@@ -85,9 +120,11 @@ def make_problem(options: argparse.Namespace, device: torch.device) -> BlockProb
         sensitivity=torch.ones(2, options.width, device=device),
         arguments=arguments,
         device=device,
-        autocast=torch.float32 if device.type == "cpu" else learning_dtype(device),
+        autocast=learning_dtype(device) if precision == "auto" else torch.float32,
         generator=torch.Generator().manual_seed(0),
         report=lambda *_: None,
+        team=team,
+        samples=samples,
     )
 
 
@@ -107,9 +144,8 @@ def learn(problem: BlockProblem, method: Method) -> None:
     method.learn(replace(problem, generator=torch.Generator().manual_seed(0)))
 
 
-def timed(run: Callable[[int], object], device: torch.device) -> tuple[float, int]:
+def timed(run: Callable[[int], object], device: torch.device, clock: Callable[[], float]) -> tuple[float, int]:
     """Return the seconds that a step takes, after a first round that may compile, and bytes in use on a GPU."""
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
     run(FEW)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -170,6 +170,14 @@ def convert(
     init: Annotated[
         str, typer.Option("--init", help=f"What learned rounding begins at: {', '.join(INITIALISATIONS)}.")
     ] = INITIALISATIONS[0],
+    rotate: Annotated[
+        bool,
+        typer.Option(
+            "--rotate",
+            help="First mix channels by Hadamard matrices, where that folds into the weights: for activations of 4 "
+            "bits or fewer.",
+        ),
+    ] = False,
     finish: Annotated[
         str,
         typer.Option(
@@ -285,7 +293,8 @@ def convert(
     from tesseraq_gguf.recipe import Recipe
 
     budget = target_bpw is not None or target_size is not None
-    _refuse_conflicts(context, type, method, calibrates=budget or activations.endswith("-static"), budget=budget)
+    calibrates = budget or rotate or activations.endswith("-static")
+    _refuse_conflicts(context, type, method, calibrates=calibrates, budget=budget)
     default = "q8_0" if target_size is None else AUTO
     embedding = embedding_type or (default if _learns(type) else type)
     recipe = Recipe(
@@ -298,6 +307,7 @@ def convert(
         candidates=tuple(type_named(name.strip()).name for name in candidates.split(",")),
         method=method,
         init=init,
+        rotate=rotate,
         finish=finish,
         rank=rank,
         parts=parts,
@@ -681,6 +691,7 @@ def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates
             "granularity",
             "codebooks",
             "preprocess",
+            "rotate",
             "activations",
             "kv_bits",
             "output_type",

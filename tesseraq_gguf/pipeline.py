@@ -36,6 +36,7 @@ from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
 from tesseraq_gguf.methods.omniquant import OmniQuant
 from tesseraq_gguf.methods.ptq161 import Ptq161
+from tesseraq_gguf.methods.rotated import Rotated
 from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
@@ -262,6 +263,8 @@ def _check_grid(recipe: Recipe, grid: Grid) -> None:
     """Refuse methods that move weights in steps of one scale where codes name codewords, or do not all reach as far."""
     if recipe.method == "ptq161" and not grid.ordered:
         raise UsageError(f"ptq161 learns the scales of ptq1_61: it is not possible in {grid.type}")
+    if recipe.rotate and grid.ordered:
+        raise UsageError(f"--rotate mixes the channels that stand out, which {grid.type} keeps apart: leave it out")
     uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
     if uneven and not grid.uniform:
         raise UsageError(
@@ -539,6 +542,11 @@ def _finish(
 
 def _method(recipe: Recipe, width: int) -> Method:
     """Put a method together from what a recipe names, for a model with so many channels."""
+    method = _named_method(recipe, width)
+    return Rotated(method) if recipe.rotate else method
+
+
+def _named_method(recipe: Recipe, width: int) -> Method:
     if recipe.method == "ptq161":
         return Ptq161(len(SOFT_SHARE) * recipe.settings.steps, recipe.settings.batch, recipe.parts)
     if recipe.method in LEARNED:
@@ -546,7 +554,7 @@ def _method(recipe: Recipe, width: int) -> Method:
         return AWQ(method) if recipe.init.startswith("awq") else method
     if recipe.method == "awq":
         return AWQ(AsItStarts(ClipSearch()))
-    # rounding to nearest only comes here with activations whose ranges are measured
+    # rounding to nearest only comes here with rotations, or with activations whose ranges are measured
     start = _starts(recipe)["none" if recipe.method == "rtn" else recipe.method]
     return AsItStarts(start)
 
@@ -594,6 +602,7 @@ def _identity(
         "calibration": calibration.fingerprint() if calibration else None,
         "method": recipe.method,
         "init": recipe.init,
+        "rotate": recipe.rotate or None,
         "rank": recipe.rank,
         "parts": recipe.parts if recipe.method == "ptq161" else None,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
@@ -634,6 +643,7 @@ def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None, r
 def _name(recipe: Recipe) -> str:
     """What the file says of how it was made."""
     init = f" from {recipe.init}" if recipe.method in LEARNED and recipe.init != "auto" else ""
+    init += " rotated" if recipe.rotate else ""
     init += " per channel" if recipe.granularity == "channel" else ""
     init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""
     init += ", preprocessed" if recipe.preprocess else ""

@@ -86,6 +86,7 @@ class Recipe:
         candidates: types to choose from.
         method: how codes are learned, one of `METHODS`.
         init: what learned rounding begins at, one of `INITIALISATIONS`.
+        rotate: mix channels by Hadamard matrices before anything is learned, where that folds into the weights.
         finish: the last pass over the whole model, one of `FINISHES`.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
@@ -117,6 +118,7 @@ class Recipe:
     candidates: tuple[str, ...] = CANDIDATES
     method: str = "tesseraq"
     init: str = "auto"
+    rotate: bool = False
     finish: str = "none"
     rank: int | None = None
     parts: str = "cosine"
@@ -197,7 +199,7 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
-        return self.learns and (self.method != "rtn" or self.scheme.static or self.budgeted)
+        return self.learns and (self.method != "rtn" or self.scheme.static or self.rotate or self.budgeted)
 
 
 def _check(what: str, name: str, known: tuple[str, ...]) -> None:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
 FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
 
-TYPES, ROUNDING, PTQ161 = "types", "rounding", "ptq161"
-"""Studies: what a type of some size can do, ours and theirs; how rounding is learned, by what it generalises to; and
-what the parts of PTQ1.61 bring, one after the other."""
+TYPES, ROUNDING, PTQ161, ACTIVATIONS = "types", "rounding", "ptq161", "activations"
+"""Studies: what a type of some size can do, ours and theirs; how rounding is learned, by what it generalises to; what
+the parts of PTQ1.61 bring, one after the other; and what is left with activations of few bits."""
 
 Command = tuple[str, ...]
 
@@ -36,6 +36,7 @@ class Row:
             measured on the rest of it as well.
         rank: of LRQ's scaling matrices, as a share 1/n of the model's width: n. None for other methods.
         samples: calibration sequences, where the study says so.
+        scheme: how activations are rounded in the measurement, which torch then makes; None leaves it to llama.cpp.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     study: str = TYPES
     rank: int | None = None
     samples: int | None = None
+    scheme: str | None = None
 
     def filled(self, places: Mapping[str, object]) -> list[list[str]]:
         """Return the commands with every name in braces replaced."""
@@ -101,7 +103,7 @@ def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
     return [
         *_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_one_bit_rows(), *_budget_rows(),
-        *_rounding_rows(), *_ptq161_rows(),
+        *_rounding_rows(), *_ptq161_rows(), *_activation_rows(),
     ]  # fmt: skip
 
 
@@ -250,3 +252,32 @@ def _rounding_rows() -> Iterator[Row]:
         yield row("tsq3", "lrq", init="none", rank=4, samples=samples)
         yield row("tsq3", "flexround", init="none", samples=samples)
         yield row("tsq3", "tesseraq", samples=samples)
+
+
+def _activation_rows() -> Iterator[Row]:
+    """W4A4 and W3A3: rounding alone, what brings it into shape, and TesseraQ, which learns with activations rounded."""
+    learning = ("--preset", "{preset}", "--calibration", "{calibration}")
+    for type, scheme in (("tsq4", "a4"), ("tsq3", "a3")):
+        for name, title, options in (
+            ("rtn", "RTN", ("--method", "rtn")),
+            ("awq", "AWQ", ("--method", "awq", *learning)),
+            ("rotated", "rotation, RTN", ("--method", "rtn", "--rotate", "--calibration", "{calibration}")),
+            ("rotated-gptq", "rotation, GPTQ", ("--method", "gptq", "--rotate", *learning)),
+            (
+                "tesseraq",
+                "rotation, TesseraQ",
+                ("--method", "tesseraq", "--rotate", "--activations", scheme, *learning),
+            ),
+        ):
+            command = (
+                "{cli}",
+                "convert",
+                "{plain_model}",
+                "{out}",
+                "--type",
+                type,
+                "--embedding-type",
+                "q8_0",
+                *options,
+            )
+            yield Row(f"{scheme}-{name}", OURS, title, type, False, (command,), study=ACTIVATIONS, scheme=scheme)

@@ -124,7 +124,7 @@ def folds(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, learnab
     trace = Trace(block, arguments, hidden)
     found = _of_norms(trace, learnable)
     taken = {name for fold in found for name in fold.consumers}
-    found += _of_linears(trace, learnable, taken)
+    found += linear_folds(trace, learnable, taken)
     order = list(trace.inputs)
     return sorted(found, key=lambda fold: order.index(fold.consumers[0]))
 
@@ -255,8 +255,8 @@ def _offset(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     return None
 
 
-def _of_linears(trace: Trace, learnable: Set[str], taken: Set[str]) -> list[Fold]:
-    """Linears that read multiples of rows of an earlier linear, both learnable."""
+def linear_folds(trace: Trace, learnable: Set[str], taken: Set[str] = frozenset()) -> list[Fold]:
+    """Find linears that read multiples of rows of an earlier linear, both learnable and the former not taken."""
     found: list[Fold] = []
     order = [name for name in trace.inputs if name in learnable]
     consumers = [name for name in order if name not in taken]
