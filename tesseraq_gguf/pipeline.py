@@ -49,6 +49,7 @@ from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 from tesseraq_gguf.rare_experts import RARE
 from tesseraq_gguf.recipe import LEARNED, Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
+from tesseraq_gguf.residual_rotation import rotated_model
 from tesseraq_gguf.rules import read_rules, rules_of
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import ensure_source
@@ -178,6 +179,11 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan) | _preprocessed(recipe, text)
     with shared_work(team, lambda: WorkDirectory(_work_folder(recipe), identity, recipe.fresh)) as work:
         resumed, ranges = 0, dict[str, Range]()
+        if recipe.rotate:
+            decoder = _rotate(recipe, decoder, team, progress)
+            if decoder.source != source:
+                source = decoder.source
+                plan = plan_types(recipe, source, decoder, tree)
         if recipe.budgeted and calibration:
             plan = _within_budget(recipe, plan, source, decoder, calibration, team, work, progress)
         codebooks = _codebooks(recipe, decoder, plan.types | plan.outside, calibration, work, progress)
@@ -218,6 +224,24 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         if recipe.work_dir is None:
             work.remove()
     return team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
+
+
+def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) -> Decoder:
+    """Rotate the residual stream where the model allows it; blocks rotate what is inside them."""
+    if decoder.source.gguf:  # what is not learned is copied from there, as it is
+        progress.note("values within heads are rotated; for the residual stream give the Hugging Face folder instead")
+        return decoder
+    progress.stage("Rotating the residual stream")
+    folder = _work_folder(recipe) / "rotated"
+    # every process for itself: hosts may share no disk, and all come to the same
+    with _memory_explained(decoder):
+        source = rotated_model(decoder, folder, recipe.seed, progress.advance if team.first else lambda *_: None)
+    if source is None:
+        progress.note("this model's residual stream cannot be rotated; values within heads are, where that folds")
+        return decoder
+    if decoder.output_name() == decoder.embedding_name():
+        progress.note("rotation gives the model an output matrix of its own: it was the embedding")
+    return Decoder(source, decoder.device)
 
 
 def _rare(result: BlockResult) -> str:

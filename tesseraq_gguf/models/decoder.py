@@ -435,6 +435,19 @@ class Decoder:
         """Return the checkpoint name of the output matrix: the embedding's where they are tied."""
         return "lm_head.weight" if "lm_head.weight" in self._files else self.embedding_name()
 
+    def stored_name(self, name: str) -> str:
+        """Return what the weight files call a parameter.
+
+        Raises:
+            ModelError: they have none of that name.
+        """
+        base = self._base_prefix()
+        called = [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
+        stored = next((n for n in called if n in self._files), None)
+        if stored is None:
+            raise ModelError(f"{self.source.name}: the weight files have no tensor {name}")
+        return stored
+
     def matrix(self, name: str) -> Tensor:
         """Read one matrix by its checkpoint name, float32 on the CPU."""
         return self._read(name).float()
@@ -449,11 +462,7 @@ class Decoder:
     def _read(self, name: str) -> Tensor:
         from safetensors import safe_open
 
-        base = self._base_prefix()
-        called = [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
-        stored = next((n for n in called if n in self._files), None)
-        if stored is None:
-            raise ModelError(f"{self.source.name}: the weight files have no tensor {name}")
+        stored = self.stored_name(name)
         with safe_open(self._files[stored], "pt") as tensors:
             return tensors.get_tensor(stored)  # type: ignore[no-any-return]
 

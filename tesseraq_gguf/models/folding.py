@@ -122,7 +122,7 @@ def folds(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, learnab
         learnable: module names of the matrices that may change.
     """
     trace = Trace(block, arguments, hidden)
-    found = _of_norms(trace, learnable)
+    found = norm_folds(trace, learnable)
     taken = {name for fold in found for name in fold.consumers}
     found += linear_folds(trace, learnable, taken)
     order = list(trace.inputs)
@@ -225,8 +225,8 @@ class Trace:
                 handle.remove()
 
 
-def _of_norms(trace: Trace, learnable: Set[str]) -> list[Fold]:
-    """Norms whose output is what linears read, all of them learnable."""
+def norm_folds(trace: Trace, learnable: Set[str]) -> list[Fold]:
+    """Find norms whose output is what linears read, all of them learnable."""
     found = []
     for name, (args, kwargs, out) in trace.norms.items():
         norm = trace.block.module.get_submodule(name)
@@ -234,7 +234,7 @@ def _of_norms(trace: Trace, learnable: Set[str]) -> list[Fold]:
         consumers = tuple(linear for linear, x in trace.inputs.items() if _same_memory(x, out))
         if not consumers or not learnable >= set(consumers) or out.shape[-1] != channels:
             continue
-        offset = _offset(norm, args, kwargs)
+        offset = norm_offset(norm, args, kwargs)
         if offset is None:
             continue
         spread = torch.arange(channels, device=out.device)
@@ -244,8 +244,8 @@ def _of_norms(trace: Trace, learnable: Set[str]) -> list[Fold]:
     return found
 
 
-def _offset(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """What a norm adds to its stored weight, told by which weight makes its output vanish; None if neither does."""
+def norm_offset(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Return what a norm adds to its stored weight, told by which weight makes its output vanish; None if neither does."""
     for offset in (0.0, 1.0):
         vanishing = {
             name: torch.full_like(p, -offset if name == "weight" else 0.0) for name, p in norm.named_parameters()
