@@ -261,7 +261,11 @@ def _activation_rows() -> Iterator[Row]:
         for name, title, options in (
             ("rtn", "RTN", ("--method", "rtn")),
             ("awq", "AWQ", ("--method", "awq", *learning)),
-            ("rotated", "rotation, RTN", ("--method", "rtn", "--rotate", "--calibration", "{calibration}")),
+            (
+                "rotated",
+                "rotation, RTN",
+                ("--method", "rtn", "--rotate", "--samples", "8", "--calibration", "{calibration}"),
+            ),
             ("rotated-gptq", "rotation, GPTQ", ("--method", "gptq", "--rotate", *learning)),
             (
                 "tesseraq",
