@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -61,6 +62,7 @@ from tesseraq_gguf.work_directory import (
     CODEBOOKS,
     EMBEDDINGS,
     FINAL,
+    STATE,
     WorkDirectory,
     finished_block,
     shared_work,
@@ -75,6 +77,9 @@ _CLIPPING = 5
 
 _TYPES = "types"
 """Name of the note that keeps the chosen types."""
+
+_ROTATED = "rotated"
+"""Name of the rotated copy of the model in the work directory."""
 
 _CODEBOOK_TOKENS = 2048
 """Calibration tokens that a model's own codebooks are designed from, beside its weights."""
@@ -201,7 +206,9 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             ranges |= result.ranges
             progress.block(result, len(decoder))
         if not team.first:
-            return team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
+            report = team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
+            _leave(recipe)
+            return report
         work = work.alone()
         if recipe.finish == "distill" and calibration:
             _finish(recipe, decoder, calibration, autocast, work, progress)
@@ -232,7 +239,7 @@ def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) ->
         progress.note("values within heads are rotated; for the residual stream give the Hugging Face folder instead")
         return decoder
     progress.stage("Rotating the residual stream")
-    folder = _work_folder(recipe) / "rotated"
+    folder = _work_folder(recipe) / _ROTATED
     # every process for itself: hosts may share no disk, and all come to the same
     with _memory_explained(decoder):
         source = rotated_model(decoder, folder, recipe.seed, progress.advance if team.first else lambda *_: None)
@@ -242,6 +249,16 @@ def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) ->
     if decoder.output_name() == decoder.embedding_name():
         progress.note("rotation gives the model an output matrix of its own: it was the embedding")
     return Decoder(source, decoder.device)
+
+
+def _leave(recipe: Recipe) -> None:
+    """Remove a rotated copy that this host made for itself; on the first process' host it is a part of its work."""
+    folder = _work_folder(recipe)
+    if recipe.rotate and not (folder / STATE).exists():
+        shutil.rmtree(folder / _ROTATED, ignore_errors=True)
+        (folder / f"{_ROTATED}.lock").unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _rare(result: BlockResult) -> str:

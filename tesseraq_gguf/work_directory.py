@@ -30,6 +30,9 @@ CODEBOOKS = "codebooks"
 CARRIED = "carried"
 """Name of the vectors that changed before preprocessing and that the second quantisation left as they were."""
 
+STATE = "run.json"
+"""Name of the file that says what a work directory is for; one without it is none."""
+
 FINAL = "final"
 """Name of the vectors outside the blocks that the last pass learned; the pass is over when they are there."""
 
@@ -82,7 +85,7 @@ class WorkDirectory:
         Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _open(self) -> None:
-        state = self.folder / "run.json"
+        state = self.folder / STATE
         if self.folder.exists() and not state.is_file() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UsageError(f"{self.folder} is not a work directory of this program. Give another --work-dir")
         if self._fresh:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -120,3 +121,63 @@ def test_a_team_that_cannot_share_a_step_is_told_so(make_model, text, tmp_path):
     assert len(lines) == 1
     assert "3 processes cannot share" in lines[0]
     assert not (tmp_path / "x.gguf").exists()
+
+
+@pytest.fixture
+def two_hosts():
+    """Return the commands that run something in each of two network namespaces, which a wire joins, and an address."""
+    names = [f"tq-{os.getpid()}-{end}" for end in "ab"]
+    wires = [f"tq{os.getpid()}{end}" for end in "ab"]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", wires[0], "netns", names[0], "type", "veth", "peer", "name", wires[1], "netns", names[1])
+        for place, (name, wire) in enumerate(zip(names, wires, strict=True)):
+            ip("-n", name, "addr", "add", f"10.77.0.{place + 1}/24", "dev", wire)
+            for each in (wire, "lo"):
+                ip("-n", name, "link", "set", each, "up")
+    except (OSError, subprocess.CalledProcessError):
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False) if shutil.which(
+                "ip"
+            ) else None
+        pytest.skip("network namespaces need root and iproute2")
+    yield [(["ip", "netns", "exec", n], w) for n, w in zip(names, wires, strict=True)], "10.77.0.1"
+    for name in names:
+        ip("netns", "del", name)
+
+
+@pytest.mark.slow
+def test_two_hosts_learn_what_one_learns(two_hosts, make_model, text, tmp_path):  # noqa: F811
+    hosts, address = two_hosts
+    source = make_model("llama")
+    running = []
+    for rank, (inside, wire) in enumerate(hosts):
+        folder = tmp_path / f"host-{rank}"  # what hosts have of their own
+        folder.mkdir()
+        start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank)]
+        start += ["--nproc-per-node", "1", "--master-addr", address, "--master-port", "29517"]
+        command = [*inside, *start, "-m", "tesseraq_gguf", "convert", str(source.folder), str(folder / "out.gguf")]
+        command += ["--calibration", str(text), "--samples", "9", "--seqlen", "32", "--preset", "fast", "--rotate"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": wire}
+        running.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    try:
+        said = [process.communicate(timeout=600) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], said
+    alone = convert(1, tmp_path / "alone.gguf", source, text, "--rotate")
+    losses = [
+        [float(x) for x in re.findall(r"^block .* → ([\d.]+) ", stderr, re.MULTILINE)]
+        for stderr in (said[0][1], alone.stderr)
+    ]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert [[file.name for file in (tmp_path / f"host-{rank}").iterdir()] for rank in (0, 1)] == [["out.gguf"], []]

@@ -245,7 +245,7 @@ def norm_folds(trace: Trace, learnable: Set[str]) -> list[Fold]:
 
 
 def norm_offset(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """Return what a norm adds to its stored weight, told by which weight makes its output vanish; None if neither does."""
+    """Return what a norm adds to its stored weight, by which weight makes its output vanish; None if neither does."""
     for offset in (0.0, 1.0):
         vanishing = {
             name: torch.full_like(p, -offset if name == "weight" else 0.0) for name, p in norm.named_parameters()
