@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +30,6 @@ from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.parallel import Team, join
 from tesseraq_gguf.reconstruction import BlockProblem, Method
 
-FEW, MORE = 10, 50
-"""Steps of the two runs whose difference is told: what happens once a block cancels out."""
-
 
 def main() -> None:
     """Print one row for each method."""
@@ -45,6 +43,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where to learn (default: cpu)")
     parser.add_argument("--precision", choices=("float32", "auto"), help="auto is what convert would take; default: "
                         "float32 on the processor, auto on a GPU")  # fmt: skip
+    parser.add_argument("--steps", type=int, nargs=2, default=(10, 50), metavar=("FEW", "MORE"),
+                        help="of the two runs whose difference is told: what happens once cancels out")  # fmt: skip
+    parser.add_argument("--methods", default="", metavar="REGEX", help="only those whose names match")
     parser.add_argument("--wall", action="store_true", help="tell wall time, on the processor too")
     parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="also time AutoRound, which this Python has")
     options = parser.parse_args()
@@ -57,7 +58,7 @@ def main() -> None:
     say = print if team.first else lambda *_, **__: None
 
     def time_of(run: Callable[[int], object]) -> tuple[float, int]:
-        return timed(run, device, clock)
+        return timed(run, device, clock, options.steps)
 
     bare, peak = time_of(lambda steps: [forward_and_backward(problem, options.batch) for _ in range(steps)])
     size = f"{problem_size(problem) / 1e6:.1f} million weights, {options.batch} × {options.tokens} tokens"
@@ -73,6 +74,8 @@ def main() -> None:
         "LRQ, rank 1/4": lambda steps: lrq(steps, options.batch, options.width // PAPER_SHARE),
     }
     for name, make in methods.items():
+        if not re.search(options.methods, name):
+            continue
         seconds, peak = time_of(lambda steps, make=make: learn(problem, make(steps)))
         say(f"| {name} | {1e3 * seconds:.1f} | {seconds / bare:.2f} | {_gigabytes(peak)} |", flush=True)
     if options.autoround:
@@ -83,7 +86,7 @@ def main() -> None:
 def autoround_step(options: argparse.Namespace) -> float:
     """Return the seconds of a step of AutoRound on the same block, in its own environment, as its own clock says."""
     shape = ["--width", options.width, "--inner", options.inner, "--heads", options.heads or options.width // 64]
-    size = ["--tokens", options.tokens, "--batch", options.batch, "--steps", FEW, MORE]
+    size = ["--tokens", options.tokens, "--batch", options.batch, "--steps", *options.steps]
     script = Path(__file__).with_name("bench") / "autoround_step.py"
     command = [str(word) for word in (options.autoround, script, *shape, *size)]
     command += ["--wall"] if options.wall else []
@@ -144,20 +147,22 @@ def learn(problem: BlockProblem, method: Method) -> None:
     method.learn(replace(problem, generator=torch.Generator().manual_seed(0)))
 
 
-def timed(run: Callable[[int], object], device: torch.device, clock: Callable[[], float]) -> tuple[float, int]:
+def timed(
+    run: Callable[[int], object], device: torch.device, clock: Callable[[], float], steps: Sequence[int]
+) -> tuple[float, int]:
     """Return the seconds that a step takes, after a first round that may compile, and bytes in use on a GPU."""
-    run(FEW)
+    run(steps[0])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     spent = []
-    for steps in (FEW, MORE):
+    for count in steps:
         _wait(device)
         began = clock()
-        run(steps)
+        run(count)
         _wait(device)
         spent.append(clock() - began)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return (spent[1] - spent[0]) / (MORE - FEW), peak
+    return (spent[1] - spent[0]) / (steps[1] - steps[0]), peak
 
 
 def _wait(device: torch.device) -> None:
