@@ -257,6 +257,7 @@ def _rounding_rows() -> Iterator[Row]:
 def _activation_rows() -> Iterator[Row]:
     """W4A4 and W3A3: rounding alone, what brings it into shape, and TesseraQ, which learns with activations rounded."""
     learning = ("--preset", "{preset}", "--calibration", "{calibration}")
+    learned = ("--method", "tesseraq", "--rotate", "--activations")
     for type, scheme in (("tsq4", "a4"), ("tsq3", "a3")):
         for name, title, options in (
             ("rtn", "RTN", ("--method", "rtn")),
@@ -267,11 +268,8 @@ def _activation_rows() -> Iterator[Row]:
                 ("--method", "rtn", "--rotate", "--samples", "8", "--calibration", "{calibration}"),
             ),
             ("rotated-gptq", "rotation, GPTQ", ("--method", "gptq", "--rotate", *learning)),
-            (
-                "tesseraq",
-                "rotation, TesseraQ",
-                ("--method", "tesseraq", "--rotate", "--activations", scheme, *learning),
-            ),
+            ("tesseraq", "rotation, TesseraQ", (*learned, scheme, *learning)),
+            ("tesseraq-awq", "rotation, TesseraQ from AWQ+GPTQ", (*learned, scheme, "--init", "awq+gptq", *learning)),
         ):
             command = (
                 "{cli}",

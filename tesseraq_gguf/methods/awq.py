@@ -9,6 +9,11 @@ Scaling (paper §3.2): for what feeds a group of matrices, such as a norm in fro
 summed over the matrices. Q rounds to nearest with the parameters that `ClipSearch` would find. The best s is folded
 into the block: divided out of the producer, multiplied into the matrices (`models.folding`).
 
+Where activations are rounded as well, by A, their error decides with that of the weights, and shifts from one to the
+other as it does in SmoothQuant (arXiv 2211.10438):
+
+    loss(α) = ‖W·X - Q(W·diag(s))·A(diag(s)⁻¹·X)‖²
+
 Clipping: `ClipSearch`, an initialisation.
 """
 
@@ -37,12 +42,14 @@ class AWQ:
         points: size of the grid of α.
         samples: calibration sequences that activations are measured on, at most.
         rows: rows of each matrix that a loss(α) is measured on, at most.
+        tokens: that it is measured on where activations are rounded, at most.
     """
 
     then: Method
     points: int = 20
     samples: int = 32
     rows: int = 512
+    tokens: int = 2048
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Fold the best scales into the block, one fold after the other, then learn it."""
@@ -61,15 +68,21 @@ class AWQ:
         # no fold changes what a later fold's matrices read, so all can be measured at once
         moments = problem.second_moments(self.samples)
         means = _mean_magnitudes(problem, self.samples)
+        fed = self._fed(problem) if _rounds_tokens(problem) else None
         chosen = {}
         for fold in found:
-            losses = []
-            for alpha in self._alphas():
+            losses = torch.zeros(self.points, dtype=torch.float64)
+            for point, alpha in enumerate(self._alphas()):
                 s = scales(fold, means, alpha)
-                losses.append(
-                    sum(self._loss(problem, name, fold.columns(name, s), moments[name]) for name in fold.consumers)
-                )
-            chosen[fold.producer] = alpha = self._alphas()[min(range(self.points), key=losses.__getitem__)]
+                for name in fold.consumers:
+                    columns = fold.columns(name, s)
+                    if fed is None:
+                        losses[point] += self._loss(problem, name, columns, moments[name])
+                    else:
+                        losses[point] += self._rounded_loss(problem, name, columns, moments[name], fed[name])
+            if fed is not None:  # every process has tokens of its own, and all must choose the same
+                problem.team.add_up([losses])
+            chosen[fold.producer] = alpha = self._alphas()[int(losses.argmin())]
             if alpha:
                 fold.apply(problem.block, scales(fold, means, alpha))
         return chosen
@@ -79,12 +92,38 @@ class AWQ:
 
     def _loss(self, problem: BlockProblem, name: str, s: Tensor, moment: Tensor) -> float:
         """Squared error of what a matrix computes, per row, when its columns are scaled by s [in] while rounded."""
+        weight, rounded = self._rounded(problem, name, s, moment)
+        off = rounded / s - weight
+        return float(((off @ moment) * off).sum())
+
+    def _rounded_loss(self, problem: BlockProblem, name: str, s: Tensor, moment: Tensor, fed: Tensor) -> float:
+        """The same where what it is fed, float32 [tokens, in], is divided by s and rounded."""
+        assert problem.rounding
+        weight, rounded = self._rounded(problem, name, s, moment)
+        off = problem.rounding.feed(name, fed / s) @ rounded.T - fed @ weight.T
+        return float(off.square().sum())
+
+    def _rounded(self, problem: BlockProblem, name: str, s: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """Some rows of a matrix, and the same with columns scaled by s [in], rounded."""
         weight = problem.block.matrices()[name].weight.detach()
         weight = weight[:: -(-len(weight) // self.rows)]
         grid = problem.grids[name]
-        rounded = grid.quantize(weight * s, moment.diagonal() / s.square())
-        off = grid.dequantize(rounded) / s - weight
-        return float(((off @ moment) * off).sum())
+        return weight, grid.dequantize(grid.quantize(weight * s, moment.diagonal() / s.square()))
+
+    def _fed(self, problem: BlockProblem) -> dict[str, Tensor]:
+        """What matrices are fed before anything is rounded, float32 [tokens, in] by module name."""
+        samples = max(1, min(self.samples, self.tokens // problem.inputs.shape[1]))
+        widths = {name: problem.block.matrices()[name].in_features for name in problem.grids}
+        seen = {name: [torch.empty(0, width, device=problem.device)] for name, width in widths.items()}
+        problem.observe(samples, lambda name, x: seen[name].append(x.flatten(0, -2).float()))
+        return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def _rounds_tokens(problem: BlockProblem) -> bool:
+    """Whether what matrices are fed is rounded in ranges of its own, which follow when it is scaled."""
+    return (
+        problem.rounding is not None and problem.rounding.scheme.bits is not None and not problem.rounding.scheme.static
+    )
 
 
 def scales(fold: Fold, means: dict[str, Tensor], alpha: float) -> Tensor:

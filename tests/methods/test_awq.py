@@ -10,12 +10,14 @@ import torch
 from problems import as_problem, loss_of
 from torch import nn
 
+from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch, scales
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.folding import Fold
 from tesseraq_gguf.reconstruction import Reconstruction
+from tesseraq_gguf.schemes import scheme_of
 
 CPU = torch.device("cpu")
 WIDTH = 256
@@ -138,3 +140,16 @@ def test_what_it_changed_leaves_the_engine_and_comes_back(make_model):
     assert again[1].loss_after == results[1].loss_after
     for name, tensor in results[1].tensors.items():
         assert all(torch.equal(array, again[1].tensors[name].arrays[key]) for key, array in tensor.arrays.items())
+
+
+def test_with_rounded_activations_scales_share_the_error(problem_on):
+    rounding = ActivationRounding(scheme_of("a4", None))
+    method, alphas, losses = AWQ(AsItStarts(ClipSearch())), [], []
+    for known in (False, True):  # whether scales are chosen with them, or for weights alone
+        problem = problem_on("tsq4")
+        problem.rounding = rounding if known else None
+        alphas.append(method.scale(problem))
+        problem.rounding = rounding
+        losses.append(loss_of(problem, method.then.learn(problem)))
+    assert any(alphas[1][name] > alpha for name, alpha in alphas[0].items())  # loud channels are made smaller
+    assert losses[1] < 0.9 * losses[0]
