@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.torchrun import local_world_size
 
 Empty = Callable[[torch.Size], Tensor]
 """Makes a float32 tensor of a shape, its numbers not set."""
 
 _GPU_SHARE = 0.25
 _MEMORY_SHARE = 0.5
-"""Of what is free, without a budget."""
+"""Of what is free, without a budget; of main memory the processes of a machine take it together."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,10 @@ def choose_place(size: int, device: torch.device, budget: int | None, folder: Pa
         if size <= allowed:
             return Place(str(device), folder)
         budget = None
-    allowed = int(psutil.virtual_memory().available * _MEMORY_SHARE) if budget is None else budget
+    if budget is None:
+        allowed = int(psutil.virtual_memory().available * _MEMORY_SHARE / local_world_size())
+    else:
+        allowed = budget
     return Place("cpu" if size <= allowed else "disk", folder)
 
 

@@ -18,3 +18,8 @@ def world_size() -> int:
 def local_rank() -> int:
     """Return this process' place among those of its machine; 0 without torchrun."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world_size() -> int:
+    """Return how many processes this machine has; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

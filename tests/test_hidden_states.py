@@ -36,6 +36,16 @@ def test_a_gpu_goes_before_main_memory(
     assert choose_place(size, torch.device("cuda", 0), budget, tmp_path).name == name
 
 
+def test_processes_of_a_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = type("Memory", (), {"available": 4000})
+    monkeypatch.setattr(hidden_states.psutil, "virtual_memory", lambda: free)
+    names = []
+    for processes in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        names.append(choose_place(1500, CPU, None, tmp_path).name)
+    assert names == ["cpu", "disk"]
+
+
 def test_numbers_on_disk_are_numbers(tmp_path: Path) -> None:
     place = Place("disk", tmp_path)
     x, y = (place.empty(torch.Size((3, 5, 7))) for _ in range(2))
