@@ -66,10 +66,8 @@ def choose_place(size: int, device: torch.device, budget: int | None, folder: Pa
         if size <= allowed:
             return Place(str(device), folder)
         budget = None
-    if budget is None:
-        allowed = int(psutil.virtual_memory().available * _MEMORY_SHARE / local_world_size())
-    else:
-        allowed = budget
+    share = _MEMORY_SHARE / local_world_size()
+    allowed = int(psutil.virtual_memory().available * share) if budget is None else budget
     return Place("cpu" if size <= allowed else "disk", folder)
 
 

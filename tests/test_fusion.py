@@ -29,7 +29,7 @@ def test_compiled_functions_give_what_they_say():
     """In a process of its own: what other tests have imported is in the way of the compiler behind torch.compile."""
     done = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "8 functions compared\n" * 2
+    assert done.stdout == "12 functions compared\n" * 2
 
 
 def _compare() -> None:
@@ -43,9 +43,11 @@ def _compare() -> None:
             soft = (x["rounding"], x["base"], gap if gap is None else gap.expand(groups, 64), x["scale"], x["zero"])
             hard = (x["weight"], x["log"], x["scale"], x["zero"])
             for function, arguments in (
-                (tesseraq._soft_weight, soft),
+                (tesseraq._soft_weight, (*soft, torch.float32)),
+                (tesseraq._soft_weight, (*soft, torch.bfloat16)),
                 (tesseraq._soft_weight_backward, (x["gradient"], *soft)),
-                (scaled_rounding._round, (*hard, 7)),
+                (scaled_rounding._round, (*hard, 7, torch.float32)),
+                (scaled_rounding._round, (*hard, 7, torch.bfloat16)),
                 (scaled_rounding._round_backward, (x["gradient"], *hard, 7)),
             ):
                 got, want = function(*arguments), function.__wrapped__(*arguments)

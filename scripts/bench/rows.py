@@ -268,8 +268,7 @@ def _activation_rows() -> Iterator[Row]:
                 ("--method", "rtn", "--rotate", "--samples", "8", "--calibration", "{calibration}"),
             ),
             ("rotated-gptq", "rotation, GPTQ", ("--method", "gptq", "--rotate", *learning)),
-            ("tesseraq", "rotation, TesseraQ", (*learned, scheme, *learning)),
-            ("tesseraq-awq", "rotation, TesseraQ from AWQ+GPTQ", (*learned, scheme, "--init", "awq+gptq", *learning)),
+            ("tesseraq", "rotation, TesseraQ from AWQ+GPTQ", (*learned, scheme, "--init", "awq+gptq", *learning)),
         ):
             command = (
                 "{cli}",

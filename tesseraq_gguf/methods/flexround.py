@@ -30,7 +30,7 @@ class FullDivisor:
         full, row = torch.zeros_like(weight), torch.zeros_like(weight[:, :1])
         self.variables = [full.requires_grad_(), row.requires_grad_()]
 
-    def log(self) -> Tensor:
+    def log(self, dtype: torch.dtype) -> Tensor:
         """S, float32 [out, in]."""
         full, row = self.variables
         return full + row

@@ -51,9 +51,9 @@ class LowRankDivisor:
         variables = [weight.new_zeros(rows, self.rank), right, weight.new_zeros(rows, 1), weight.new_zeros(1, columns)]
         self.variables = [v.requires_grad_() for v in variables]
 
-    def log(self) -> Tensor:
-        """S, float32 [out, in]."""
-        left, right, row, column = self.variables
+    def log(self, dtype: torch.dtype) -> Tensor:
+        """S, of `dtype`, [out, in]: for large matrices L·U is as much work as the block itself."""
+        left, right, row, column = (v.to(dtype) for v in self.variables)
         return torch.addmm(column, left, right) + row
 
 

@@ -39,8 +39,8 @@ class Divisor(Protocol):
 
     variables: list[Tensor]
 
-    def log(self) -> Tensor:
-        """S, float32 [out, in], differentiable in the variables; 0 at first."""
+    def log(self, dtype: torch.dtype) -> Tensor:
+        """S, [out, in], differentiable in the variables; 0 at first. Matrices are multiplied in `dtype` for it."""
         ...
 
 
@@ -71,7 +71,9 @@ class ScaledRounding:
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Learn all matrices of the block together against the block's output."""
         matrices = {
-            name: ScaledMatrix(start, problem.grids[name], self.divisor(start.weight, problem.generator))
+            name: ScaledMatrix(
+                start, problem.grids[name], self.divisor(start.weight, problem.generator), problem.autocast
+            )
             for name, start in self.initialisation.start(problem).items()
         }
         adam = torch.optim.Adam(
@@ -106,10 +108,11 @@ class ScaledMatrix:
         start: where to begin.
         grid: the matrix's grid.
         divisor: S.
+        dtype: that matrices are multiplied in.
     """
 
-    def __init__(self, start: Start, grid: Grid, divisor: Divisor) -> None:
-        self._grid, self._divisor = grid, divisor
+    def __init__(self, start: Start, grid: Grid, divisor: Divisor, dtype: torch.dtype = torch.float32) -> None:
+        self._grid, self._divisor, self._dtype = grid, divisor, dtype
         self._weight = grid.grouped(start.weight)
         self._start = {key: array for key, array in start.tensor.arrays.items() if key != "q"}
         relaxed = grid.relax(self._start)
@@ -119,17 +122,19 @@ class ScaledMatrix:
         self.variables = [tuning, *divisor.variables]
 
     def weight(self) -> Tensor:
-        """Ŵ, float32 [out, in], differentiable in the variables; its values are what the type stores."""
+        """Ŵ, [out, in], differentiable in the variables: what the type stores, in the dtype of products."""
         scale, zero = self._grid.realise(self._relaxed, self._start)
-        log = self._grid.grouped(self._divisor.log())
-        rounded = _Rounded.apply(self._weight, log, scale[..., None], zero.detach()[..., None], self._grid.highest)
+        log = self._grid.grouped(self._divisor.log(self._dtype))
+        z = zero.detach()[..., None]
+        rounded = _Rounded.apply(self._weight, log, scale[..., None], z, self._grid.highest, self._dtype)
         return rounded.flatten(-2)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def finish(self) -> QuantizedTensor:
         """Return codes and parameters."""
         arrays = self._grid.tighten(self._relaxed, self._start)
-        divided = (self._weight * torch.exp(-self._grid.grouped(self._divisor.log()))).flatten(-2)
+        log = self._grid.grouped(self._divisor.log(self._dtype)).float()
+        divided = (self._weight * torch.exp(-log)).flatten(-2)
         return self._grid.assemble(self._grid.encode(divided, arrays), arrays)
 
 
@@ -137,32 +142,35 @@ class _Rounded(torch.autograd.Function):
     """scale·(clamp(round(W/(scale·exp(log)) + zero)) - zero), with the rounding passed straight through."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:
+    def forward(
+        ctx: Any, weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int, dtype: torch.dtype
+    ) -> Tensor:
         ctx.save_for_backward(weight, log, scale, zero)
         ctx.highest = highest
-        return _round(weight, log, scale, zero, highest)
+        return _round(weight, log, scale, zero, highest, dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor, None, None, None]:
         to_log, to_scale = _round_backward(gradient, *ctx.saved_tensors, ctx.highest)
-        return None, to_log, to_scale, None, None
+        return None, to_log, to_scale, None, None, None
 
 
 @fused
-def _round(weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int) -> Tensor:
-    q = torch.round(weight * torch.exp(-log) / scale + zero)
-    return (q.clamp(0, highest) - zero) * scale
+def _round(weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int, dtype: torch.dtype) -> Tensor:
+    q = torch.round(weight * torch.exp(-log.float()) / scale + zero)
+    return ((q.clamp(0, highest) - zero) * scale).to(dtype)
 
 
 @fused
 def _round_backward(
     gradient: Tensor, weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int
 ) -> tuple[Tensor, Tensor]:
-    divided = weight * torch.exp(-log)
+    gradient = gradient.float()
+    divided = weight * torch.exp(-log.float())
     q = torch.round(divided / scale + zero)
     inside = (q >= 0) & (q <= highest)
     # within the range, Ŵ is W/exp(S) but for the rounding: its part in s1 cancels
     to_log = torch.where(inside, -gradient * divided, 0.0)
     to_scale = (gradient * (q.clamp(0, highest) - zero)).sum(-1, keepdim=True) + to_log.sum(-1, keepdim=True) / scale
-    return to_log, to_scale
+    return to_log.to(log.dtype), to_scale

@@ -106,7 +106,8 @@ class TesseraQ:
         ]
         adam = torch.optim.Adam([g for g in groups if g["params"]], fused=True)
         for step in range(self.steps):
-            loss = problem.loss({name: m.weight() for name, m in soft.items()}, problem.draw(self.batch))
+            weights = {name: m.weight(problem.autocast) for name, m in soft.items()}
+            loss = problem.loss(weights, problem.draw(self.batch))
             adam.zero_grad()
             loss.backward()
             problem.average_gradients([*roundings, *scales, *zeros])
@@ -145,10 +146,11 @@ class SoftMatrix:
         self.rounding = inverse_soft_step(fraction).requires_grad_()
         self.tuning = torch.zeros_like(grid.gather(self._of_rows(self._scale)).view(-1, 1)).requires_grad_()
 
-    def weight(self) -> Tensor:
-        """Ŵ, float32 [out, in], differentiable in ν, v and z."""
+    def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Ŵ, [out, in], differentiable in ν, v and z; in the dtype that it will be multiplied in."""
         scale = self._tuned()
-        return _SoftWeight.apply(self.rounding, self._base, self._gap, scale, self.zero).view(self._shape)  # type: ignore[no-any-return]
+        weight = _SoftWeight.apply(self.rounding, self._base, self._gap, scale, self.zero, dtype)
+        return weight.view(self._shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def harden(self, share: float) -> None:
@@ -216,27 +218,38 @@ class _SoftWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        rounding: Tensor,
+        base: Tensor,
+        gap: Tensor | None,
+        scale: Tensor,
+        zero: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
         ctx.save_for_backward(rounding, base, gap, scale, zero)
-        return _soft_weight(rounding, base, gap, scale, zero)
+        return _soft_weight(rounding, base, gap, scale, zero, dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
         to_rounding, to_scale, to_zero = _soft_weight_backward(gradient, *ctx.saved_tensors)
-        return to_rounding, None, None, to_scale, to_zero
+        return to_rounding, None, None, to_scale, to_zero, None
 
 
 @fused
-def _soft_weight(rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor) -> Tensor:
+def _soft_weight(
+    rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor, dtype: torch.dtype
+) -> Tensor:
     step = soft_step(rounding)
-    return ((step if gap is None else step * gap) + base - zero) * scale
+    return (((step if gap is None else step * gap) + base - zero) * scale).to(dtype)
 
 
 @fused
 def _soft_weight_backward(
     gradient: Tensor, rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = gradient.float()
     sigmoid = torch.sigmoid(rounding)
     stretched = sigmoid * STRETCH - SHIFT
     inside = (stretched > 0) & (stretched < 1)
