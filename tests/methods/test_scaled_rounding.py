@@ -140,9 +140,9 @@ def test_the_same_seed_gives_the_same_codes(problem_on):
 
 def test_the_rate_grows_with_the_root_of_the_steps_saved():
     assert lrq(5000, 2, 8).rate(4) == pytest.approx(3e-4)
-    assert lrq(5000, 2, 8).rate(3) == pytest.approx(6e-4)
-    assert lrq(1250, 2, 8).rate(3) == pytest.approx(4**0.85 * 6e-4)
-    assert flexround(1250, 2).rate(3) == pytest.approx(2 * 2.5e-3)
+    assert lrq(5000, 2, 8).rate(3) == pytest.approx(3e-4)
+    assert lrq(1250, 2, 8).rate(3) == pytest.approx(4**0.85 * 3e-4)
+    assert flexround(1250, 2).rate(3) == pytest.approx(2 * 1.25e-3)
     assert flexround(5000, 2).rate(5) == flexround(5000, 2).rate(4) == pytest.approx(1.25e-3)
 
 
