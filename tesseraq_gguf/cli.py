@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it: `--help`, `inspect` and `ru
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -91,6 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # the reader of our output left, as `head` does; nothing may be flushed to it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        _fail(f"the disk is full{where}. Free some room, or give another place", TesseraqError.exit_code)
     if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
         _print_line("stopped")
     sys.exit(code if isinstance(code, int) else 0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.tensor_files import write_tensors
 
 _SEPARATOR = "|"
 
@@ -68,16 +69,15 @@ def save_tensors(file: Path, tensors: dict[str, QuantizedTensor], notes: dict[st
         file: the target, replaced in one step if it exists.
         tensors: what to write.
         notes: strings to keep beside the types in the file's metadata.
-    """
-    from safetensors.torch import save_file
 
-    flat = {
-        f"{name}{_SEPARATOR}{key}": a.contiguous().cpu() for name, t in tensors.items() for key, a in t.arrays.items()
-    }
+    Raises:
+        ConversionError: the disk is full.
+    """
+    flat = {f"{name}{_SEPARATOR}{key}": a for name, t in tensors.items() for key, a in t.arrays.items()}
     metadata = {f"type{_SEPARATOR}{name}": t.type for name, t in tensors.items()}
     metadata |= {f"note{_SEPARATOR}{key}": value for key, value in (notes or {}).items()}
     with temporary_sibling(file) as partial:
-        save_file(flat, partial, metadata=metadata)
+        write_tensors(flat, partial, metadata)
 
 
 def load_tensors(file: Path) -> tuple[dict[str, QuantizedTensor], dict[str, str]]:

@@ -30,6 +30,7 @@ from tesseraq_gguf.models.folding import Trace, norm_folds, norm_offset
 from tesseraq_gguf.models.rotation import hadamard
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.tensor_files import write_tensors
 
 _TOLERANCE = 1e-3
 """Relative change of what a block adds that float32 (or TF32) arithmetic may make."""
@@ -60,6 +61,9 @@ def rotated_model(
 
     Returns:
         The copy; None where the model does not allow it, and nothing is written.
+
+    Raises:
+        ConversionError: the disk is full.
     """
     source = decoder.source
     copy = ModelSource(source.name, out, source.gguf)
@@ -82,10 +86,8 @@ def _write(decoder: Decoder, folder: Path, q: Tensor, report: Callable[[int, int
     written: dict[str, str] = {}
 
     def save(tensors: Mapping[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
         file = folder / f"model-rotated-{len(set(written.values())):05d}.safetensors"
-        save_file({n: t.contiguous().cpu() for n, t in tensors.items()}, file, metadata={"format": "pt"})
+        write_tensors(tensors, file, {"format": "pt"})
         written.update(dict.fromkeys(tensors, file.name))
 
     tokens = torch.randint(decoder.config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))

@@ -22,6 +22,7 @@ from filelock import FileLock
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.errors import FileFormatError, ModelError
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
+from tesseraq_gguf.tensor_files import write_tensors
 
 Say = Callable[[str], None]
 
@@ -258,7 +259,6 @@ def check_tokens(tokenizer: Any, file: Path) -> None:
 def save_weights(model: Any, folder: Path) -> None:
     """Write the weights of a transformers model as one safetensors file: matrices in float16 where that holds them."""
     import torch
-    from safetensors.torch import save_file
 
     tied = {p.data_ptr() for p in [model.get_input_embeddings().weight]} if model.config.tie_word_embeddings else set()
     output = model.get_output_embeddings()
@@ -269,7 +269,7 @@ def save_weights(model: Any, folder: Path) -> None:
         half = tensor.to(torch.float16)
         exact_enough = tensor.dim() >= 2 and bool(torch.isfinite(half).all())
         weights[name] = half if exact_enough else tensor.clone()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def _lost_by_gguf(config: dict[str, Any]) -> dict[str, Any]:
