@@ -121,7 +121,7 @@ def test_whatever_changes_the_result_is_noticed(make_model, long_text, tmp_path)
     place = {"work_dir": tmp_path / "work"}
     convert(_recipe(source, tmp_path / "out.gguf", text, **place))
     first = (tmp_path / "out.gguf").read_bytes()
-    for change in [{"seed": 1}, {"samples": 9}, {"method": "gptq"}, {"preset": "balanced"}]:
+    for change in [{"seed": 1}, {"samples": 9}, {"method": "gptq"}, {"preset": "balanced"}, {"rotate": True}]:
         with pytest.raises(UsageError, match="differs in"):
             convert(_recipe(source, tmp_path / "out.gguf", text, **place, **change))
     text.write_text(long_text.read_text()[7:])
