@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.folding import Trace, linear_folds
+from tesseraq_gguf.models.routes import in_runs
 
 _SMALLEST = 8
 """Channels that are worth mixing, at least."""
@@ -96,7 +97,8 @@ def rotations(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, lea
     )
     found: dict[str, Rotation] = {}
     for candidate in candidates:
-        if candidate.producer not in found and _in_runs(candidate) and _exact(trace, candidate):
+        whole = in_runs(candidate.spread, candidate.channels, candidate.run)
+        if candidate.producer not in found and whole and _exact(trace, candidate):
             found[candidate.producer] = candidate
     return list(found.values())
 
@@ -128,15 +130,6 @@ def _cosines(size: int) -> Tensor:
 def _runs(channels: int) -> list[int]:
     """Lengths that runs can have, the longest first."""
     return [channels // n for n in range(1, channels // _SMALLEST + 1) if channels % n == 0]
-
-
-def _in_runs(rotation: Rotation) -> bool:
-    """Whether inputs read whole runs of channels."""
-    if len(rotation.spread) % rotation.run:
-        return False
-    runs = rotation.spread.view(-1, rotation.run)
-    steps = torch.arange(rotation.run, device=runs.device)
-    return bool((runs == runs[:, :1] + steps).all() and (runs[:, 0] % rotation.run == 0).all())
 
 
 def _exact(trace: Trace, rotation: Rotation) -> bool:

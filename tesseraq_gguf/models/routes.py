@@ -156,20 +156,17 @@ def _route(trace: Trace, earlier: list[str], consumers: tuple[str, ...], multipl
     for producers, channels, spread in candidates:
         for run in (channels // n for n in range(1, channels // multiple + 1) if channels % (n * multiple) == 0):
             route = Route(producers, channels, run, consumers, spread)
-            if _in_runs(route) and _movable(trace, route):
+            if in_runs(route.spread, channels, run) and _movable(trace, route):
                 return route
     return None
 
 
-def _in_runs(route: Route) -> bool:
-    """Whether inputs read whole runs of channels."""
-    if len(route.spread) % route.run or route.channels % route.run:
+def in_runs(spread: Tensor, channels: int, run: int) -> bool:
+    """Whether inputs that read the channels `spread`, int64 [inputs], read whole runs of them."""
+    if len(spread) % run or channels % run:
         return False
-    runs = route.spread.view(-1, route.run)
-    return bool(
-        (runs == runs[:, :1] + torch.arange(route.run, device=runs.device)).all()
-        and (runs[:, 0] % route.run == 0).all()
-    )
+    runs = spread.view(-1, run)
+    return bool((runs == runs[:, :1] + torch.arange(run, device=runs.device)).all() and (runs[:, 0] % run == 0).all())
 
 
 def _movable(trace: Trace, route: Route) -> bool:
