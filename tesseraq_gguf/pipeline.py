@@ -238,6 +238,7 @@ def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) ->
     if decoder.source.gguf:  # what is not learned is copied from there, as it is
         progress.note("values within heads are rotated; for the residual stream give the Hugging Face folder instead")
         return decoder
+    team.from_first(lambda: None)  # until the first process has opened the work directory, which must be empty then
     progress.stage("Rotating the residual stream")
     folder = _work_folder(recipe) / _ROTATED
     # every process for itself: hosts may share no disk, and all come to the same
