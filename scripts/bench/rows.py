@@ -240,7 +240,7 @@ def _rounding_rows() -> Iterator[Row]:
     for type in ("tsq3", "tsq4", "q4_0"):
         for method in ("rtn", "awq", "gptq"):
             yield row(type, method)
-        for init in ("none", "gptq"):  # the papers', and ours
+        for init in ("none", "gptq", "awq"):  # the papers', and ours
             yield row(type, "lrq", init=init, rank=4)
             yield row(type, "flexround", init=init)
         yield row(type, "tesseraq")
