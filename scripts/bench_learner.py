@@ -189,7 +189,8 @@ def reach(options: argparse.Namespace) -> BlockProblem:
 def part(problem: BlockProblem, samples: int) -> BlockProblem:
     """Return the problem with its first sequences alone, and random numbers from the beginning."""
     generator = torch.Generator().manual_seed(1)
-    return replace(problem, inputs=problem.inputs[:samples], targets=problem.targets[:samples], generator=generator)
+    first = {"inputs": problem.inputs[:samples], "targets": problem.targets[:samples], "samples": samples}
+    return replace(problem, **first, generator=generator)
 
 
 @torch.no_grad()
