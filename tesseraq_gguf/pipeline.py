@@ -593,7 +593,7 @@ def _named_method(recipe: Recipe, width: int) -> Method:
         return Ptq161(len(SOFT_SHARE) * recipe.settings.steps, recipe.settings.batch, recipe.parts)
     if recipe.method in LEARNED:
         method = _learned(recipe, width)
-        return AWQ(method) if recipe.init.startswith("awq") else method
+        return AWQ(method) if recipe.start.startswith("awq") else method
     if recipe.method == "awq":
         return AWQ(AsItStarts(ClipSearch()))
     # rounding to nearest only comes here with rotations, or with activations whose ranges are measured
@@ -605,7 +605,7 @@ def _learned(recipe: Recipe, width: int) -> Method:
     """A method that learns the rounding, with what it begins at."""
     settings = recipe.settings
     steps = len(SOFT_SHARE) * settings.steps
-    start = _starts(recipe)[recipe.init]
+    start = _starts(recipe)[recipe.start]
     if recipe.method == "lrq":
         return lrq(steps, settings.batch, recipe.rank or max(1, width // PAPER_SHARE), start)
     if recipe.method == "flexround":
@@ -623,7 +623,6 @@ def _learned(recipe: Recipe, width: int) -> Method:
 def _starts(recipe: Recipe) -> dict[str, Initialisation]:
     """What learning can begin at, by the names that `--init` has, but for AWQ's scales, which are folded in before."""
     return {
-        "auto": GPTQ(),
         "gptq": GPTQ(),
         "awq+gptq": GPTQ(),
         "awq": ClipSearch(),
@@ -643,7 +642,7 @@ def _identity(
         "model": model,
         "calibration": calibration.fingerprint() if calibration else None,
         "method": recipe.method,
-        "init": recipe.init,
+        "init": recipe.start,
         "rotate": recipe.rotate or None,
         "rank": recipe.rank,
         "parts": recipe.parts if recipe.method == "ptq161" else None,

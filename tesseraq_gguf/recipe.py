@@ -15,7 +15,8 @@ LEARNED = ("tesseraq", "lrq", "flexround")
 """Those that learn the rounding, from a start."""
 
 INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
-"""What they can begin at; `auto` is the one that serves best, `gptq`, and LRQ's and FlexRound's papers have `none`."""
+"""What they can begin at; `auto` is the one that serves the method best (`Recipe.start`), and LRQ's and FlexRound's
+papers have `none`."""
 
 FINISHES = ("none", "distill")
 """Last passes over the whole model."""
@@ -178,6 +179,17 @@ class Recipe:
         """The preset, with `samples` and `seqlen` of this recipe in place of its own where given."""
         preset = PRESETS[self.preset]
         return replace(preset, samples=self.samples or preset.samples, length=self.seqlen or preset.length)
+
+    @property
+    def start(self) -> str:
+        """What learned rounding begins at: `init`, and in place of `auto` what measured best (docs/quality.md).
+
+        LRQ and FlexRound go furthest from AWQ: their codes stay those nearest to something. With activations rounded
+        that was not measured, and there they begin at GPTQ, as TesseraQ does.
+        """
+        if self.init != "auto":
+            return self.init
+        return "awq" if self.method in ("lrq", "flexround") and not self.scheme.rounds else "gptq"
 
     @property
     def scheme(self) -> ActivationScheme:

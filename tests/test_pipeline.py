@@ -348,6 +348,21 @@ def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_pat
     assert own_codebooks(open_gguf(out)) is None
 
 
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({}, "gptq"),
+        ({"method": "lrq"}, "awq"),
+        ({"method": "flexround"}, "awq"),
+        ({"method": "lrq", "init": "none"}, "none"),
+        ({"method": "lrq", "activations": "a8"}, "gptq"),
+    ],
+    ids=str,
+)
+def test_learning_begins_where_it_measured_best(options, start):
+    assert Recipe("demo", "out.gguf", **options).start == start
+
+
 @pytest.mark.parametrize("options", [{"method": "lrq"}, {"method": "flexround"}, {"init": "omniquant"}])
 def test_codebooks_refuse_methods_that_step_by_one_scale(options, make_model, long_text, tmp_path):  # noqa: F811
     with pytest.raises(UsageError, match="not evenly spaced"):
