@@ -189,8 +189,8 @@ def reach(options: argparse.Namespace) -> BlockProblem:
 def part(problem: BlockProblem, samples: int) -> BlockProblem:
     """Return the problem with its first sequences alone, and random numbers from the beginning."""
     generator = torch.Generator().manual_seed(1)
-    first = {"inputs": problem.inputs[:samples], "targets": problem.targets[:samples], "samples": samples}
-    return replace(problem, **first, generator=generator)
+    inputs, targets = problem.inputs[:samples], problem.targets[:samples]
+    return replace(problem, inputs=inputs, targets=targets, samples=None, generator=generator)
 
 
 @torch.no_grad()
