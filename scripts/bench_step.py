@@ -27,7 +27,7 @@ from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models.decoder import LoadedBlock
-from tesseraq_gguf.parallel import Team, join
+from tesseraq_gguf.parallel import Team, joined
 from tesseraq_gguf.reconstruction import BlockProblem, Method
 
 
@@ -50,7 +50,13 @@ def main() -> None:
     parser.add_argument("--autoround", type=Path, metavar="PYTHON", help="also time AutoRound, which this Python has")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    device, team = resolve_device(options.device), join()
+    with joined() as team:
+        measure(options, team)
+
+
+def measure(options: argparse.Namespace, team: Team) -> None:
+    """Print the table of a block's steps; only the first process speaks."""
+    device = resolve_device(options.device)
     clock = time.process_time if device.type == "cpu" and team.size == 1 and not options.wall else time.perf_counter
     where = "one thread" if device.type == "cpu" else torch.cuda.get_device_name(device)
     where += "" if team.size == 1 else f" in each of {team.size} processes"

@@ -10,7 +10,8 @@ several: a step of b sequences takes one from every stratum, sequences j, j + b,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -91,12 +92,22 @@ class Team:
         return box[0]  # type: ignore[return-value]
 
 
-def join() -> Team:
-    """Join the processes that torchrun started; without it a team of one."""
-    size = world_size()
-    if size == 1:
-        return Team()
-    if not torch.distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, timeout=_PATIENCE)
-    return Team(rank(), size)
+@contextmanager
+def joined(together: bool = True) -> Iterator[Team]:
+    """Join the processes that torchrun started and part from them at the end; without torchrun a team of one.
+
+    Args:
+        together: whether to join at all; a process that need not is a team of one.
+    """
+    if not together or world_size() == 1:
+        yield Team()
+        return
+    if torch.distributed.is_initialized():  # by the program that calls us, which parts from them itself
+        yield Team(rank(), world_size())
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    yield Team(rank(), world_size())
+    # gloo's threads may hold Python objects: they must have ended before the interpreter does, or they abort it. After
+    # an error this is not waited for: the others may never answer what is under way
+    torch.distributed.destroy_process_group()

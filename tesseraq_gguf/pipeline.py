@@ -43,7 +43,7 @@ from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.experts import expert_of
-from tesseraq_gguf.parallel import Team, join
+from tesseraq_gguf.parallel import Team, joined
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.preprocessing import STEPS, Preprocessing, check_installed
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
@@ -53,7 +53,7 @@ from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
 from tesseraq_gguf.residual_rotation import rotated_model
 from tesseraq_gguf.rules import read_rules, rules_of
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
-from tesseraq_gguf.runtime.source import ensure_source
+from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
 from tesseraq_gguf.type_plan import TypePlan, plan_types, within_budget
@@ -171,7 +171,20 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             tree=tree,
         )
         return _report(recipe, len(decoder), 0, {}, started)
-    team = join() if recipe.calibrates else Team()
+    with joined(recipe.calibrates) as team:
+        return _convert_learned(recipe, source, decoder, team, tree, progress, started)
+
+
+def _convert_learned(
+    recipe: Recipe,
+    source: ModelSource,
+    decoder: Decoder,
+    team: Team,
+    tree: SourceTree,
+    progress: Progress,
+    started: float,
+) -> ConversionReport:
+    """Learn a model's matrices, together with the other processes of the team, and write the file."""
     calibration = _calibration(recipe, source, progress)
     if calibration:
         _check_team(team, recipe, len(calibration.tokens), decoder)
@@ -180,7 +193,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     plan = plan_types(recipe, source, decoder, tree)
     for name, reason in plan.fallbacks.items():
         progress.note(f"{name} {reason}")
-    autocast = learning_dtype(device)
+    autocast = learning_dtype(decoder.device)
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan) | _preprocessed(recipe, text)
     with shared_work(team, lambda: WorkDirectory(_work_folder(recipe), identity, recipe.fresh)) as work:
         resumed, ranges = 0, dict[str, Range]()
