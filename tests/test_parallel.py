@@ -84,6 +84,28 @@ def test_shares_are_all_samples_once():
             assert sum(team.count(first) for team in teams) == first
 
 
+JOINED = """
+import torch
+from tesseraq_gguf.parallel import joined
+
+with joined() as team:
+    assert team.size == torch.distributed.get_world_size() == 2
+    assert team.from_first(lambda: team.rank) == 0
+assert not torch.distributed.is_initialized()
+with joined(together=False) as team:
+    assert team.size == 1
+    assert not torch.distributed.is_initialized()
+"""
+
+
+def test_processes_part_before_they_end(tmp_path):
+    script = tmp_path / "joined.py"
+    script.write_text(JOINED)
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    done = subprocess.run([*start, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def convert(processes: int, out, source, text, *options: str) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command = [*(start if processes > 1 else [sys.executable]), "-m", "tesseraq_gguf", "convert", str(source.folder)]
