@@ -607,11 +607,9 @@ def _named_method(recipe: Recipe, width: int) -> Method:
     if recipe.method in LEARNED:
         method = _learned(recipe, width)
         return AWQ(method) if recipe.start.startswith("awq") else method
-    if recipe.method == "awq":
-        return AWQ(AsItStarts(ClipSearch()))
     # rounding to nearest only comes here with rotations, or with activations whose ranges are measured
-    start = _starts(recipe)["none" if recipe.method == "rtn" else recipe.method]
-    return AsItStarts(start)
+    start = AsItStarts(_starts(recipe)["none" if recipe.method == "rtn" else recipe.method])
+    return AWQ(start) if recipe.method.startswith("awq") else start
 
 
 def _learned(recipe: Recipe, width: int) -> Method:
@@ -696,7 +694,7 @@ def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None, r
 
 def _name(recipe: Recipe) -> str:
     """What the file says of how it was made."""
-    init = f" from {recipe.init}" if recipe.method in LEARNED and recipe.init != "auto" else ""
+    init = f" from {recipe.start}" if recipe.method in LEARNED else ""
     init += " rotated" if recipe.rotate else ""
     init += " per channel" if recipe.granularity == "channel" else ""
     init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""

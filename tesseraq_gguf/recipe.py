@@ -8,7 +8,7 @@ from pathlib import Path
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.schemes import ActivationScheme, scheme_of
 
-METHODS = ("tesseraq", "ptq161", "lrq", "flexround", "gptq", "awq", "omniquant", "rtn")
+METHODS = ("tesseraq", "ptq161", "lrq", "flexround", "awq+gptq", "gptq", "awq", "omniquant", "rtn")
 """Methods by name: those that learn the rounding, then those to compare with."""
 
 LEARNED = ("tesseraq", "lrq", "flexround")

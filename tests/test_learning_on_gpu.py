@@ -18,6 +18,7 @@ from tesseraq_gguf.reconstruction import BlockResult
 CASES: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
     "awq": {"method": "awq", "type": "tsq3"},
+    "awq+gptq": {"method": "awq+gptq"},
     "omniquant": {"method": "omniquant"},
     "tesseraq": {"finish": "distill", "embedding_type": "tsq4"},
     "tesseraq from awq+gptq": {"init": "awq+gptq", "type": "tsq3"},

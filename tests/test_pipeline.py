@@ -57,8 +57,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "phi-fused"])
-@pytest.mark.parametrize("method", ["tesseraq", "gptq"])
-def test_learning_lowers_the_loss_of_every_block(kind, method, make_model, long_text, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(("method", "named"), [("tesseraq", "tesseraq from gptq"), ("gptq", "gptq")])
+def test_learning_lowers_the_loss_of_every_block(kind, method, named, make_model, long_text, tmp_path):  # noqa: F811
     source, told = make_model(kind), Listener()
     before = _digests(source.folder)
     report = convert(_recipe(source, tmp_path / "out.gguf", long_text, method=method), told)
@@ -69,7 +69,7 @@ def test_learning_lowers_the_loss_of_every_block(kind, method, make_model, long_
     seen = inspect(tmp_path / "out.gguf")
     matrices = [t for t in seen.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
     assert {t.type for t in matrices} == {"tsq2"}
-    assert seen.tesseraq["method"] == method
+    assert seen.tesseraq["method"] == named
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf"]  # the work directory is gone
     assert _digests(source.folder) == before
 
@@ -220,6 +220,14 @@ def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path
     convert(_recipe(make_model("gemma3"), tmp_path / "out.gguf", long_text, init=init), told)
     assert all(r.loss_after < r.loss_before for r in told.results)
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == f"tesseraq from {init}"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "omniquant"])
+def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    convert(_recipe(make_model("gemma3"), tmp_path / "out.gguf", long_text, method=method, type="tsq3"), told)
+    assert all(r.loss_after < r.loss_before for r in told.results)
+    assert inspect(tmp_path / "out.gguf").tesseraq["method"] == method
 
 
 @pytest.mark.parametrize("type", ["tsq3", "tsq4", "bcq4", "bcq4_a4", "q2_0", "q4_0", "q4_1", "q8_0"])

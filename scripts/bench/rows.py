@@ -66,6 +66,7 @@ METHOD_NAMES = {
     "rtn": "RTN",
     "gptq": "GPTQ",
     "awq": "AWQ",
+    "awq+gptq": "AWQ+GPTQ",
     "omniquant": "OmniQuant",
     "tesseraq": "TesseraQ",
     "lrq": "LRQ",
@@ -161,13 +162,17 @@ def _our_rows() -> Iterator[Row]:
         yield row("rtn", "LO-BCQ" if codebooks else "RTN", "--method", "rtn")
         if codebooks:
             yield row("rtn-model", "LO-BCQ, the model's own codebooks", "--method", "rtn", "--codebooks", "model")
-        for method in ("gptq", "awq") if codebooks else ("gptq", "awq", "omniquant"):
-            yield row(method, METHOD_NAMES[method], "--method", method, *learning)
+        for method in ("gptq", "awq", "awq+gptq") if codebooks else ("gptq", "awq", "omniquant", "awq+gptq"):
+            yield row(method.replace("+", "-"), METHOD_NAMES[method], "--method", method, *learning)
         for start in (s for s in INITIALISATIONS if not (codebooks and s == "omniquant")):
             names = [METHOD_NAMES[name] for name in start.split("+") if name != "none"]
             title = " ".join(["TesseraQ", *(["from", "+".join(names)] if names else [])])
             name = f"tesseraq-{start.replace('+', '-')}"
             yield row(name, title, "--method", "tesseraq", "--init", start, *learning)
+        if type in ("tsq2", "tsq3", "tsq4"):
+            learn = ("--method", "flexround", "--init", "awq")
+            yield row("flexround-awq", "FlexRound from AWQ", *learn, *learning)
+            yield row("flexround-distill", "FlexRound from AWQ, distilled", *learn, "--finish", "distill", *learning)
         finish = ("--method", "tesseraq", "--finish", "distill")
         yield row("tesseraq-distill", "TesseraQ, distilled", *finish, *learning)
         if type == "tsq2":  # the default preset, to show what more learning buys
@@ -268,6 +273,7 @@ def _activation_rows() -> Iterator[Row]:
                 ("--method", "rtn", "--rotate", "--samples", "8", "--calibration", "{calibration}"),
             ),
             ("rotated-gptq", "rotation, GPTQ", ("--method", "gptq", "--rotate", *learning)),
+            ("start", "rotation, AWQ+GPTQ", ("--method", "awq+gptq", "--rotate", "--activations", scheme, *learning)),
             ("tesseraq", "rotation, TesseraQ from AWQ+GPTQ", (*learned, scheme, "--init", "awq+gptq", *learning)),
         ):
             command = (
