@@ -26,6 +26,7 @@ from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
+from tesseraq_gguf.models import attention
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.parallel import Team, joined
 from tesseraq_gguf.reconstruction import BlockProblem, Method
@@ -110,7 +111,8 @@ def make_problem(options: argparse.Namespace, device: torch.device, team: Team) 
     config = LlamaConfig(
         hidden_size=options.width, intermediate_size=options.inner, num_attention_heads=heads, num_key_value_heads=heads
     )
-    config._attn_implementation = "sdpa"
+    attention.register()
+    config._attn_implementation = attention.NAME
     module = LlamaDecoderLayer(config, 0).to(device).eval().requires_grad_(False)
     block = LoadedBlock(0, "model.layers.0.", module)
     samples = 2 * options.batch

@@ -14,7 +14,7 @@ from tesseraq_gguf.simulation import final_states
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(4, 300, (2, 48), generator=torch.Generator().manual_seed(0))
-REFUSED = ("gemma3", *MIXTURES)
+REFUSED = ("gemma2", "gemma3", *MIXTURES)
 """A norm between blocks and stream; routers that are no linear layers."""
 
 

@@ -39,6 +39,10 @@ KINDS: dict[str, tuple[str, dict]] = {
     "mistral": ("Mistral", {"sliding_window": 64, "head_dim": 32}),
     "qwen2": ("Qwen2", {"hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}),
     "qwen3": ("Qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 0.5},
+    ),
     "gemma3": (
         "Gemma3",
         {

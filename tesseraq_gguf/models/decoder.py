@@ -21,6 +21,7 @@ from torch.func import functional_call
 from tesseraq_gguf.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.models import attention
 from tesseraq_gguf.models.experts import aliases, stack_of, unroll
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor
@@ -522,6 +523,7 @@ def _skeleton(source: ModelSource) -> Any:
     if not any(str(a).endswith(CAUSAL_LM_ENDINGS) for a in named):
         kind = ", ".join(map(str, named)) or "unnamed"
         raise ModelError(f"{source.name} is not a decoder-only language model (config.json says: {kind})")
+    attention.register()
     try:
         config = AutoConfig.from_pretrained(source.folder)
         if getattr(config, "is_encoder_decoder", False):
@@ -529,7 +531,7 @@ def _skeleton(source: ModelSource) -> Any:
                 f"{source.name} is an encoder-decoder model; only decoder-only language models can be learned"
             )
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
     except (ValueError, KeyError, OSError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(f"{source.name}: transformers cannot build this model: {reason}") from error

@@ -39,6 +39,7 @@ KINDS = [
     "mistral",
     "qwen2",
     "qwen3",
+    "gemma2",
     "gemma3",
     "phi-fused",
     "mixtral",
