@@ -110,7 +110,7 @@ class CodebookGrid(Grid):
         rows = rows.expand(*above.shape, bcq.LEVELS)
         lower = rows.gather(-1, above[..., None])[..., 0]
         gap = rows.gather(-1, above[..., None] + 1)[..., 0] - lower
-        return above.to(torch.uint8).flatten(-2), lower.flatten(-2), gap.flatten(-2)
+        return above.to(torch.uint8).flatten(-2), lower.to(torch.int8).flatten(-2), gap.to(torch.uint8).flatten(-2)
 
     @override
     def rounder(self, arrays: Arrays) -> Rounder:

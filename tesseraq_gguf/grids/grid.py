@@ -122,12 +122,13 @@ class Grid(ABC):
             arrays: stored parameters.
 
         Returns:
-            The lower code, uint8 [rows, columns]; its level, float32; and the distance of the upper code's level, or
-            None where it is always 1.
+            The lower code, uint8 [rows, columns]; its level, a whole number of 8 bits; and the distance of the upper
+            code's level, also one, or None where it is always 1.
         """
         scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
         lower = (self.grouped(weight) / scale + zero).floor_().clamp_(0, self.highest - 1).flatten(-2)
-        return lower.to(torch.uint8), lower, None
+        code = lower.to(torch.uint8)
+        return code, code, None
 
     def rounder(self, arrays: Arrays) -> Rounder:
         """Return what rounds the columns of a span, whose parameters are given, one after the other."""

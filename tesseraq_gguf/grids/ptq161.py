@@ -176,7 +176,8 @@ class Ptq161Grid(Grid):
     @override
     def neighbours(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         lower = torch.minimum(self._position(weight, arrays).floor_().clamp_(0), self._below_reach(weight))
-        return lower.to(torch.uint8), lower, None
+        code = lower.to(torch.uint8)
+        return code, code, None
 
     def _below_reach(self, weight: Tensor) -> Tensor:
         return self._reach(weight.shape[-1], weight.device) - 1
