@@ -183,6 +183,8 @@ def _our_rows() -> Iterator[Row]:
             yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
             note = "its 363 sequences are those of the row above; blocks and last pass were made in two runs"
             yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more, note=note)
+            learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
+            yield row("flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *learn, *more)
 
 
 def _ptq1_61(name: str, title: str, *options: str, study: str = TYPES, note: str = "") -> Row:
