@@ -59,8 +59,8 @@ class TesseraQ:
         steps: Adam steps of a stage (the paper's T = 250).
         batch: samples of a step.
         rounding_rate: learning rate of ν.
-        scale_rate: learning rate of v.
-        zero_rate: learning rate of z, in units of one code.
+        scale_rate: learning rate of v in types of 2 bits; those of more bits take a share of it (`parameter_share`).
+        zero_rate: learning rate of z, in units of one code, likewise.
         scale_decay: weight decay on v.
         settle_scales: stage (counted from 0) before which d moves to its grid.
         settle_zeros: stage before which z moves to its grid.
@@ -99,11 +99,17 @@ class TesseraQ:
         roundings = [m.rounding for m in soft.values()]
         scales = [m.tuning for m in soft.values() if m.tuning.requires_grad]
         zeros = [m.zero for m in soft.values() if m.zero.requires_grad]
-        groups = [
-            {"params": roundings, "lr": self.rounding_rate},
-            {"params": scales, "lr": self.scale_rate, "weight_decay": self.scale_decay},
-            {"params": zeros, "lr": self.zero_rate},
-        ]
+        groups: list[dict[str, Any]] = [{"params": roundings, "lr": self.rounding_rate}]
+        for share in sorted({m.parameter_share for m in soft.values()}):
+            alike = [m for m in soft.values() if m.parameter_share == share]
+            groups += [
+                {
+                    "params": [m.tuning for m in alike if m.tuning.requires_grad],
+                    "lr": self.scale_rate * share,
+                    "weight_decay": self.scale_decay,
+                },
+                {"params": [m.zero for m in alike if m.zero.requires_grad], "lr": self.zero_rate * share},
+            ]
         adam = torch.optim.Adam([g for g in groups if g["params"]], fused=True)
         for step in range(self.steps):
             weights = {name: m.weight(problem.autocast) for name, m in soft.items()}
@@ -122,6 +128,7 @@ class SoftMatrix:
         rounding: ν, float32 [groups, weights of a group], learned.
         tuning: v, float32 [groups, or those of their scales that are stored, 1], learned until the scale settles.
         zero: z, float32 [groups, 1], learned until it settles; never if the grid fixes it.
+        parameter_share: of the rates of v and z.
 
     Args:
         start: where to begin.
@@ -130,6 +137,7 @@ class SoftMatrix:
 
     def __init__(self, start: Start, grid: Grid) -> None:
         self._grid = grid
+        self.parameter_share = parameter_share(grid)
         self._shape = start.weight.shape
         self._arrays: Arrays = grid.fixed(start.tensor.arrays)
         self._scale = grid.scale(start.tensor.arrays).view(-1, 1)
@@ -191,6 +199,16 @@ class SoftMatrix:
 
     def _of_rows(self, parameter: Tensor) -> Tensor:
         return parameter.view(self._shape[0], -1)
+
+
+def parameter_share(grid: Grid) -> float:
+    """The share of the rates of scales and zero-points that suits a grid: 1 for codes of up to 2 bits.
+
+    When a scale moves, all weights of its group move with it, those with the outermost codes by as many times more as
+    there are codes. With four bits a rate that suits two has them move by whole codes before their rounding can follow.
+    """
+    part, _ = max(grid.parts, key=lambda part: len(part[1]))  # where kinds of weights differ, what most are
+    return min(1.0, 3 / part.highest)
 
 
 def ranked(values: Tensor, rank: int, sorting: bool) -> Tensor:

@@ -20,7 +20,7 @@ MLP = ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"))
 UP = ("mlp.up_proj", ("mlp.down_proj",))
 PLAIN = [ATTENTION, VALUES, MLP, UP]
 EXPECTED = dict.fromkeys(KINDS, PLAIN) | {
-    **dict.fromkeys(("gemma2", "gemma3"), [ATTENTION, VALUES, ("pre_feedforward_layernorm", MLP[1]), UP]),
+    **{kind: [ATTENTION, VALUES, ("pre_feedforward_layernorm", MLP[1]), UP] for kind in ("gemma2", "gemma3")},
     **{kind: [ATTENTION, VALUES, *((up, (down,)) for _, up, down in experts(kind))] for kind in MIXTURES},
     "phi-fused": [
         ("input_layernorm", ("self_attn.qkv_proj",)),
