@@ -1,4 +1,5 @@
-"""Learn one block of a model under several settings and compare losses on sequences learned on and held out.
+"""Learn one block of a model under several settings and compare losses on sequences learned on, held out, and of
+another text.
 
 Blocks before it are quantised by GPTQ, and every setting of TesseraQ starts from the same GPTQ result, those of LRQ
 and FlexRound from rounding to nearest, so only learning differs.
@@ -45,7 +46,9 @@ TESSERAQ: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
         {"steps": 20, "batch": 2, "rounding_rate": 3e-2},
     ),
     "rate of ν 0.1": (None, {"rounding_rate": 0.1}),
+    "rate of scale and zero 0.05": (None, {"scale_rate": 5e-2, "zero_rate": 5e-2}),
     "rate of scale and zero 0.03": (None, {"scale_rate": 3e-2, "zero_rate": 3e-2}),
+    "rate of scale and zero 0.002": (None, {"scale_rate": 2e-3, "zero_rate": 2e-3}),
     "schedule: 10 stages of 20": (
         None,
         {"steps": 20, "soft_shares": TEN_STAGES, "settle_scales": 7, "settle_zeros": 8},
@@ -138,20 +141,24 @@ def main() -> None:
     parser.add_argument("--type", default="tsq2", help="tensor type (default: tsq2)")
     parser.add_argument("--samples", type=int, default=360, help="sequences to learn on (default: 360)")
     parser.add_argument("--held-out", type=int, default=24, help="sequences held out (default: 24)")
+    parser.add_argument("--other", metavar="TEXT", help="another text, of which as many sequences are measured as well")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a sequence (default: 256)")
     parser.add_argument("--settings", default="", metavar="REGEX", help="only settings whose name matches")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     problem = reach(options)
-    learned_on = len(problem.inputs) - options.held_out
-    held_out = torch.arange(learned_on, len(problem.inputs))
-    some = torch.arange(min(48, learned_on))
+    learned_on = len(problem.inputs) - options.held_out * (2 if options.other else 1)
+    measured = [
+        torch.arange(min(48, learned_on)),
+        *torch.arange(learned_on, len(problem.inputs)).split(options.held_out),
+    ]
 
     def row(name: str, weights: Weights, seconds: float) -> None:
-        found = [mean_loss(problem, weights, samples) for samples in (some, held_out)]
-        print(f"| {name} | {found[0]:.2f} | {found[1]:.2f} | {seconds:.0f} |", flush=True)
+        found = [f"{mean_loss(problem, weights, samples):.2f}" for samples in measured]
+        print(f"| {' | '.join([name, *found])} | {seconds:.0f} |", flush=True)
 
-    print("| | learned on | held out | seconds |\n| --- | ---: | ---: | ---: |")
+    columns = ["", "learned on", "held out", *(["other text"] if options.other else []), "seconds"]
+    print(f"|{' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     row("the block's own weights", problem.matrices(), 0)
     first = part(problem, learned_on)
     began = time.monotonic()
@@ -167,11 +174,14 @@ def main() -> None:
 
 
 def reach(options: argparse.Namespace) -> BlockProblem:
-    """Return the problem of the chosen block with all sequences, the held-out ones last."""
+    """Return the problem of the chosen block with all sequences: to learn on, held out, and of the other text."""
     source = resolve_model(options.model, print)
     decoder = Decoder(source, resolve_device(options.device))
     wanted = options.samples + options.held_out
     tokens = load_calibration(source, options.calibration, wanted, options.seqlen, seed=0).tokens
+    if options.other:
+        other = load_calibration(source, options.other, options.held_out, options.seqlen, seed=0).tokens
+        tokens = torch.cat([tokens, other])
     sensitivity = measure_sensitivity(decoder, tokens[:16], seed=0)
     method = UpTo(options.block)
     walk = Reconstruction(
