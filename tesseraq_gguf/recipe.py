@@ -70,7 +70,8 @@ PRESETS = {
         samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3, finish_steps=1000
     ),
 }
-"""`best` is the paper's setting (arXiv 2410.19103, §4.1); the others spend less and take larger steps."""
+"""`best` is the paper's setting (arXiv 2410.19103, §4.1); the others spend less and take larger steps. Rates are for
+types of 2 bits, those of more take shares of them (`methods.tesseraq.parameter_share`)."""
 
 
 @dataclass(frozen=True)

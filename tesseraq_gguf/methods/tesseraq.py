@@ -58,8 +58,8 @@ class TesseraQ:
     Attributes:
         steps: Adam steps of a stage (the paper's T = 250).
         batch: samples of a step.
-        rounding_rate: learning rate of ν.
-        scale_rate: learning rate of v in types of 2 bits; those of more bits take a share of it (`parameter_share`).
+        rounding_rate: learning rate of ν in types of 2 bits; those of more bits take the root of `parameter_share`.
+        scale_rate: learning rate of v in types of 2 bits; those of more bits take `parameter_share` of it.
         zero_rate: learning rate of z, in units of one code, likewise.
         scale_decay: weight decay on v.
         settle_scales: stage (counted from 0) before which d moves to its grid.
@@ -99,10 +99,11 @@ class TesseraQ:
         roundings = [m.rounding for m in soft.values()]
         scales = [m.tuning for m in soft.values() if m.tuning.requires_grad]
         zeros = [m.zero for m in soft.values() if m.zero.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": roundings, "lr": self.rounding_rate}]
+        groups: list[dict[str, Any]] = []
         for share in sorted({m.parameter_share for m in soft.values()}):
             alike = [m for m in soft.values() if m.parameter_share == share]
             groups += [
+                {"params": [m.rounding for m in alike], "lr": self.rounding_rate * share**0.5},
                 {
                     "params": [m.tuning for m in alike if m.tuning.requires_grad],
                     "lr": self.scale_rate * share,
@@ -206,6 +207,8 @@ def parameter_share(grid: Grid) -> float:
 
     When a scale moves, all weights of its group move with it, those with the outermost codes by as many times more as
     there are codes. With four bits a rate that suits two has them move by whole codes before their rounding can follow.
+    The start is also closer to what is best, so rounding itself needs no such haste: more of it would fit the
+    calibration text alone. (docs/quality.md has the losses.)
     """
     part, _ = max(grid.parts, key=lambda part: len(part[1]))  # where kinds of weights differ, what most are
     return min(1.0, 3 / part.highest)

@@ -205,13 +205,16 @@ def test_what_leaves_a_codebook_grid_is_what_was_learned(own):
 
 
 @pytest.mark.parametrize(("type", "share"), [("tsq2", 1.0), ("tsq3", 3 / 7), ("tsq4", 0.2), ("ptq1_61", 1.0)])
-def test_scales_move_less_where_there_are_more_codes(type, share):
+def test_variables_move_less_where_there_are_more_codes(type, share):
     """A first step of Adam is as long as its rate, whatever the gradient."""
     problem = mlp_problem(type, 128, 256)
     method = TesseraQ(steps=1, batch=4, scale_rate=1e-3, zero_rate=1e-3)
     starts = method.initialisation.start(problem)
     soft = {name: SoftMatrix(start, problem.grids[name]) for name, start in starts.items()}
+    before = {name: matrix.rounding.detach().clone() for name, matrix in soft.items()}
     method._stage(problem, soft, 0, 1)
-    for matrix in soft.values():
+    for name, matrix in soft.items():
+        moved = (matrix.rounding.detach() - before[name]).abs()
+        assert float(moved.median()) == pytest.approx(1e-3 * share**0.5, rel=0.01)
         assert matrix.parameter_share == pytest.approx(share)
         assert float(matrix.tuning.detach().abs().median()) == pytest.approx(1e-3 * share, rel=0.01)
