@@ -597,6 +597,9 @@ def _explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
     """Return error class and one line for what a job raised."""
     if isinstance(error, TesseraqError):
         return type(error).__name__, str(error)
+    if isinstance(error, FileNotFoundError) and error.errno is None:  # llama.cpp's own
+        missing = str(error).strip().splitlines()[0].removeprefix("File not found: ")
+        return "ModelError", f"{job['name']}: llama.cpp's converter needs a file that is not there: {missing}"
     if isinstance(error, OSError):
         # numpy drops the number of the error of a short write
         full = _FULL.get(error.errno or 0) or (_FULL[errno.ENOSPC] if "requested and" in str(error) else None)
@@ -629,7 +632,8 @@ def _own_output() -> Emit:
 
 def _end_with_parent() -> None:
     def wait() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin: the interpreter cannot end while a thread has its lock
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

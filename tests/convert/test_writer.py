@@ -324,6 +324,13 @@ def test_check_source_finds_nothing_wrong_and_what_is_wrong(make_model, tmp_path
         check_source(ModelSource("unknown", unknown), shapes)
 
 
+def test_a_file_that_the_converter_misses_is_named(make_model, tmp_path):
+    source = make_model("gemma2")
+    shutil.copytree(source.folder, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer.model"))
+    with pytest.raises(ModelError, match=r"needs a file that is not there: .*tokenizer\.model"):
+        check_source(ModelSource("m", tmp_path / "m"), Decoder(source, torch.device("cpu")).matrix_shapes())
+
+
 def test_the_process_keeps_its_own_gguf(make_model, learn, tmp_path):
     before = set(sys.modules)
     types = len(gguf.GGMLQuantizationType)
