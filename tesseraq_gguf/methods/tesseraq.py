@@ -129,7 +129,7 @@ class SoftMatrix:
         rounding: ν, float32 [groups, weights of a group], learned.
         tuning: v, float32 [groups, or those of their scales that are stored, 1], learned until the scale settles.
         zero: z, float32 [groups, 1], learned until it settles; never if the grid fixes it.
-        parameter_share: of the rates of v and z.
+        parameter_share: of the rates of v and z, and its root of ν's (the function of this name).
 
     Args:
         start: where to begin.
@@ -203,7 +203,7 @@ class SoftMatrix:
 
 
 def parameter_share(grid: Grid) -> float:
-    """The share of the rates of scales and zero-points that suits a grid: 1 for codes of up to 2 bits.
+    """The share of the rates of scales and zero-points that suits a grid, 0 to 1: 1 for codes of up to 2 bits.
 
     When a scale moves, all weights of its group move with it, those with the outermost codes by as many times more as
     there are codes. With four bits a rate that suits two has them move by whole codes before their rounding can follow.
