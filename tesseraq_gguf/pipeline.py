@@ -185,6 +185,7 @@ def _convert_learned(
     started: float,
 ) -> ConversionReport:
     """Learn a model's matrices, together with the other processes of the team, and write the file."""
+    recipe = replace(recipe, processes=team.size)
     calibration = _calibration(recipe, source, progress)
     if calibration:
         _check_team(team, recipe, len(calibration.tokens), decoder)
@@ -637,7 +638,7 @@ def _starts(recipe: Recipe) -> dict[str, Initialisation]:
         "gptq": GPTQ(),
         "awq+gptq": GPTQ(),
         "awq": ClipSearch(),
-        "omniquant": OmniQuant(steps=_CLIPPING * recipe.settings.steps),
+        "omniquant": OmniQuant(steps=_CLIPPING * recipe.settings.steps, batch=recipe.settings.batch),
         "none": Nearest(),
     }
 

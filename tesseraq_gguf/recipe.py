@@ -64,7 +64,7 @@ class Preset:
 PRESETS = {
     "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2, finish_steps=40),
     "balanced": Preset(
-        samples=512, length=256, steps=25, batch=4, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=80
+        samples=512, length=256, steps=50, batch=2, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=160
     ),
     "best": Preset(
         samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3, finish_steps=1000
@@ -109,6 +109,7 @@ class Recipe:
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
         fresh: throw finished blocks of an earlier run away.
         seed: makes the run repeatable.
+        processes: how many learn together; a step has at least one sequence for each.
     """
 
     model: str
@@ -141,6 +142,7 @@ class Recipe:
     work_dir: Path | None = None
     fresh: bool = False
     seed: int = 0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         """Check names and numbers.
@@ -177,9 +179,14 @@ class Recipe:
 
     @property
     def settings(self) -> Preset:
-        """The preset, with `samples` and `seqlen` of this recipe in place of its own where given."""
+        """The preset, with this recipe's `samples` and `seqlen` where given, and a sequence for each process."""
         preset = PRESETS[self.preset]
-        return replace(preset, samples=self.samples or preset.samples, length=self.seqlen or preset.length)
+        return replace(
+            preset,
+            samples=self.samples or preset.samples,
+            length=self.seqlen or preset.length,
+            batch=max(preset.batch, self.processes),
+        )
 
     @property
     def start(self) -> str:

@@ -17,6 +17,7 @@ from tiny_models import TEXT, make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.tesseraq import SoftMatrix
 from tesseraq_gguf.parallel import Team
+from tesseraq_gguf.recipe import Recipe
 
 
 @pytest.mark.parametrize(("samples", "batch", "size"), [(8, 4, 2), (9, 4, 4), (13, 6, 3), (4, 4, 2)])
@@ -134,6 +135,11 @@ def test_two_processes_learn_what_one_learns(options, tolerance, make_model, tex
     assert len(losses[0]) == 2
     assert losses[1] == pytest.approx(losses[0], rel=tolerance)
     assert not list(tmp_path.glob("*.tesseraq-work*"))
+
+
+@pytest.mark.parametrize(("processes", "sequences"), [(1, 2), (2, 2), (4, 4)])
+def test_a_step_has_a_sequence_for_each_process(processes, sequences, tmp_path):
+    assert Recipe("model", tmp_path / "x.gguf", preset="balanced", processes=processes).settings.batch == sequences
 
 
 @pytest.mark.slow
