@@ -41,10 +41,13 @@ TESSERAQ: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
     "base: 20 stages of 10 steps, rate of ν 0.05, of scale and zero 0.01": (None, {}),
     "text: 128 sequences": (128, {}),
     "steps: 20 stages of 25, rate of ν 0.03": (None, {"steps": 25, "rounding_rate": 3e-2}),
-    "steps: 20 stages of 20 with 2 sequences each, rate of ν 0.03": (
-        None,
-        {"steps": 20, "batch": 2, "rounding_rate": 3e-2},
-    ),
+    **{
+        f"steps: 20 stages of {steps} with {batch} sequences each, rate of ν 0.03, of scale and zero 0.005": (
+            None,
+            {"steps": steps, "batch": batch, "rounding_rate": 3e-2, "scale_rate": 5e-3, "zero_rate": 5e-3},
+        )
+        for steps, batch in ((25, 4), (50, 2), (100, 1), (50, 4))
+    },
     "rate of ν 0.1": (None, {"rounding_rate": 0.1}),
     "rate of scale and zero 0.05": (None, {"scale_rate": 5e-2, "zero_rate": 5e-2}),
     "rate of scale and zero 0.03": (None, {"scale_rate": 3e-2, "zero_rate": 3e-2}),
