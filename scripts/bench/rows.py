@@ -179,12 +179,12 @@ def _our_rows() -> Iterator[Row]:
             more = ("--preset", "balanced", "--calibration", "{calibration}")
             yield row("balanced", "TesseraQ, `balanced`", *more)
             # as many sequences as a text of 386 leaves to learn on when a last pass holds some out
-            note = "its blocks come from a run that was stopped before its last pass; times are nearly right"
+            note = "its blocks are those of the row below, before the last pass"
             yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
-            note = "its 363 sequences are those of the row above; blocks and last pass were made in two runs"
-            yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more, note=note)
+            yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more)
+            note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
             learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
-            yield row("flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *learn, *more)
+            yield row("flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *learn, *more, note=note)
 
 
 def _ptq1_61(name: str, title: str, *options: str, study: str = TYPES, note: str = "") -> Row:
