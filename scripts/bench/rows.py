@@ -184,7 +184,9 @@ def _our_rows() -> Iterator[Row]:
             yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more)
             note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
             learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
-            yield row("flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *learn, *more, note=note)
+            yield row(
+                "flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *learn, *more, note=note
+            )
 
 
 def _ptq1_61(name: str, title: str, *options: str, study: str = TYPES, note: str = "") -> Row:
