@@ -32,6 +32,9 @@ from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.reconstruction import BlockProblem, Method, Reconstruction, Weights
 from tesseraq_gguf.sensitivity import measure_sensitivity
 
+QUARTERS = tuple(0.7 * (0.002 / 0.7) ** (stage / 19) for stage in range(20))
+"""Shares of soft weights of which every stage hardens a quarter."""
+
 TEN_STAGES = (0.8, 0.6, 0.45, 0.33, 0.24, 0.17, 0.11, 0.06, 0.03, 0.01)
 
 BASE = {"steps": 10, "batch": 4, "rounding_rate": 5e-2, "scale_rate": 1e-2, "zero_rate": 1e-2}
@@ -52,6 +55,7 @@ TESSERAQ: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
     "rate of scale and zero 0.05": (None, {"scale_rate": 5e-2, "zero_rate": 5e-2}),
     "rate of scale and zero 0.03": (None, {"scale_rate": 3e-2, "zero_rate": 3e-2}),
     "rate of scale and zero 0.002": (None, {"scale_rate": 2e-3, "zero_rate": 2e-3}),
+    "schedule: a quarter of what is soft in every stage": (None, {"soft_shares": QUARTERS}),
     "schedule: 10 stages of 20": (
         None,
         {"steps": 20, "soft_shares": TEN_STAGES, "settle_scales": 7, "settle_zeros": 8},
