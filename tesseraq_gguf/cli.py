@@ -500,6 +500,43 @@ def inspect(file: Annotated[Path, typer.Argument(help="The GGUF file.")], as_jso
         console.print(render(seen))
 
 
+@app.command("write-text")
+def write_text(
+    model: Annotated[str, typer.Argument(help="The model, as convert takes it.")],
+    out: Annotated[Path, typer.Argument(help="The text file to write.")],
+    tokens: Annotated[int, typer.Option(help="How many tokens to sample.")] = 131072,
+    seqlen: Annotated[int, typer.Option(help="Most tokens of a document.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
+    seed: Annotated[int, typer.Option(help="The same seed, options and machine give the same text.")] = 0,
+) -> None:
+    """Let a model write text of its own, to calibrate on.
+
+    Learning at 2 bits wants more text than most people have at hand, and of many kinds. A model's own text is of all
+    the kinds that it knows. Mix it with text like the one the model is for. The whole model is in memory meanwhile.
+
+    \b
+    Examples:
+      tesseraq-gguf write-text demo own.txt
+      cat mine.txt own.txt > both.txt
+      tesseraq-gguf convert demo out.gguf --calibration both.txt --samples 1024
+    """
+    from tesseraq_gguf.own_text import write_text as run
+
+    _quieten_transformers()
+    with _bar() as watch:
+        documents = run(
+            model,
+            out,
+            tokens,
+            seqlen,
+            device,
+            seed,
+            watch=lambda done, all: watch("writing", done, all),
+            say=lambda text: watch(text, 0, 0),
+        )
+    print(f"{out}: {documents:,} documents, {_size(out.expanduser().stat().st_size)}")
+
+
 @app.command()
 def chat(
     file: Annotated[Path, typer.Argument(help="The GGUF file to talk to; any that llama.cpp runs.")],

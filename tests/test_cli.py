@@ -25,6 +25,7 @@ COMMANDS = [
     ["convert"],
     ["eval"],
     ["inspect"],
+    ["write-text"],
     ["chat"],
     ["runtime"],
     ["runtime", "build"],
