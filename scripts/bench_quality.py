@@ -55,6 +55,8 @@ SHOWN = {
     "padded_folder": "padded-folder",
     "tokens": "tokens.json",
     "learned_text": "learned.txt",
+    "mixed_text": "mixed.txt",
+    "padded_imatrix_mixed": "padded-imatrix-mixed.gguf",
     **{f"width_{n}th": f"width/{n}" for n in RANKS},
 }
 """Names that commands have in the report."""

@@ -78,6 +78,7 @@ class Places(Mapping[str, object]):
             "calibration": lambda: options.calibration,
             "learned_text": lambda: self._part(kept=False),
             "kept_text": lambda: self._part(kept=True),
+            "mixed_text": self._mixed,
             **{f"width_{n}th": partial(self._width, n) for n in RANKS},
             "preset": lambda: options.preset,
             "iters": lambda: options.iters,
@@ -92,6 +93,7 @@ class Places(Mapping[str, object]):
             "padded_f16": lambda: self._padded("f16"),
             "padded_reference": lambda: self._padded("reference"),
             "padded_imatrix": lambda: self._imatrix("padded"),
+            "padded_imatrix_mixed": lambda: self._imatrix("padded", mixed=True),
             "padded_folder": lambda: resolve_model(str(self["padded_f16"]), say).folder,
         }
         self._known: dict[str, object] = {}
@@ -133,13 +135,22 @@ class Places(Mapping[str, object]):
 
         return self._made(f"padded-{kind}.gguf", make)
 
-    def _imatrix(self, kind: str) -> Path:
+    def _imatrix(self, kind: str, mixed: bool = False) -> Path:
         options = self.options
+        chunks = 0 if mixed else options.imatrix_chunks
         command = [str(self._tool("llama-imatrix")), "-m", str(self[f"{kind}_reference"])]
-        command += ["-f", str(options.calibration), "-c", "512", "-b", "512", "-t", str(options.threads), "--no-ppl"]
-        command += ["--chunks", str(options.imatrix_chunks)] if options.imatrix_chunks else []
-        name = f"{kind}-imatrix-{options.imatrix_chunks or 'all'}.gguf"
+        command += ["-f", str(self["mixed_text"] if mixed else options.calibration)]
+        command += ["-c", "512", "-b", "512", "-t", str(options.threads), "--no-ppl"]
+        command += ["--chunks", str(chunks)] if chunks else []
+        name = f"{kind}-imatrix-{'mixed' if mixed else chunks or 'all'}.gguf"
         return self._made(name, lambda out: run([*command, "-o", str(out)]))
+
+    def _mixed(self) -> Path:
+        """The calibration text, and more that the model wrote itself."""
+        own = self._made("own.txt", lambda out: run([str(self["cli"]), "write-text", self.options.model, str(out)]))
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in (self.options.calibration, own)]
+        digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
+        return self._made(f"mixed-{digest}.txt", lambda out: out.write_text("\n".join(texts), encoding="utf-8"))
 
     def _part(self, kept: bool) -> Path:
         text = self.options.calibration.read_text(encoding="utf-8", errors="replace")

@@ -100,6 +100,9 @@ AUTOROUND_BITS = 2 + (16 + 2) / 64
 """2-bit codes, and for each group of 64 a scale of 16 bits and a zero-point of 2."""
 
 
+_MIXED = "the calibration text and 131,072 tokens of the model's own (`tesseraq-gguf write-text`)"
+
+
 def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
     return [
@@ -115,16 +118,21 @@ def _references() -> Iterator[Row]:
 
 
 def _llama_rows() -> Iterator[Row]:
-    def row(name: str, type: str, padded: bool, note: str = "") -> Row:
+    def row(name: str, type: str, padded: bool, note: str = "", mixed: bool = False) -> Row:
         model = "padded" if padded else "plain"
+        matrix = f"{{{model}_imatrix{'_mixed' if mixed else ''}}}"
         command = (
-            "{quantize}", "--pure", "--imatrix", f"{{{model}_imatrix}}", "--token-embedding-type", "q8_0",
+            "{quantize}", "--pure", "--imatrix", matrix, "--token-embedding-type", "q8_0",
             f"{{{model}_f16}}", "{out}", LLAMA_TYPES[type], "{threads}",
         )  # fmt: skip
-        return Row(name, LLAMA_CPP, "imatrix", type, padded, (command,), note=note)
+        method = f"imatrix{', own text too' if mixed else ''}"
+        return Row(name, LLAMA_CPP, method, type, padded, (command,), note=note)
 
     for type in LLAMA_TYPES:
         yield row(f"llama-{type}", type, True)
+    yield row(
+        "llama-iq3_xxs-own", "iq3_xxs", True, f"its importance matrix is of {_MIXED}, the whole of it", mixed=True
+    )
     yield row("llama-q4_0-plain", "q4_0", False, "unpadded: its blocks of 32 fit rows of 640")
 
 
@@ -182,6 +190,9 @@ def _our_rows() -> Iterator[Row]:
             note = "its blocks are those of the row below, before the last pass"
             yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
             yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more)
+            mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
+            title = "TesseraQ, `balanced`, own text too, distilled"
+            yield row("own-distill", title, *finish, *mixed, note=f"learned on {_MIXED}")
             note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
             learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
             yield row(
