@@ -17,7 +17,7 @@ from torch import Tensor
 from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.errors import ModelError, UsageError
-from tesseraq_gguf.models import resolve_model
+from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.paths import temporary_sibling
 
 LENGTH = 256
@@ -72,6 +72,7 @@ def write_text(
         raise UsageError(f"there is no folder {out.parent} to write into")
     where = resolve_device(device)
     source = resolve_model(model, say)
+    Decoder(source, where)  # takes no memory, and refuses the models that `convert` refuses
     say("Loading the whole model")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -81,6 +81,15 @@ def test_no_model(tmp_path):
         write_text(str(tmp_path / "nowhere"), tmp_path / "own.txt")
 
 
+def test_a_model_that_writes_no_text(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="not a decoder-only language model"):
+        write_text(str(tmp_path / "bert"), tmp_path / "own.txt")
+
+
 def test_the_command_says_what_it_wrote(source, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["write-text", str(source.folder), str(tmp_path / "own.txt"), "--tokens", "256", "--seqlen", "32"])
