@@ -191,6 +191,9 @@ def convert(
             help="A last pass: distill lets scales and norms of the whole model learn from its full-precision answers.",
         ),
     ] = FINISHES[0],
+    finish_steps: Annotated[
+        int | None, typer.Option("--finish-steps", help="Steps of that, in place of the preset's.")
+    ] = None,
     granularity: Annotated[
         str,
         typer.Option(help="What shares a scale: group, the type's own; or channel, a whole row, as in some papers."),
@@ -315,6 +318,7 @@ def convert(
         init=init,
         rotate=rotate,
         finish=finish,
+        finish_steps=finish_steps,
         rank=rank,
         parts=parts,
         preprocess=preprocess,

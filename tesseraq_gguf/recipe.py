@@ -90,6 +90,7 @@ class Recipe:
         init: what learned rounding begins at, one of `INITIALISATIONS`.
         rotate: mix channels by Hadamard matrices before anything is learned, where that folds into the weights.
         finish: the last pass over the whole model, one of `FINISHES`.
+        finish_steps: its steps; None takes the preset's.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
         activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
@@ -123,6 +124,7 @@ class Recipe:
     init: str = "auto"
     rotate: bool = False
     finish: str = "none"
+    finish_steps: int | None = None
     rank: int | None = None
     parts: str = "cosine"
     granularity: str = "group"
@@ -168,6 +170,8 @@ class Recipe:
         _check("kind of codebooks", self.codebooks, CODEBOOKS)
         if self.granularity == "channel" and self.finish != "none":
             raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
+        if self.finish_steps is not None and (self.finish == "none" or self.finish_steps < 1):
+            raise UsageError("--finish-steps must be at least 1, and go with --finish distill")
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"--rank must be at least 1, not {self.rank}")
         if self.preprocess_steps is not None and (self.preprocess is None or self.preprocess_steps < 1):
@@ -179,13 +183,14 @@ class Recipe:
 
     @property
     def settings(self) -> Preset:
-        """The preset, with this recipe's `samples` and `seqlen` where given, and a sequence for each process."""
+        """The preset, with this recipe's numbers where given, and a sequence for each process."""
         preset = PRESETS[self.preset]
         return replace(
             preset,
             samples=self.samples or preset.samples,
             length=self.seqlen or preset.length,
             batch=max(preset.batch, self.processes),
+            finish_steps=self.finish_steps or preset.finish_steps,
         )
 
     @property

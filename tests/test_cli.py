@@ -159,6 +159,8 @@ BAD = [
     ("convert model out.gguf --parts mask", "--parts has no meaning"),
     ("convert model out.gguf --method ptq161 --type ptq1_61 --parts all", "unknown part of PTQ1.61 'all'"),
     ("convert model out.gguf --preprocess-steps 5", "go with --preprocess TEXT"),
+    ("convert model out.gguf --finish-steps 5", "go with --finish distill"),
+    ("convert model out.gguf --finish distill --finish-steps 0", "--finish-steps must be at least 1"),
     ("convert model out.gguf --type f16 --preprocess text.txt", "--preprocess has no meaning"),
     ("convert model out.gguf --method ptq161", "ptq161 learns the scales of ptq1_61"),
     ("convert model out.gguf --embedding-type ptq1_61", "columns of the embedding have no order"),

@@ -289,6 +289,10 @@ def test_the_last_pass_is_in_the_file_and_resumes(make_model, long_text, tmp_pat
     assert [n for n in again.notes if "held out" in n] == first
     assert all(r.resumed for r in again.results)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    longer = Listener()
+    convert(_recipe(source, tmp_path / "c.gguf", long_text, finish_steps=80, **options), longer)
+    assert all(r.resumed for r in longer.results)
+    assert [n for n in longer.notes if "held out" in n] != first
 
 
 def test_sensitivity_is_the_fisher_diagonal(make_model):  # noqa: F811
