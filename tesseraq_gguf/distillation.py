@@ -8,6 +8,7 @@ scales is what EfficientQAT, arXiv 2407.11062, ends with.)
 
 Memory does not grow with depth. A step goes up block by block, leaving the inputs of each on disk, and comes down
 block by block, running each again for its gradient; the variables and Adam's state of a block are in memory only then.
+What is on disk after a step is whole: a pass that was killed goes on at the next one.
 
 Some sequences are held out, also from block reconstruction. If the divergence on them has not fallen in the end, the
 pass is undone.
@@ -15,10 +16,11 @@ pass is undone.
 
 from __future__ import annotations
 
+import json
 import math
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from torch import Tensor
 from tesseraq_gguf.affine import Affine
 from tesseraq_gguf.grids import Arrays, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 
 LearnedBlock = dict[str, QuantizedTensor]
@@ -96,18 +99,22 @@ class Distillation:
             held_out: tokens that nothing was learned on, int64 [samples, length], of the same length.
             seed: of the order of sequences and positions.
             autocast: dtype of matrix products; float32 means no autocast.
-            folder: takes the variables of the blocks; must exist.
+            folder: takes the variables of the blocks; must exist. What a pass of the same schedule left there after
+                it was stopped is gone on with: it must be of the same blocks, tokens and seed.
             report: called with (steps done, steps in all).
             embeddings: learned embedding and output matrix, dequantised, by checkpoint name, where there are any.
         """
-        student = _Student(decoder, blocks, autocast, folder, embeddings or {})
+        kept = _Kept(folder, asdict(self))
+        student = _Student(decoder, blocks, autocast, kept, embeddings or {})
         everything = torch.cat([tokens, held_out])
         teacher, recorded = student.teach(everything)
         start, _ = decoder.stem(everything, embeddings)
         held = slice(len(tokens), None)
         generator = torch.Generator().manual_seed(seed)
-        before = student.divergence(start[held], teacher[held], recorded)
-        report(0, self.steps)
+        if kept.before is None:
+            kept.begin(student.divergence(start[held], teacher[held], recorded))
+        before = kept.before
+        report(kept.steps, self.steps)
         position_count = max(1, round(tokens.shape[1] * self.positions))
         queue = torch.empty(0, dtype=torch.int64)
         for step in range(self.steps):
@@ -115,6 +122,8 @@ class Distillation:
                 queue = torch.randperm(len(tokens), generator=generator)
             chosen, queue = queue[: self.batch], queue[self.batch :]
             positions = torch.rand(len(chosen), tokens.shape[1], generator=generator).argsort(1)[:, :position_count]
+            if step < kept.steps:  # taken before the pass was stopped
+                continue
             rate = self._share(step)
             rates = {
                 "scale": rate * self.scale_rate,
@@ -144,10 +153,10 @@ class _Student:
         decoder: Decoder,
         blocks: Callable[[int], LearnedBlock],
         autocast: torch.dtype,
-        folder: Path,
+        kept: _Kept,
         embeddings: Mapping[str, Tensor],
     ) -> None:
-        self._decoder, self._blocks, self._autocast, self._folder = decoder, blocks, autocast, folder
+        self._decoder, self._blocks, self._autocast, self._kept = decoder, blocks, autocast, kept
         self._prefix, self._norm = decoder.final_norm()
         own = decoder.output_weight().to(autocast)
         given = embeddings.get(decoder.output_name())
@@ -187,35 +196,34 @@ class _Student:
     ) -> None:
         """One step on sequences [batch, length, hidden] at positions [batch, positions]."""
         device = self._decoder.device
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            levels = [Path(folder) / f"{index}.pt" for index in range(len(self._decoder))]
-            hidden = start.to(device)
-            for index, level in enumerate(levels):
-                torch.save(hidden.cpu(), level)
-                block, variables = self._load(index)
-                with torch.no_grad():
-                    hidden = self._run(block, hidden, recorded, *variables.realise())
-            rows = torch.arange(len(start))[:, None]
-            final = self._load_final()
-            _, slope, to_norm = self._decoder.divergence(
-                hidden[rows, positions].flatten(0, 1),
-                teacher[rows, positions].flatten(0, 1).to(device),
-                final.realise()[1],
-                self._head,
-            )
-            final.descend_vectors(to_norm, rates)
-            final.save(self._file(_FINAL))
-            gradient = torch.zeros_like(hidden)
-            gradient[rows, positions] = slope.view(*positions.shape, -1)
-            for index in reversed(range(len(self._decoder))):
-                block, variables = self._load(index)
-                below = torch.load(levels[index]).to(device).requires_grad_()
-                out = self._run(block, below, recorded, *variables.realise())
-                out.backward(gradient)
-                assert below.grad is not None
-                gradient = below.grad
-                variables.descend(rates)
-                variables.save(self._file(str(index)))
+        hidden = start.to(device)
+        for index in range(len(self._decoder)):
+            torch.save(hidden.cpu(), self._kept.inputs(index))
+            block, variables = self._load(index)
+            with torch.no_grad():
+                hidden = self._run(block, hidden, recorded, *variables.realise())
+        rows = torch.arange(len(start))[:, None]
+        final = self._load_final()
+        _, slope, to_norm = self._decoder.divergence(
+            hidden[rows, positions].flatten(0, 1),
+            teacher[rows, positions].flatten(0, 1).to(device),
+            final.realise()[1],
+            self._head,
+        )
+        final.descend_vectors(to_norm, rates)
+        final.save(self._kept.next(_FINAL))
+        gradient = torch.zeros_like(hidden)
+        gradient[rows, positions] = slope.view(*positions.shape, -1)
+        for index in reversed(range(len(self._decoder))):
+            block, variables = self._load(index)
+            below = torch.load(self._kept.inputs(index)).to(device).requires_grad_()
+            out = self._run(block, below, recorded, *variables.realise())
+            out.backward(gradient)
+            assert below.grad is not None
+            gradient = below.grad
+            variables.descend(rates)
+            variables.save(self._kept.next(str(index)))
+        self._kept.step_done()
 
     def finished(self, index: int) -> LearnedBlock:
         """What a block is now, by checkpoint name."""
@@ -238,9 +246,6 @@ class _Student:
         with torch.autocast(device.type, self._autocast, enabled=self._autocast != torch.float32):
             return block.run(hidden.to(device), recorded.arguments[block.index], weights, vectors).float()
 
-    def _file(self, name: str) -> Path:
-        return self._folder / f"{name}.variables.pt"
-
     def _load(self, index: int) -> tuple[LoadedBlock, _Variables]:
         tensors = self._blocks(index)
         block = self._decoder.load_block(index, hollow=tensors.keys())
@@ -249,13 +254,69 @@ class _Student:
         # what does not move here leaves as it came: orders of columns, and biases that moved along with rows
         kept = {name.removeprefix(block.prefix): t for name, t in tensors.items() if not t.is_matrix}
         variables = _Variables(matrices, block.norms(), self._decoder.device, kept)
-        variables.restore(self._file(str(index)))
+        variables.restore(self._kept.now(str(index)))
         return block, variables
 
     def _load_final(self) -> _Variables:
         variables = _Variables({}, {n: p.detach() for n, p in self._norm.named_parameters()}, self._decoder.device)
-        variables.restore(self._file(_FINAL))
+        variables.restore(self._kept.now(_FINAL))
         return variables
+
+
+class _Kept:
+    """Variables on disk: those of the last whole step, and those of the step that is being taken.
+
+    A step reads one folder and writes the other; a file that appears in one move says how many steps are whole, and so
+    which folder is.
+
+    Args:
+        folder: to keep them in; what another schedule left there is removed.
+        schedule: JSON-ready.
+    """
+
+    def __init__(self, folder: Path, schedule: Mapping[str, object]) -> None:
+        self._folder, self._schedule = folder, json.loads(json.dumps(schedule))
+        self._state = folder / "steps.json"
+        found = json.loads(self._state.read_text(encoding="utf-8")) if self._state.is_file() else {}
+        self.steps: int = 0
+        self.before: float | None = None
+        if found.get("schedule") == self._schedule:
+            self.steps, self.before = found["steps"], found["before"]
+        else:
+            self._state.unlink(missing_ok=True)
+            for parity in (0, 1):
+                shutil.rmtree(self._side(parity), ignore_errors=True)
+                self._side(parity).mkdir(exist_ok=True)
+
+    def begin(self, before: float) -> None:
+        """Keep the divergence before the first step."""
+        self.before = before
+        self._write()
+
+    def step_done(self) -> None:
+        """Let what the step wrote be what the next one reads."""
+        self.steps += 1
+        self._write()
+
+    def now(self, name: str) -> Path:
+        """Variables after the last whole step; before the first one there is no file."""
+        return self._side(self.steps) / f"{name}.variables.pt"
+
+    def next(self, name: str) -> Path:
+        """Variables of the step that is being taken."""
+        return self._side(self.steps + 1) / f"{name}.variables.pt"
+
+    def inputs(self, index: int) -> Path:
+        """What a block is fed in the step that is being taken."""
+        return self._folder / f"{index}.inputs.pt"
+
+    def _side(self, steps: int) -> Path:
+        return self._folder / ("even" if steps % 2 == 0 else "odd")
+
+    def _write(self) -> None:
+        with temporary_sibling(self._state) as partial:
+            state = {"schedule": self._schedule, "steps": self.steps, "before": self.before}
+            partial.write_text(json.dumps(state), encoding="utf-8")
 
 
 class _Variables:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -572,7 +571,8 @@ def _finish(
     earlier = work.tensors(FINAL)
     if earlier is None or earlier[1]["schedule"] != schedule:
         progress.stage("Learning scales and norms of the whole model from its answers")
-        with _memory_explained(decoder), tempfile.TemporaryDirectory(prefix="tesseraq-") as folder:
+        folder = work.scratch("last-pass")
+        with _memory_explained(decoder):
             distilled = Distillation(steps=recipe.settings.finish_steps).run(
                 decoder,
                 work.block,
@@ -580,7 +580,7 @@ def _finish(
                 calibration.held_out,
                 recipe.seed,
                 autocast,
-                Path(folder),
+                folder,
                 progress.advance,
                 _dequantized_embeddings(work),
             )
@@ -589,6 +589,7 @@ def _finish(
             measured = {"before": json.dumps(distilled.before), "after": json.dumps(distilled.after)}
             notes = {"schedule": schedule, **measured}
             work.keep_tensors(FINAL, distilled.final, notes)
+        shutil.rmtree(folder, ignore_errors=True)
     else:
         notes = earlier[1]
     before, after = json.loads(notes["before"]), json.loads(notes["after"])

@@ -147,6 +147,12 @@ class WorkDirectory:
         file = self._file(name)
         return load_tensors(file) if file.is_file() else None
 
+    def scratch(self, name: str) -> Path:
+        """Return (and make) a folder for what a pass needs until it is over, and goes on with after it was stopped."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def keep_note(self, name: str, text: str) -> None:
         """Write a text under a name."""
         with temporary_sibling(self.folder / f"{name}.txt") as partial:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.distillation import Distillation, _Student
+from tesseraq_gguf.distillation import Distillation, _Kept, _Student
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import Decoder
 
@@ -79,7 +80,7 @@ def test_the_divergence_and_its_gradient_are_autograds(decoder):
 def test_a_step_follows_the_gradient_of_the_whole_model(decoder, tokens, tmp_path):
     """The walk down, block by block, against one backward pass through everything."""
     blocks = rounded(decoder)
-    student = _Student(decoder, blocks, torch.float32, tmp_path, {})
+    student = _Student(decoder, blocks, torch.float32, _Kept(tmp_path, {}), {})
     teacher, recorded = student.teach(tokens[:2])
     start, _ = decoder.stem(tokens[:2])
     positions = torch.arange(20).expand(2, 20)
@@ -128,7 +129,7 @@ def test_what_leaves_is_what_was_measured(decoder, tokens, tmp_path):
     pass_ = Distillation(steps=6, batch=8, positions=1.0, scale_rate=3e-2, zero_rate=1e-2)
     (tmp_path / "a").mkdir()
     done = pass_.run(decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32, tmp_path / "a")
-    teacher, recorded = _Student(decoder, done.blocks, torch.float32, tmp_path, {}).teach(tokens)
+    teacher, recorded = _Student(decoder, done.blocks, torch.float32, _Kept(tmp_path, {}), {}).teach(tokens)
     hidden, _ = decoder.stem(tokens)
     with torch.no_grad():
         for index in range(len(decoder)):
@@ -141,6 +142,65 @@ def test_what_leaves_is_what_was_measured(decoder, tokens, tmp_path):
     head = (norm, decoder.output_weight(), decoder.output_weight())
     got = [decoder.divergence(hidden[i], teacher[i], weights, head)[0] for i in held]
     assert sum(got) / len(got) == pytest.approx(done.after, rel=1e-3)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _stop_after(steps):
+    def report(done, _):
+        if done == steps:
+            raise _Stopped
+
+    return report
+
+
+def _same(decoder, one, other):
+    return one.before == other.before and one.after == other.after and all(
+        torch.equal(array, other.blocks(index)[name].arrays[key])
+        for index in range(len(decoder))
+        for name, tensor in one.blocks(index).items()
+        for key, array in tensor.arrays.items()
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [0, 1, 4])
+def test_a_stopped_pass_goes_on_to_the_same_end(whole, decoder, tokens, tmp_path):
+    pass_ = Distillation(steps=5, batch=8, positions=0.5, scale_rate=3e-2, zero_rate=1e-2)
+    given = decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+    once = pass_.run(*given, tmp_path / "once")
+    with pytest.raises(_Stopped):
+        pass_.run(*given, tmp_path / "twice", _stop_after(whole))
+    reported = []
+    twice = pass_.run(*given, tmp_path / "twice", lambda done, _: reported.append(done))
+    assert reported == list(range(whole, 6))
+    assert _same(decoder, once, twice)
+
+
+def test_a_step_cut_short_leaves_no_trace(decoder, tokens, tmp_path, monkeypatch):
+    """Killed between two blocks, when half of them have moved."""
+    pass_ = Distillation(steps=3, batch=8, positions=0.5, scale_rate=3e-2, zero_rate=1e-2)
+    given = decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32
+    for name in ("once", "twice"):
+        (tmp_path / name).mkdir()
+    once = pass_.run(*given, tmp_path / "once")
+    with monkeypatch.context() as patch:
+        patch.setattr(_Kept, "step_done", Mock(side_effect=_Stopped))
+        with pytest.raises(_Stopped):
+            pass_.run(*given, tmp_path / "twice")
+    assert _same(decoder, once, pass_.run(*given, tmp_path / "twice"))
+
+
+def test_another_schedule_begins_anew(decoder, tokens, tmp_path):
+    given = decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32
+    with pytest.raises(_Stopped):
+        Distillation(steps=5, batch=8).run(*given, tmp_path, _stop_after(2))
+    reported = []
+    Distillation(steps=3, batch=8).run(*given, tmp_path, lambda done, _: reported.append(done))
+    assert reported == [0, 1, 2, 3]
 
 
 def test_a_pass_that_does_not_help_is_undone(decoder, tokens, tmp_path):
