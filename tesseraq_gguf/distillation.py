@@ -111,9 +111,10 @@ class Distillation:
         start, _ = decoder.stem(everything, embeddings)
         held = slice(len(tokens), None)
         generator = torch.Generator().manual_seed(seed)
-        if kept.before is None:
-            kept.begin(student.divergence(start[held], teacher[held], recorded))
         before = kept.before
+        if before is None:
+            before = student.divergence(start[held], teacher[held], recorded)
+            kept.begin(before)
         report(kept.steps, self.steps)
         position_count = max(1, round(tokens.shape[1] * self.positions))
         queue = torch.empty(0, dtype=torch.int64)
