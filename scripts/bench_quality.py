@@ -56,6 +56,7 @@ SHOWN = {
     "tokens": "tokens.json",
     "learned_text": "learned.txt",
     "mixed_text": "mixed.txt",
+    "more_mixed_text": "more-mixed.txt",
     "padded_imatrix_mixed": "padded-imatrix-mixed.gguf",
     **{f"width_{n}th": f"width/{n}" for n in RANKS},
 }

@@ -144,14 +144,14 @@ def test_what_leaves_is_what_was_measured(decoder, tokens, tmp_path):
     assert sum(got) / len(got) == pytest.approx(done.after, rel=1e-3)
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     pass
 
 
 def _stop_after(steps):
     def report(done, _):
         if done == steps:
-            raise _Stopped
+            raise _StoppedError
 
     return report
 
@@ -172,7 +172,7 @@ def test_a_stopped_pass_goes_on_to_the_same_end(whole, decoder, tokens, tmp_path
     for name in ("once", "twice"):
         (tmp_path / name).mkdir()
     once = pass_.run(*given, tmp_path / "once")
-    with pytest.raises(_Stopped):
+    with pytest.raises(_StoppedError):
         pass_.run(*given, tmp_path / "twice", _stop_after(whole))
     reported = []
     twice = pass_.run(*given, tmp_path / "twice", lambda done, _: reported.append(done))
@@ -188,15 +188,15 @@ def test_a_step_cut_short_leaves_no_trace(decoder, tokens, tmp_path, monkeypatch
         (tmp_path / name).mkdir()
     once = pass_.run(*given, tmp_path / "once")
     with monkeypatch.context() as patch:
-        patch.setattr(_Kept, "step_done", Mock(side_effect=_Stopped))
-        with pytest.raises(_Stopped):
+        patch.setattr(_Kept, "step_done", Mock(side_effect=_StoppedError))
+        with pytest.raises(_StoppedError):
             pass_.run(*given, tmp_path / "twice")
     assert _same(decoder, once, pass_.run(*given, tmp_path / "twice"))
 
 
 def test_another_schedule_begins_anew(decoder, tokens, tmp_path):
     given = decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32
-    with pytest.raises(_Stopped):
+    with pytest.raises(_StoppedError):
         Distillation(steps=5, batch=8).run(*given, tmp_path, _stop_after(2))
     reported = []
     Distillation(steps=3, batch=8).run(*given, tmp_path, lambda done, _: reported.append(done))

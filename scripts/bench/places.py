@@ -79,6 +79,7 @@ class Places(Mapping[str, object]):
             "learned_text": lambda: self._part(kept=False),
             "kept_text": lambda: self._part(kept=True),
             "mixed_text": self._mixed,
+            "more_mixed_text": lambda: self._mixed(seeds=3),
             **{f"width_{n}th": partial(self._width, n) for n in RANKS},
             "preset": lambda: options.preset,
             "iters": lambda: options.iters,
@@ -145,10 +146,15 @@ class Places(Mapping[str, object]):
         name = f"{kind}-imatrix-{'mixed' if mixed else chunks or 'all'}.gguf"
         return self._made(name, lambda out: run([*command, "-o", str(out)]))
 
-    def _mixed(self) -> Path:
-        """The calibration text, and more that the model wrote itself."""
-        own = self._made("own.txt", lambda out: run([str(self["cli"]), "write-text", self.options.model, str(out)]))
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in (self.options.calibration, own)]
+    def _mixed(self, seeds: int = 1) -> Path:
+        """The calibration text, and more that the model wrote itself: 131,072 tokens for each seed."""
+
+        def own(seed: int) -> Path:
+            command = [str(self["cli"]), "write-text", self.options.model, "--seed", str(seed)]
+            return self._made(f"own-{seed}.txt" if seed else "own.txt", lambda out: run([*command, str(out)]))
+
+        files = [self.options.calibration, *(own(seed) for seed in range(seeds))]
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
         digest = hashlib.sha256("".join(texts).encode()).hexdigest()[:8]
         return self._made(f"mixed-{digest}.txt", lambda out: out.write_text("\n".join(texts), encoding="utf-8"))
 

@@ -193,6 +193,10 @@ def _our_rows() -> Iterator[Row]:
             mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
             title = "TesseraQ, `balanced`, own text too, distilled"
             yield row("own-distill", title, *finish, *mixed, note=f"learned on {_MIXED}")
+            most = ("--preset", "balanced", "--calibration", "{more_mixed_text}", "--samples", "2048")
+            title = "TesseraQ, `balanced`, much own text, distilled for long"
+            note = "learned on the calibration text and 393,216 tokens of the model's own, of three seeds"
+            yield row("own-long-distill", title, *finish, "--finish-steps", "400", *most, note=note)
             note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
             learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
             yield row(
