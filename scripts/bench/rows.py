@@ -196,7 +196,7 @@ def _our_rows() -> Iterator[Row]:
             most = ("--preset", "balanced", "--calibration", "{more_mixed_text}", "--samples", "2048")
             title = "TesseraQ, `balanced`, much own text, distilled for long"
             note = "learned on the calibration text and 393,216 tokens of the model's own, of three seeds"
-            yield row("own-long-distill", title, *finish, "--finish-steps", "400", *most, note=note)
+            yield row("own-long-distill", title, *finish, "--finish-steps", "300", *most, note=note)
             note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
             learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
             yield row(
