@@ -165,33 +165,36 @@ def _same(decoder, one, other):
     )  # fmt: skip
 
 
+@pytest.fixture
+def run_in(decoder, tokens, tmp_path):
+    """Run a pass of five steps, in a folder of that name."""
+
+    def run(name, report=lambda *_: None):
+        (tmp_path / name).mkdir(exist_ok=True)
+        pass_ = Distillation(steps=5, batch=8, positions=0.5, scale_rate=3e-2, zero_rate=1e-2)
+        blocks = misscaled(decoder)
+        return pass_.run(decoder, blocks, tokens[:18], tokens[18:], 0, torch.float32, tmp_path / name, report)
+
+    return run
+
+
 @pytest.mark.parametrize("whole", [0, 1, 4])
-def test_a_stopped_pass_goes_on_to_the_same_end(whole, decoder, tokens, tmp_path):
-    pass_ = Distillation(steps=5, batch=8, positions=0.5, scale_rate=3e-2, zero_rate=1e-2)
-    given = decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32
-    for name in ("once", "twice"):
-        (tmp_path / name).mkdir()
-    once = pass_.run(*given, tmp_path / "once")
+def test_a_stopped_pass_goes_on_to_the_same_end(whole, run_in, decoder):
     with pytest.raises(_StoppedError):
-        pass_.run(*given, tmp_path / "twice", _stop_after(whole))
+        run_in("twice", _stop_after(whole))
     reported = []
-    twice = pass_.run(*given, tmp_path / "twice", lambda done, _: reported.append(done))
+    twice = run_in("twice", lambda done, _: reported.append(done))
     assert reported == list(range(whole, 6))
-    assert _same(decoder, once, twice)
+    assert _same(decoder, run_in("once"), twice)
 
 
-def test_a_step_cut_short_leaves_no_trace(decoder, tokens, tmp_path, monkeypatch):
-    """Killed between two blocks, when half of them have moved."""
-    pass_ = Distillation(steps=3, batch=8, positions=0.5, scale_rate=3e-2, zero_rate=1e-2)
-    given = decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32
-    for name in ("once", "twice"):
-        (tmp_path / name).mkdir()
-    once = pass_.run(*given, tmp_path / "once")
+def test_a_step_cut_short_leaves_no_trace(run_in, decoder, monkeypatch):
+    """Killed when every block has moved and the step is not counted yet."""
     with monkeypatch.context() as patch:
         patch.setattr(_Kept, "step_done", Mock(side_effect=_StoppedError))
         with pytest.raises(_StoppedError):
-            pass_.run(*given, tmp_path / "twice")
-    assert _same(decoder, once, pass_.run(*given, tmp_path / "twice"))
+            run_in("twice")
+    assert _same(decoder, run_in("once"), run_in("twice"))
 
 
 def test_another_schedule_begins_anew(decoder, tokens, tmp_path):
