@@ -584,6 +584,7 @@ def _finish(
                 progress.advance,
                 _dequantized_embeddings(work),
             )
+            work.forget(FINAL)  # an earlier pass is over no longer: its blocks are replaced one by one
             for index in range(len(decoder)):
                 work.keep_tensors(finished_block(index), distilled.blocks(index))
             measured = {"before": json.dumps(distilled.before), "after": json.dumps(distilled.after)}

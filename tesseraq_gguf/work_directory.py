@@ -153,6 +153,10 @@ class WorkDirectory:
         folder.mkdir(exist_ok=True)
         return folder
 
+    def forget(self, name: str) -> None:
+        """Remove tensors kept under a name, if there are any."""
+        self._file(name).unlink(missing_ok=True)
+
     def keep_note(self, name: str, text: str) -> None:
         """Write a text under a name."""
         with temporary_sibling(self.folder / f"{name}.txt") as partial:

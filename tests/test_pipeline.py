@@ -29,6 +29,7 @@ from tesseraq_gguf.pipeline import SilentProgress
 from tesseraq_gguf.quantized import load_tensors
 from tesseraq_gguf.recipe import PRESETS
 from tesseraq_gguf.simulation import final_states
+from tesseraq_gguf.work_directory import WorkDirectory
 
 pytestmark = pytest.mark.slow
 
@@ -293,6 +294,27 @@ def test_the_last_pass_is_in_the_file_and_resumes(make_model, long_text, tmp_pat
     convert(_recipe(source, tmp_path / "c.gguf", long_text, finish_steps=80, **options), longer)
     assert all(r.resumed for r in longer.results)
     assert [n for n in longer.notes if "held out" in n] != first
+
+
+def test_blocks_of_two_last_passes_are_never_mixed(make_model, long_text, tmp_path, monkeypatch):  # noqa: F811
+    """The second pass is stopped while its blocks replace those of the first one."""
+    source = make_model("llama")
+    options = {"method": "gptq", "samples": 24, "work_dir": tmp_path / "work", "finish": "distill"}
+    first = {"finish_steps": 12}
+    convert(_recipe(source, tmp_path / "a.gguf", long_text, **options, **first))
+    keep = WorkDirectory.keep_tensors
+
+    def stopped(work, name, tensors, notes=None):
+        if name == "finish-0001":
+            raise KeyboardInterrupt
+        keep(work, name, tensors, notes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "keep_tensors", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            convert(_recipe(source, tmp_path / "b.gguf", long_text, **options, finish_steps=16))
+    convert(_recipe(source, tmp_path / "c.gguf", long_text, **options, **first))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
 
 
 def test_sensitivity_is_the_fisher_diagonal(make_model):  # noqa: F811
