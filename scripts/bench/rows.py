@@ -193,11 +193,6 @@ def _our_rows() -> Iterator[Row]:
             mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
             title = "TesseraQ, `balanced`, own text too, distilled"
             yield row("own-distill", title, *finish, *mixed, note=f"learned on {_MIXED}")
-            note = "begins at AWQ, where the others of this preset begin at GPTQ"
-            yield row(
-                "balanced-awq-distill", "TesseraQ from AWQ, `balanced`, distilled",
-                *finish, "--init", "awq", *more, note=note,
-            )  # fmt: skip
             yield row(
                 "own-awq-distill", "TesseraQ from AWQ, `balanced`, own text too, distilled",
                 *finish, "--init", "awq", *mixed, note=f"learned on {_MIXED}",
