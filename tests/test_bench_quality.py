@@ -66,6 +66,16 @@ def test_k_and_i_quants_are_made_from_the_padded_model() -> None:
             assert row.padded, row
 
 
+def test_learned_rows_name_what_they_begin_at() -> None:
+    from bench.rows import all_rows
+
+    for row in all_rows():
+        for command in row.commands:
+            if {"tesseraq", "lrq", "flexround"} & set(command):
+                assert "--init" in command, row
+                assert ("AWQ" in row.method) == (command[command.index("--init") + 1].startswith("awq")), row
+
+
 def test_results_survive_and_go_stale(tmp_path: Path) -> None:
     from bench.results import Results, result_key
 

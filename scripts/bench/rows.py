@@ -181,24 +181,27 @@ def _our_rows() -> Iterator[Row]:
             learn = ("--method", "flexround", "--init", "awq")
             yield row("flexround-awq", "FlexRound from AWQ", *learn, *learning)
             yield row("flexround-distill", "FlexRound from AWQ, distilled", *learn, "--finish", "distill", *learning)
-        finish = ("--method", "tesseraq", "--finish", "distill")
-        yield row("tesseraq-distill", "TesseraQ, distilled", *finish, *learning)
+        # a row names what it begins at: it must not change with `--init auto`
+        begun = ("--method", "tesseraq", "--init", "gptq")
+        finish = (*begun, "--finish", "distill")
+        yield row("tesseraq-distill", "TesseraQ from GPTQ, distilled", *finish, *learning)
         if type == "tsq2":  # the default preset, to show what more learning buys
             more = ("--preset", "balanced", "--calibration", "{calibration}")
-            yield row("balanced", "TesseraQ, `balanced`", *more)
+            yield row("balanced", "TesseraQ from GPTQ, `balanced`", *begun, *more)
             # as many sequences as a text of 386 leaves to learn on when a last pass holds some out
             note = "its blocks are those of the row below, before the last pass"
-            yield row("balanced-363", "TesseraQ, `balanced`, 363 sequences", *more, "--samples", "363", note=note)
-            yield row("balanced-distill", "TesseraQ, `balanced`, distilled", *finish, *more)
+            title = "TesseraQ from GPTQ, `balanced`, 363 sequences"
+            yield row("balanced-363", title, *begun, *more, "--samples", "363", note=note)
+            yield row("balanced-distill", "TesseraQ from GPTQ, `balanced`, distilled", *finish, *more)
             mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
-            title = "TesseraQ, `balanced`, own text too, distilled"
+            title = "TesseraQ from GPTQ, `balanced`, own text too, distilled"
             yield row("own-distill", title, *finish, *mixed, note=f"learned on {_MIXED}")
             yield row(
                 "own-awq-distill", "TesseraQ from AWQ, `balanced`, own text too, distilled",
-                *finish, "--init", "awq", *mixed, note=f"learned on {_MIXED}",
+                "--method", "tesseraq", "--init", "awq", "--finish", "distill", *mixed, note=f"learned on {_MIXED}",
             )  # fmt: skip
             most = ("--preset", "balanced", "--calibration", "{more_mixed_text}", "--samples", "2048")
-            title = "TesseraQ, `balanced`, much own text, distilled for long"
+            title = "TesseraQ from GPTQ, `balanced`, much own text, distilled for long"
             note = "learned on the calibration text and 393,216 tokens of the model's own, of three seeds"
             yield row("own-long-distill", title, *finish, "--finish-steps", "300", *most, note=note)
             note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
@@ -219,9 +222,11 @@ def _one_bit_rows() -> Iterator[Row]:
     """PTQ1_61 by the paper's method, and by those that go beyond it: they learn signs and 4-bit codes too."""
     for method in ("rtn", "gptq", "ptq161"):
         yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-{method}", METHOD_NAMES[method], "--method", method)
-    learn = ("--method", "tesseraq")
-    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-gptq", "TesseraQ from GPTQ", *learn, "--init", "gptq")
-    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-distill", "TesseraQ, distilled", *learn, "--finish", "distill")
+    for start in ("gptq", "awq"):
+        learn = ("--method", "tesseraq", "--init", start)
+        yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-{start}", f"TesseraQ from {METHOD_NAMES[start]}", *learn)
+    learn = ("--method", "tesseraq", "--init", "gptq", "--finish", "distill")
+    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-distill", "TesseraQ from GPTQ, distilled", *learn)
 
 
 def _ptq161_rows() -> Iterator[Row]:
@@ -271,7 +276,8 @@ def _rounding_rows() -> Iterator[Row]:
         for init in ("none", "gptq", "awq"):  # the papers', and ours
             yield row(type, "lrq", init=init, rank=4)
             yield row(type, "flexround", init=init)
-        yield row(type, "tesseraq")
+        for init in ("gptq", "awq"):
+            yield row(type, "tesseraq", init=init)
     for rank in RANKS:
         if rank != 4:  # is among the rows above
             yield row("tsq3", "lrq", init="none", rank=rank)
@@ -279,7 +285,7 @@ def _rounding_rows() -> Iterator[Row]:
         yield row("tsq3", "awq", samples=samples)
         yield row("tsq3", "lrq", init="none", rank=4, samples=samples)
         yield row("tsq3", "flexround", init="none", samples=samples)
-        yield row("tsq3", "tesseraq", samples=samples)
+        yield row("tsq3", "tesseraq", init="gptq", samples=samples)
 
 
 def _activation_rows() -> Iterator[Row]:
