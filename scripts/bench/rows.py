@@ -193,12 +193,14 @@ def _our_rows() -> Iterator[Row]:
             title = "TesseraQ from GPTQ, `balanced`, 363 sequences"
             yield row("balanced-363", title, *begun, *more, "--samples", "363", note=note)
             yield row("balanced-distill", "TesseraQ from GPTQ, `balanced`, distilled", *finish, *more)
+            from_awq = ("--method", "tesseraq", "--init", "awq", "--finish", "distill")
+            yield row("balanced-awq-distill", "TesseraQ from AWQ, `balanced`, distilled", *from_awq, *more)
             mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
             title = "TesseraQ from GPTQ, `balanced`, own text too, distilled"
             yield row("own-distill", title, *finish, *mixed, note=f"learned on {_MIXED}")
             yield row(
                 "own-awq-distill", "TesseraQ from AWQ, `balanced`, own text too, distilled",
-                "--method", "tesseraq", "--init", "awq", "--finish", "distill", *mixed, note=f"learned on {_MIXED}",
+                *from_awq, *mixed, note=f"learned on {_MIXED}",
             )  # fmt: skip
             most = ("--preset", "balanced", "--calibration", "{more_mixed_text}", "--samples", "2048")
             title = "TesseraQ from GPTQ, `balanced`, much own text, distilled for long"
