@@ -62,6 +62,12 @@ SHOWN = {
 }
 """Names that commands have in the report."""
 
+STARTS_SAID = """### What TesseraQ begins at
+
+Divergences of what it begins at, and → of what it ends with, with the same preset. An ellipsis stands for what is not
+measured."""
+
+
 ROUNDING_SAID = """### How the rounding is learned
 
 Same type, same text, same number of steps of the same size: 128-token sequences of four fifths of the calibration text
@@ -215,6 +221,8 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
             "(`scripts/pad_gemma.py`); bits per weight do not count the padding.",
             report.table(measured),
             report.notes(measured),
+            STARTS_SAID,
+            report.starts_table(measured),
             *([ROUNDING_SAID, report.rounding_table(rounding)] if rounding else []),
             *([PTQ161_SAID, report.table(ptq161)] if ptq161 else []),
             *([ACTIVATIONS_SAID, report.table(activations)] if activations else []),

@@ -63,16 +63,14 @@ class Distillation:
     Attributes:
         steps: Adam steps.
         batch: sequences of a step.
-        positions: share of the positions of a sequence whose answers are compared in a step.
         scale_rate: peak learning rate of scales, in log space.
         zero_rate: peak learning rate of zero-points, in codes.
         norm_rate: peak learning rate of norms, relative to the root mean square of their weights.
         warm_up: share of the steps over which the rates rise; then they fall as a cosine to 0.
     """
 
-    steps: int = 100
-    batch: int = 8
-    positions: float = 0.25
+    steps: int = 200
+    batch: int = 4
     scale_rate: float = 2e-3
     zero_rate: float = 2e-3
     norm_rate: float = 2e-3
@@ -97,7 +95,7 @@ class Distillation:
             blocks: gives what was learned for a block.
             tokens: calibration tokens to learn on, int64 [samples, length].
             held_out: tokens that nothing was learned on, int64 [samples, length], of the same length.
-            seed: of the order of sequences and positions.
+            seed: of the order of sequences.
             autocast: dtype of matrix products; float32 means no autocast.
             folder: takes the variables of the blocks; must exist. What a pass of the same schedule left there after
                 it was stopped is gone on with: it must be of the same blocks, tokens and seed.
@@ -116,13 +114,11 @@ class Distillation:
             before = student.divergence(start[held], teacher[held], recorded)
             kept.begin(before)
         report(kept.steps, self.steps)
-        position_count = max(1, round(tokens.shape[1] * self.positions))
         queue = torch.empty(0, dtype=torch.int64)
         for step in range(self.steps):
             if len(queue) < min(self.batch, len(tokens)):
                 queue = torch.randperm(len(tokens), generator=generator)
             chosen, queue = queue[: self.batch], queue[self.batch :]
-            positions = torch.rand(len(chosen), tokens.shape[1], generator=generator).argsort(1)[:, :position_count]
             if step < kept.steps:  # taken before the pass was stopped
                 continue
             rate = self._share(step)
@@ -131,7 +127,7 @@ class Distillation:
                 "zero": rate * self.zero_rate,
                 "norm": rate * self.norm_rate,
             }
-            student.step(start[chosen], teacher[chosen], positions, recorded, rates)
+            student.step(start[chosen], teacher[chosen], recorded, rates)
             report(step + 1, self.steps)
         after = student.divergence(start[held], teacher[held], recorded)
         if not after < before:
@@ -192,10 +188,8 @@ class _Student:
                 total += self._decoder.divergence(h.to(device), t.to(device), weights, self._head)[0]
         return total / len(hidden)
 
-    def step(
-        self, start: Tensor, teacher: Tensor, positions: Tensor, recorded: BlockInputs, rates: Mapping[str, float]
-    ) -> None:
-        """One step on sequences [batch, length, hidden] at positions [batch, positions]."""
+    def step(self, start: Tensor, teacher: Tensor, recorded: BlockInputs, rates: Mapping[str, float]) -> None:
+        """One step on sequences [batch, length, hidden]."""
         device = self._decoder.device
         hidden = start.to(device)
         for index in range(len(self._decoder)):
@@ -203,18 +197,13 @@ class _Student:
             block, variables = self._load(index)
             with torch.no_grad():
                 hidden = self._run(block, hidden, recorded, *variables.realise())
-        rows = torch.arange(len(start))[:, None]
         final = self._load_final()
         _, slope, to_norm = self._decoder.divergence(
-            hidden[rows, positions].flatten(0, 1),
-            teacher[rows, positions].flatten(0, 1).to(device),
-            final.realise()[1],
-            self._head,
+            hidden.flatten(0, 1), teacher.flatten(0, 1).to(device), final.realise()[1], self._head
         )
         final.descend_vectors(to_norm, rates)
         final.save(self._kept.next(_FINAL))
-        gradient = torch.zeros_like(hidden)
-        gradient[rows, positions] = slope.view(*positions.shape, -1)
+        gradient = slope.view_as(hidden)
         for index in reversed(range(len(self._decoder))):
             block, variables = self._load(index)
             below = torch.load(self._kept.inputs(index)).to(device).requires_grad_()

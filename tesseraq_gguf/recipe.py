@@ -15,8 +15,8 @@ LEARNED = ("tesseraq", "lrq", "flexround")
 """Those that learn the rounding, from a start."""
 
 INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
-"""What they can begin at; `auto` is the one that serves the method best (`Recipe.start`), and LRQ's and FlexRound's
-papers have `none`."""
+"""What they can begin at; `auto` is the one that serves best (`Recipe.start`), and LRQ's and FlexRound's papers have
+`none`."""
 
 FINISHES = ("none", "distill")
 """Last passes over the whole model."""
@@ -62,9 +62,9 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2, finish_steps=40),
+    "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2, finish_steps=50),
     "balanced": Preset(
-        samples=512, length=256, steps=50, batch=2, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=160
+        samples=512, length=256, steps=50, batch=2, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=200
     ),
     "best": Preset(
         samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3, finish_steps=1000
@@ -197,12 +197,12 @@ class Recipe:
     def start(self) -> str:
         """What learned rounding begins at: `init`, and in place of `auto` what measured best (docs/quality.md).
 
-        LRQ and FlexRound go furthest from AWQ: their codes stay those nearest to something. With activations rounded
-        that was not measured, and there they begin at GPTQ, as TesseraQ does.
+        AWQ alone is behind GPTQ, and learning ends with less from there. With activations rounded AWQ's scales serve
+        these as well, and GPTQ follows.
         """
         if self.init != "auto":
             return self.init
-        return "awq" if self.method in ("lrq", "flexround") and not self.scheme.rounds else "gptq"
+        return "awq+gptq" if self.scheme.rounds else "awq"
 
     @property
     def scheme(self) -> ActivationScheme:

@@ -116,6 +116,28 @@ def test_table_orders_by_family_size_and_divergence() -> None:
     assert {line.count("|") for line in lines} == {9}
 
 
+def test_starts_stand_beside_what_is_learned_from_them() -> None:
+    from bench.report import starts_table
+
+    measured = [
+        (a_row("ours-tsq2-rtn"), a_result(kld=10.34)),
+        (a_row("ours-tsq2-gptq"), a_result(kld=1.7757)),
+        (a_row("ours-tsq2-tesseraq-gptq"), a_result(kld=1.1501)),
+        (a_row("ours-tsq2-tesseraq-awq"), a_result(kld=1.0354)),
+        (a_row("ours-tsq2-balanced-awq-distill"), a_result(kld=0.6)),
+        (a_row("ours-bcq4-rtn"), a_result(kld=0.0801)),
+        (a_row("ours-bcq4-gptq"), a_result(kld=0.0339)),
+        (a_row("ours-q4_1-rtn"), a_result(kld=0.126)),
+        (a_row("llama-q2_k"), a_result()),
+    ]
+    assert starts_table(measured).splitlines() == [
+        "| type | rounding alone | GPTQ | AWQ | OmniQuant | AWQ+GPTQ |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| TSQ2 | 10.340 → … | 1.776 → 1.150 | … → 1.035 |  |  |",
+        "| BCQ4 | 0.0801 → … | 0.0339 → … |  |  |  |",
+    ]
+
+
 def test_notes_tell_of_mixtures() -> None:
     from bench.report import notes
 

@@ -83,7 +83,6 @@ def test_a_step_follows_the_gradient_of_the_whole_model(decoder, tokens, tmp_pat
     student = _Student(decoder, blocks, torch.float32, _Kept(tmp_path, {}), {})
     teacher, recorded = student.teach(tokens[:2])
     start, _ = decoder.stem(tokens[:2])
-    positions = torch.arange(20).expand(2, 20)
     _, first = student._load(0)
     weights, vectors = first.realise()
     hidden = start
@@ -98,7 +97,7 @@ def test_a_step_follows_the_gradient_of_the_whole_model(decoder, tokens, tmp_pat
                                       log_target=True, reduction="batchmean")  # fmt: skip
     keys = list(first._variables)
     expected = torch.autograd.grad(loss, [first._variables[k] for k in keys])
-    student.step(start, teacher, positions, recorded, {"scale": 1e-3, "zero": 1e-3, "norm": 1e-3})
+    student.step(start, teacher, recorded, {"scale": 1e-3, "zero": 1e-3, "norm": 1e-3})
     _, after = student._load(0)
     for key, gradient in zip(keys, expected, strict=True):
         moved = after._variables[key].detach()
@@ -111,7 +110,7 @@ def test_a_step_follows_the_gradient_of_the_whole_model(decoder, tokens, tmp_pat
 @pytest.mark.parametrize("type", ["tsq2", "q2_0", "q4_1"])
 def test_it_lowers_the_divergence_with_frozen_codes(type, decoder, tokens, tmp_path):
     blocks = misscaled(decoder, type)
-    pass_ = Distillation(steps=20, batch=8, positions=1.0, scale_rate=3e-2, zero_rate=1e-2)
+    pass_ = Distillation(steps=20, batch=8, scale_rate=3e-2, zero_rate=1e-2)
     done = pass_.run(decoder, blocks, tokens[:18], tokens[18:], 0, torch.float32, tmp_path)
     assert done.after < 0.8 * done.before
     for index in range(len(decoder)):
@@ -126,7 +125,7 @@ def test_it_lowers_the_divergence_with_frozen_codes(type, decoder, tokens, tmp_p
 
 def test_what_leaves_is_what_was_measured(decoder, tokens, tmp_path):
     """The stored blocks, run anew, have the divergence that the pass reports."""
-    pass_ = Distillation(steps=6, batch=8, positions=1.0, scale_rate=3e-2, zero_rate=1e-2)
+    pass_ = Distillation(steps=6, batch=8, scale_rate=3e-2, zero_rate=1e-2)
     (tmp_path / "a").mkdir()
     done = pass_.run(decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32, tmp_path / "a")
     teacher, recorded = _Student(decoder, done.blocks, torch.float32, _Kept(tmp_path, {}), {}).teach(tokens)
@@ -171,7 +170,7 @@ def run_in(decoder, tokens, tmp_path):
 
     def run(name, report=lambda *_: None):
         (tmp_path / name).mkdir(exist_ok=True)
-        pass_ = Distillation(steps=5, batch=8, positions=0.5, scale_rate=3e-2, zero_rate=1e-2)
+        pass_ = Distillation(steps=5, batch=8, scale_rate=3e-2, zero_rate=1e-2)
         blocks = misscaled(decoder)
         return pass_.run(decoder, blocks, tokens[:18], tokens[18:], 0, torch.float32, tmp_path / name, report)
 

@@ -18,6 +18,11 @@ _COLUMNS = (
     ("", "method", "type", "bits per weight", "perplexity", "KL divergence", "same top token", "made in"),
     ("---", "---", "---", "---:", "---:", "---:", "---:", "---:"),
 )
+STARTS = ("rounding alone", "GPTQ", "AWQ", "OmniQuant", "AWQ+GPTQ")
+"""What TesseraQ can begin at, by the names that methods have in the table."""
+
+_ALONE = {"rounding alone": ("RTN", "LO-BCQ")}
+
 _NO_MODEL = 1e3
 """From this perplexity on the exact figure means nothing."""
 
@@ -41,6 +46,22 @@ def table(measured: Measured) -> str:
     """Lay the results out as a Markdown table: by family, then by size, then by divergence."""
     ordered = sorted(measured, key=lambda m: (FAMILIES.index(m[0].family), m[1].bits, m[1].kld))
     lines = [*_COLUMNS, *(_cells(row, result) for row, result in ordered)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def starts_table(measured: Measured) -> str:
+    """Lay out what a start is alone, and what TesseraQ makes of it: divergences, a line for each type of ours."""
+    found = {(row.type, row.method): result for row, result in measured if row.family == OURS and row.type}
+
+    def cell(type: str, start: str) -> str:
+        alone = [found[type, name] for name in _ALONE.get(start, (start,)) if (type, name) in found]
+        learned = found.get((type, f"TesseraQ from {start}" if start not in _ALONE else "TesseraQ"))
+        shown = [f"{r.kld:.{4 if r.kld < 0.1 else 3}f}" if r else "…" for r in (*(alone or [None]), learned)]
+        return " → ".join(shown) if alone or learned else ""
+
+    types = [type for type in dict.fromkeys(row.type for row, _ in measured) if (type, "GPTQ") in found and type]
+    bodies = [(type.upper(), *(cell(type, start) for start in STARTS)) for type in types]
+    lines = [("type", *STARTS), ("---", *["---:"] * len(STARTS)), *bodies]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
