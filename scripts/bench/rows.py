@@ -100,6 +100,7 @@ AUTOROUND_BITS = 2 + (16 + 2) / 64
 """2-bit codes, and for each group of 64 a scale of 16 bits and a zero-point of 2."""
 
 
+_FORMER_PASS = "its last pass is the former one, which compared a quarter of the positions of 8 sequences in a step"
 _MIXED = "the calibration text and 131,072 tokens of the model's own (`tesseraq-gguf write-text`)"
 
 
@@ -192,7 +193,8 @@ def _our_rows() -> Iterator[Row]:
             note = "its blocks are those of the row below, before the last pass"
             title = "TesseraQ from GPTQ, `balanced`, 363 sequences"
             yield row("balanced-363", title, *begun, *more, "--samples", "363", note=note)
-            yield row("balanced-distill", "TesseraQ from GPTQ, `balanced`, distilled", *finish, *more)
+            title = "TesseraQ from GPTQ, `balanced`, distilled"
+            yield row("balanced-distill", title, *finish, *more, note=_FORMER_PASS)
             from_awq = ("--method", "tesseraq", "--init", "awq", "--finish", "distill")
             yield row("balanced-awq-distill", "TesseraQ from AWQ, `balanced`, distilled", *from_awq, *more)
             mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
@@ -200,11 +202,12 @@ def _our_rows() -> Iterator[Row]:
             yield row("own-distill", title, *finish, *mixed, note=f"learned on {_MIXED}")
             yield row(
                 "own-awq-distill", "TesseraQ from AWQ, `balanced`, own text too, distilled",
-                *from_awq, *mixed, note=f"learned on {_MIXED}",
+                *from_awq, *mixed, note=f"learned on {_MIXED}; {_FORMER_PASS}",
             )  # fmt: skip
             most = ("--preset", "balanced", "--calibration", "{more_mixed_text}", "--samples", "2048")
             title = "TesseraQ from GPTQ, `balanced`, much own text, distilled for long"
             note = "learned on the calibration text and 393,216 tokens of the model's own, of three seeds"
+            note += f"; {_FORMER_PASS}"
             yield row("own-long-distill", title, *finish, "--finish-steps", "300", *most, note=note)
             note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
             learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
