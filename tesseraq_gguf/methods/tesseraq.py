@@ -12,7 +12,8 @@ On codebooks, rounding is between the two nearest codewords, lower and upper:
 
 ν starts where Ŵ = W (as far as the range allows), v at 0. Lifecycle of a block:
 
-1. Start: GPTQ on the type's own grid gives d, z and the weights that rounding errors have moved.
+1. Start: an initialisation gives d, z and the weights to round. From AWQ, as in the paper, these are the block's own
+   with its channels scaled; from GPTQ they are those that its rounding errors have moved.
 2. Stages k = 1 … K. Each opens by hardening: of all weights, the share `soft_shares[k]` whose σr(ν) is closest to 0.5
    stays soft, the rest is fixed at 0 or 1 for good; Adam's state is reset; then T steps follow on ν, v and z.
 3. Before stage `settle_scales` d·2σ(v) moves to its 8-bit grid and stays; before stage `settle_zeros` z does. The
