@@ -51,7 +51,7 @@ def table(measured: Measured) -> str:
 
 def starts_table(measured: Measured) -> str:
     """Lay out what a start is alone, and what TesseraQ makes of it: divergences, a line for each type of ours."""
-    found = {(row.type, row.method): result for row, result in measured if row.family == OURS and row.type}
+    found = {(row.type, row.method): result for row, result in measured if row.type and row.family == OURS}
 
     def cell(type: str, start: str) -> str:
         alone = [found[type, name] for name in _ALONE.get(start, (start,)) if (type, name) in found]
@@ -59,7 +59,7 @@ def starts_table(measured: Measured) -> str:
         shown = [f"{r.kld:.{4 if r.kld < 0.1 else 3}f}" if r else "…" for r in (*(alone or [None]), learned)]
         return " → ".join(shown) if alone or learned else ""
 
-    types = [type for type in dict.fromkeys(row.type for row, _ in measured) if (type, "GPTQ") in found and type]
+    types = [type for type in dict.fromkeys(type for type, _ in found) if (type, "GPTQ") in found]
     bodies = [(type.upper(), *(cell(type, start) for start in STARTS)) for type in types]
     lines = [("type", *STARTS), ("---", *["---:"] * len(STARTS)), *bodies]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

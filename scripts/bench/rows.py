@@ -190,7 +190,7 @@ def _our_rows() -> Iterator[Row]:
             more = ("--preset", "balanced", "--calibration", "{calibration}")
             yield row("balanced", "TesseraQ from GPTQ, `balanced`", *begun, *more)
             # as many sequences as a text of 386 leaves to learn on when a last pass holds some out
-            note = "its blocks are those of the row below, before the last pass"
+            note = "its blocks are those of the row that adds “distilled” to it, before the last pass"
             title = "TesseraQ from GPTQ, `balanced`, 363 sequences"
             yield row("balanced-363", title, *begun, *more, "--samples", "363", note=note)
             title = "TesseraQ from GPTQ, `balanced`, distilled"
