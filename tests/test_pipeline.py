@@ -58,7 +58,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "phi-fused"])
-@pytest.mark.parametrize(("method", "named"), [("tesseraq", "tesseraq from gptq"), ("gptq", "gptq")])
+@pytest.mark.parametrize(("method", "named"), [("tesseraq", "tesseraq from awq"), ("gptq", "gptq")])
 def test_learning_lowers_the_loss_of_every_block(kind, method, named, make_model, long_text, tmp_path):  # noqa: F811
     source, told = make_model(kind), Listener()
     before = _digests(source.folder)
