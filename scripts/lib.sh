@@ -43,13 +43,11 @@ environment() {
     fi
 }
 
-# Build the runtime for this processor unless it is there.
+# Build the runtime for this processor unless it is there, with all of its programs.
 runtime() {
     case "$(tesseraq-gguf runtime path 2> /dev/null)" in
         */cpu) ;;
-        *)
-            say "building the runtime (some minutes, once)"
-            tesseraq-gguf runtime build > /dev/null
-            ;;
+        *) say "building the runtime (some minutes, once)" ;;
     esac
+    tesseraq-gguf runtime build > /dev/null
 }

@@ -563,6 +563,40 @@ def chat(
     _with_runtime(lambda: run(file, prompt, max_tokens, temperature))
 
 
+@app.command()
+def serve(
+    file: Annotated[Path, typer.Argument(help="The GGUF file to serve; any that llama.cpp runs.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="More options, as llama-server has them.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8080,
+    ctx: Annotated[
+        int,
+        typer.Option(
+            "--ctx",
+            help="Tokens of a conversation, and of all that are being answered at a time; 0 takes as many as the model "
+            "was made for.",
+        ),
+    ] = 4096,
+) -> None:
+    """Answer programs that speak OpenAI's interface, over HTTP.
+
+    It is llama.cpp's own server, from the runtime, for several clients at a time: /v1/chat/completions,
+    /v1/completions, and what else llama-server has. Ctrl-C ends it.
+
+    \b
+    Examples:
+      tesseraq-gguf serve out.gguf
+      tesseraq-gguf serve out.gguf --port 9000 --ctx 16384 -- --parallel 8 --flash-attn on -ctk q8_0 -ctv q8_0
+    """
+    from tesseraq_gguf.serving import serve as run
+
+    _with_runtime(lambda: run(file, host, port, ctx, options or ()))
+
+
 @runtime_app.command("build")
 def runtime_build(
     backend: Backend = "cpu",
@@ -600,11 +634,11 @@ def runtime_build(
     Without options the runtime is as fast as this processor allows, and for this processor. With --portable it holds
     the CPU backend in several variants, of which every start loads the best. It may be copied: its programs and its
     Python bindings find each other wherever the folder is. On the other machine they run as they are, or set
-    TESSERAQ_GGUF_RUNTIME to the copy for eval and chat.
+    TESSERAQ_GGUF_RUNTIME to the copy for eval, chat and serve.
 
     With --backend cuda it runs on NVIDIA's GPUs as well. That takes nvcc and cuBLAS, of a CUDA toolkit or of NVIDIA's
-    wheels (pip install nvidia-cuda-nvcc nvidia-cuda-cccl nvidia-cublas). eval and chat use it if TESSERAQ_GGUF_RUNTIME
-    names its folder.
+    wheels (pip install nvidia-cuda-nvcc nvidia-cuda-cccl nvidia-cublas). eval, chat and serve use it if
+    TESSERAQ_GGUF_RUNTIME names its folder.
 
     \b
     Examples:
@@ -630,7 +664,7 @@ def runtime_build(
 
 @runtime_app.command("path")
 def runtime_path(backend: Backend = "cpu", portable: Portable = False, target: OfTarget = None) -> None:
-    """Print the folder of the runtime that eval and chat use; llama.cpp's programs are in its bin/.
+    """Print the folder of the runtime that eval, chat and serve use; llama.cpp's programs are in its bin/.
 
     It is the first of these that is there: the one in the folder that TESSERAQ_GGUF_RUNTIME names, the one for this
     processor, the portable one.

@@ -27,6 +27,7 @@ COMMANDS = [
     ["inspect"],
     ["write-text"],
     ["chat"],
+    ["serve"],
     ["runtime"],
     ["runtime", "build"],
     ["runtime", "path"],

@@ -42,6 +42,7 @@ TOOLS = (
     "llama-quantize",
     "llama-imatrix",
     "llama-completion",
+    "llama-server",
     "ggml-rpc-server",
     "test-backend-ops",
     "test-quantize-fns",
@@ -55,7 +56,7 @@ _OPTIONS = (
     "-DGGML_RPC=ON",
     "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
     "-DLLAMA_BUILD_TOOLS=ON",
-    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_SERVER=ON",
     "-DLLAMA_BUILD_TESTS=ON",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
     "-DLLAMA_BUILD_APP=OFF",
@@ -120,8 +121,9 @@ def build(
     cuda.choose_architectures(cuda_architectures, cuda.OLDEST, ())  # complains before anything is done
 
     def serves(runtime: Runtime | None) -> bool:
-        built_for = runtime and runtime.manifest.get("cuda_architectures")
-        return bool(runtime) and not force and (not cuda_architectures or built_for == list(cuda_architectures))
+        if runtime is None or force or not runtime.has_tools(TOOLS):
+            return False
+        return not cuda_architectures or runtime.manifest.get("cuda_architectures") == list(cuda_architectures)
 
     key = cache.checkout_key(_checkout(llama_cpp)) if llama_cpp else cache.current_key()
     installed = read_runtime(cache.cache_dir() / key / wanted.name)

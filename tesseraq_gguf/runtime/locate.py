@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ class Runtime:
         return self.lib / (f"ggml-cpu-{name}.dll" if self._system == "win32" else f"libggml-cpu-{name}.so")
 
     @property
+    def _target(self) -> Target:
+        """What it was built for."""
+        given = self.manifest.get
+        return Target(given("backend") or "cpu", bool(given("portable")), given("target"))
+
+    @property
     def _system(self) -> str:
         """What `sys.platform` is where it runs."""
         return "linux" if self.manifest.get("target") else sys.platform
@@ -78,10 +85,19 @@ class Runtime:
         Raises:
             RuntimeMissingError: this runtime has no such program.
         """
-        path = self.root / "bin" / (f"{name}.exe" if self._system == "win32" else name)
+        path = self._program(name)
         if not path.is_file():
-            raise RuntimeMissingError(f"the runtime in {self.root} has no program '{name}'")
+            raise RuntimeMissingError(
+                f"the runtime in {self.root} has no program '{name}'; run: {self._target.build_command}"
+            )
         return path
+
+    def has_tools(self, names: Iterable[str]) -> bool:
+        """Whether all of these programs are there: a runtime of an earlier version may lack some."""
+        return all(self._program(name).is_file() for name in names)
+
+    def _program(self, name: str) -> Path:
+        return self.root / "bin" / (f"{name}.exe" if self._system == "win32" else name)
 
 
 def find_runtime(backend: str = "cpu", *, portable: bool = False, target: str | None = None) -> Runtime:

@@ -64,6 +64,12 @@ def test_damaged_runtime_is_built_again(machine: FakeMachine, recorder: Recorder
     assert build(progress=recorder).library("llama").is_file()
 
 
+def test_a_runtime_without_one_of_the_programs_is_built_again(machine: FakeMachine, recorder: Recorder) -> None:
+    """An earlier version with the same patches had fewer."""
+    build(progress=recorder).tool("llama-server").unlink()
+    assert build(progress=recorder).tool("llama-server").is_file()
+
+
 def test_unknown_backend(empty_cache: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown backend 'tpu'\. Known backends: cpu, cuda"):
         build("tpu")
