@@ -58,7 +58,7 @@ class Row:
 
 
 CUSTOM_TYPES = ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4")
-STOCK_TYPES = ("q2_0", "q4_0", "q4_1")
+STOCK_TYPES = ("q2_0", "q4_0", "q4_1", "q8_0")
 K_TYPES = ("q2_k", "q3_k", "q4_k")
 INITIALISATIONS = ("none", "gptq", "awq", "omniquant", "awq+gptq")
 ONE_BIT_TYPE = "ptq1_61"
@@ -95,6 +95,7 @@ LLAMA_TYPES = {
     "iq4_xs": "IQ4_XS",
     "iq4_nl": "IQ4_NL",
     "mxfp4": "MXFP4_MOE",
+    "q8_0": "Q8_0",
 }
 AUTOROUND_BITS = 2 + (16 + 2) / 64
 """2-bit codes, and for each group of 64 a scale of 16 bits and a zero-point of 2."""
