@@ -195,7 +195,7 @@ def _our_rows() -> Iterator[Row]:
             title = "TesseraQ from GPTQ, `balanced`, 363 sequences"
             yield row("balanced-363", title, *begun, *more, "--samples", "363", note=note)
             title = "TesseraQ from GPTQ, `balanced`, distilled"
-            yield row("balanced-distill", title, *finish, *more, note=_FORMER_PASS)
+            yield row("balanced-distill", title, *finish, *more)
             from_awq = ("--method", "tesseraq", "--init", "awq", "--finish", "distill")
             yield row("balanced-awq-distill", "TesseraQ from AWQ, `balanced`, distilled", *from_awq, *more)
             mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
