@@ -19,7 +19,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.models import ModelSource
-from tesseraq_gguf.runtime import Llama, Runtime
+from tesseraq_gguf.runtime import Runtime
 
 PROMPT = "the quick brown fox"
 
@@ -71,11 +71,14 @@ def ask(port: int, path: str, **body: Any) -> dict[str, Any]:
 
 @pytest.mark.runtime
 def test_a_client_gets_what_the_file_answers(server: subprocess.Popen[bytes], model: Path, port: int) -> None:
+    from tesseraq_gguf.runtime import Llama  # loads the runtime's libraries
+
     served = ask(port, "/v1/completions", prompt=PROMPT, max_tokens=8, temperature=0)["choices"][0]["text"]
     llama = Llama(str(model), n_ctx=256, n_threads=1, verbose=False)
     assert served and served == llama(PROMPT, max_tokens=8, temperature=0)["choices"][0]["text"]
 
-    said = ask(port, "/v1/chat/completions", messages=[{"role": "user", "content": PROMPT}], max_tokens=4)
+    messages = [{"role": "user", "content": PROMPT}]
+    said = ask(port, "/v1/chat/completions", messages=messages, max_tokens=4, temperature=0)
     assert said["choices"][0]["message"]["role"] == "assistant"
     assert said["usage"]["completion_tokens"] == 4
     assert ask(port, "/props")["default_generation_settings"]["n_ctx"] == 256
