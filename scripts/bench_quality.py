@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from bench import report
 from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
+from bench.plot import WIDEST, plot
 from bench.results import Result, Results, result_key
 from bench.rows import ACTIVATIONS, AUTOROUND, LLAMA_CPP, OURS, PTQ161, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
 from bench.variables import learned_at_once
@@ -201,7 +202,7 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
     measured, rounding, ptq161, activations = (
         [m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING, PTQ161, ACTIVATIONS)
     )
-    report.plot(measured, drawing)
+    plot(measured, drawing)
     shown = SHOWN | {
         "calibration": options.calibration.name,
         "preset": options.preset,
@@ -226,7 +227,9 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
             *([ROUNDING_SAID, report.rounding_table(rounding)] if rounding else []),
             *([PTQ161_SAID, report.table(ptq161)] if ptq161 else []),
             *([ACTIVATIONS_SAID, report.table(activations)] if activations else []),
-            f"![perplexity against bits per weight]({drawing.name})",
+            f"![divergence and perplexity against bits per weight]({drawing.name})",
+            f"A line goes through the best file of each size, up to {WIDEST:g} bits per weight; the others are faint. "
+            "The best may have had more text or a last pass: the table says which it is.",
             f"Models, importance matrix ({read} of 512 tokens, in `llama-imatrix --no-ppl`) and tokens for AutoRound "
             f"{AUTOROUND_VERSION} ({options.samples} × {options.seqlen}, drawn as ours are) come from "
             "`scripts/bench/places.py`. Then:",

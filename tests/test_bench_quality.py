@@ -158,21 +158,32 @@ def test_only_the_part_between_the_markers_changes() -> None:
             insert(broken, "x")
 
 
-def test_a_plot_is_drawn(tmp_path: Path) -> None:
+def test_a_plot_names_the_best_of_each_size_and_leaves_out_what_is_no_model(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from bench.report import plot
+    pytest.importorskip("adjustText")
+    from bench.plot import plot
 
     measured = [
         (a_row("reference"), a_result(bits=16.0, perplexity=12.3)),
-        (a_row("llama-q2_k"), a_result()),
-        (a_row("ours-tsq2-rtn"), a_result(bits=2.25, perplexity=1e6)),
+        (a_row("llama-q2_k"), a_result(bits=2.63)),
+        (a_row("llama-q4_k"), a_result(bits=4.5, kld=9.0, perplexity=900.0)),
+        (a_row("ours-ptq1_61-gptq"), a_result(bits=1.69, perplexity=1e6)),
         (a_row("ours-tsq2-gptq"), a_result(bits=2.25, perplexity=40.0)),
     ]
     plot(measured, tmp_path / "quality.svg")
+    # text is drawn as outlines, with the words beside them as comments
     drawn = (tmp_path / "quality.svg").read_text()
-    assert "TSQ2 GPTQ" in drawn
-    assert "Q2_K" in drawn
-    assert "RTN" not in drawn
+    for named in ("TSQ2", "Q2_K", "16 bits: 12.30", "llama-quantize, importance matrix"):
+        assert f"<!-- {named} -->" in drawn
+    for absent in ("PTQ1_61", "Q4_K", "AutoRound"):
+        assert f"<!-- {absent} -->" not in drawn
+
+
+def test_a_front_has_what_nothing_smaller_beats() -> None:
+    from bench.plot import front
+
+    assert front([(3.0, 2.0), (2.0, 5.0), (2.0, 4.0), (4.0, 2.5), (4.5, 1.0)]) == [(2.0, 4.0), (3.0, 2.0), (4.5, 1.0)]
+    assert front([(2.0, 1.0), (3.0, 1.0)]) == [(2.0, 1.0)]
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
-"""From results to Markdown and a plot. Pure: nothing is measured here."""
+"""From results to Markdown. Pure: nothing is measured here."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
+from bench.plot import sane
 from bench.results import Result
-from bench.rows import AUTOROUND, FAMILIES, LLAMA_CPP, OURS, REFERENCE, Row
+from bench.rows import AUTOROUND, FAMILIES, OURS, REFERENCE, Row
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -22,9 +20,6 @@ STARTS = ("rounding alone", "GPTQ", "AWQ", "OmniQuant", "AWQ+GPTQ")
 """What TesseraQ can begin at, by the names that methods have in the table."""
 
 _ALONE = {"rounding alone": ("RTN", "LO-BCQ")}
-
-_NO_MODEL = 1e3
-"""From this perplexity on the exact figure means nothing."""
 
 
 def insert(page: str, part: str) -> str:
@@ -118,113 +113,6 @@ def commands(measured: Measured, places: Mapping[str, str]) -> str:
 def title(row: Row) -> str:
     """How a row is called in running text."""
     return " ".join(part for part in (row.family, row.method if row.method != "none" else "", _type(row)) if part)
-
-
-def plot(measured: Measured, file: Path) -> None:
-    """Draw perplexity against bits per weight, the lowest of ours at each size labelled, and every rival."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    matplotlib.rcParams |= {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "bench",
-        "font.size": 9,
-        "font.family": "sans-serif",
-    }
-    # a type measured both ways is one point
-    points = [m for m in measured if m[0].family != REFERENCE and sane(m[1]) and not m[0].name.endswith("-plain")]
-    reference = next((result for row, result in measured if row.family == REFERENCE and not row.padded), None)
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    looks = {
-        OURS: ("o", "#c2410c", "● ours, the best method of each type (faint: the others)"),
-        LLAMA_CPP: ("s", "#1d4ed8", "■ llama-quantize with an importance matrix"),
-        AUTOROUND: ("^", "#15803d", "▲ AutoRound"),
-    }
-    labels = []
-    for place, (family, (marker, colour, said)) in enumerate(looks.items()):
-        axes.annotate(
-            said, (1, 1), xycoords="axes fraction", xytext=(-4, -6 - 13 * place), textcoords="offset points",
-            ha="right", va="top", color=colour,
-        )  # fmt: skip
-        mine = [(row, result) for row, result in points if row.family == family]
-        if not mine:
-            continue
-        best = _best(mine) if family == OURS else mine
-        rest = [m for m in mine if m not in best]
-        for members, alpha in ((rest, 0.35), (best, 1.0)):
-            x, y = [r.bits for _, r in members], [r.perplexity for _, r in members]
-            axes.scatter(x, y, marker=marker, color=colour, alpha=alpha, s=28, linewidths=0, label=None)
-        labels += [(result, label(row), colour) for row, result in best]
-    if reference:
-        axes.axhline(reference.perplexity, color="#525252", linewidth=0.8, linestyle=(0, (4, 3)))
-        said = f"16 bits: {reference.perplexity:.2f}"
-        axes.annotate(said, (0, reference.perplexity), xycoords=("axes fraction", "data"), xytext=(4, -11),
-                      textcoords="offset points", ha="left", color="#525252")  # fmt: skip
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter() if _decades(points) < 1.3 else NullFormatter())
-    axes.set_xlabel("bits per weight, matrices of the blocks")
-    axes.set_ylabel("perplexity, WikiText-2 validation")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.1, y=0.08)
-    _place(axes, figure, labels, [result for _, result in points])
-    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None, dpi=150)
-    pyplot.close(figure)
-
-
-def label(row: Row) -> str:
-    """A row's label in the plot."""
-    if row.family == OURS:
-        return f"{_type(row)} {row.method}"
-    return _type(row) if row.family == LLAMA_CPP else f"AutoRound {_type(row)}"
-
-
-def sane(result: Result) -> bool:
-    """Whether a file is still a language model."""
-    return math.isfinite(result.perplexity) and result.perplexity < _NO_MODEL
-
-
-def _best(members: Measured) -> list[tuple[Row, Result]]:
-    lowest: dict[str | None, tuple[Row, Result]] = {}
-    for row, result in members:
-        if row.type not in lowest or result.perplexity < lowest[row.type][1].perplexity:
-            lowest[row.type] = (row, result)
-    return list(lowest.values())
-
-
-def _decades(points: Measured) -> float:
-    values = [result.perplexity for _, result in points] or [1.0]
-    return math.log10(max(values) / min(values))
-
-
-def _place(axes: Any, figure: Any, labels: Sequence[tuple[Result, str, str]], points: Sequence[Result]) -> None:
-    """Write each label beside its point, on the first of some places where it covers no other one and no point."""
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
-    dots = [axes.transData.transform((result.bits, result.perplexity)) for result in points]
-    taken: list[Any] = []
-    around = [(6, 0, "left", "center"), (-6, 0, "right", "center")]
-    around += [
-        (s * 5, v * d, h, "center") for d in (9, 15, 22, 30) for v in (1, -1) for s, h in ((1, "left"), (-1, "right"))
-    ]
-    for result, text, colour in sorted(labels, key=lambda entry: entry[0].perplexity):
-        for attempt, (dx, dy, across, up) in enumerate(around):
-            note = axes.annotate(
-                text, (result.bits, result.perplexity), xytext=(dx, dy), textcoords="offset points",
-                ha=across, va=up, color=colour, fontsize=8,
-            )  # fmt: skip
-            box = note.get_window_extent(renderer).expanded(1.02, 1.05)
-            inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 + 30
-            clear = not any(box.overlaps(other) for other in taken) and not any(box.contains(*dot) for dot in dots)
-            if (inside and clear) or attempt == len(around) - 1:
-                taken.append(box)
-                break
-            note.remove()
 
 
 def _cells(row: Row, result: Result) -> tuple[str, ...]:
