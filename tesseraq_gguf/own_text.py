@@ -18,6 +18,7 @@ from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.whole import whole_model
 from tesseraq_gguf.paths import temporary_sibling
 
 LENGTH = 256
@@ -74,7 +75,7 @@ def write_text(
     source = resolve_model(model, say)
     Decoder(source, where)  # takes no memory, and refuses the models that `convert` refuses
     say("Loading the whole model")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     tokens_of(source, "a")  # a tokenizer that cannot be used says so here
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
@@ -82,7 +83,7 @@ def write_text(
     if first is None:
         raise ModelError(f"{source.name}: its tokenizer has neither a token that begins a text nor one that ends it")
     try:
-        network = AutoModelForCausalLM.from_pretrained(source.folder, dtype=learning_dtype(where)).to(where).eval()
+        network = whole_model(source, learning_dtype(where)).to(where).eval()
         rows = sample(network, first, -(-tokens // length), length, seed, watch)
     except torch.OutOfMemoryError as error:
         raise ModelError(

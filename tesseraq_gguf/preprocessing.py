@@ -9,6 +9,7 @@ Unlike the walk over the blocks, this needs the whole model in memory, in float3
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.source import ModelSource, save_weights
+from tesseraq_gguf.models.weights import QUANTIZATION_FILE, plain_config
+from tesseraq_gguf.models.whole import whole_model
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor
 
@@ -104,8 +107,10 @@ class Preprocessing:
             with temporary_sibling(out) as partial:
                 partial.mkdir()
                 for file in source.folder.iterdir():
-                    if file.is_file() and ".safetensors" not in file.name:
+                    if file.is_file() and ".safetensors" not in file.name and file.name != QUANTIZATION_FILE:
                         shutil.copyfile(file, partial / file.name)
+                config = json.dumps(plain_config(source.config()), indent=2)
+                (partial / "config.json").write_text(config, encoding="utf-8")
                 save_weights(learned, partial)
             state.unlink(missing_ok=True)
         return merged
@@ -169,9 +174,7 @@ def dequantised_model(
         The transformers model, float32 on the CPU, nothing of it learned, and the module names of those of its
         quantised matrices that the paper gives adapters; of all where none is called as there.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(decoder.source.folder, dtype=torch.float32).requires_grad_(False)
+    model = whole_model(decoder.source, torch.float32).requires_grad_(False)
     parameters = dict(model.named_parameters())
     names = []
     for index in range(len(decoder)):

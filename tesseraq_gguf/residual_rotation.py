@@ -29,6 +29,7 @@ from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.folding import Trace, norm_folds, norm_offset
 from tesseraq_gguf.models.rotation import hadamard
 from tesseraq_gguf.models.source import ModelSource
+from tesseraq_gguf.models.weights import QUANTIZATION_FILE, plain_config
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.tensor_files import write_tensors
 
@@ -51,7 +52,7 @@ def rotated_model(
 ) -> ModelSource | None:
     """Write a copy of a model whose residual stream is rotated, unless it is there.
 
-    One block is in memory at a time. Tensors keep their dtypes.
+    One block is in memory at a time. Tensors keep their dtypes; dequantised ones are in float32.
 
     Args:
         decoder: the model.
@@ -82,7 +83,7 @@ def rotated_model(
 
 @torch.no_grad()
 def _write(decoder: Decoder, folder: Path, q: Tensor, report: Callable[[int, int], None]) -> None:
-    files = decoder.source.weight_map()
+    weights = decoder.weights
     written: dict[str, str] = {}
 
     def save(tensors: Mapping[str, Tensor]) -> None:
@@ -101,15 +102,15 @@ def _write(decoder: Decoder, folder: Path, q: Tensor, report: Callable[[int, int
         save(_stored(decoder, {block.prefix + name: value for name, value in changed.items()}))
         report(index + 1, len(decoder))
     save(outside)
-    for file in dict.fromkeys(files.values()):
-        rest = {name: None for name, place in files.items() if place == file and name not in written}
+    for file in dict.fromkeys(map(weights.file, weights)):
+        rest = [name for name in weights if weights.file(name) == file and name not in written]
         if rest:
-            save({name: _read(file, name) for name in rest})
+            save({name: weights.read(name) for name in rest})
     for beside in decoder.source.folder.iterdir():
-        if beside.is_file() and ".safetensors" not in beside.name:
+        if beside.is_file() and ".safetensors" not in beside.name and beside.name != QUANTIZATION_FILE:
             shutil.copyfile(beside, folder / beside.name)
     (folder / _INDEX).write_text(json.dumps({"metadata": {}, "weight_map": written}), encoding="utf-8")
-    config = decoder.source.config()
+    config = plain_config(decoder.source.config())
     for part in (config, config.get("text_config", {})):
         part["tie_word_embeddings"] = False
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -167,24 +168,17 @@ def _outside(decoder: Decoder, q: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     if not (_same(turned, hidden @ q.T) and _same(normed[1], normed[0] @ q.T)):
         raise _CannotRotateError
     output = (decoder.output_weight() * (weights["weight"] + offset)) @ q.T
-    dtype = _read(decoder.source.weight_map()[decoder.stored_name(embedding)], decoder.stored_name(embedding)).dtype
+    dtype = decoder.weights.dtype(decoder.stored_name(embedding))
     return _stored(decoder, {embedding: rotated, f"{prefix}weight": ones}) | {_OUTPUT: output.to(dtype)}
 
 
 def _stored(decoder: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors the names and dtypes that they have in the model's files."""
-    files, found = decoder.source.weight_map(), {}
+    """Give tensors the names and dtypes with which the model's files are read."""
+    found = {}
     for name, value in tensors.items():
         stored = decoder.stored_name(name)
-        found[stored] = value.to(_read(files[stored], stored).dtype)
+        found[stored] = value.to(decoder.weights.dtype(stored))
     return found
-
-
-def _read(file: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as tensors:
-        return tensors.get_tensor(name)  # type: ignore[no-any-return]
 
 
 def _same(got: Tensor, expected: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 The model is built on the meta device (no memory). `stem` runs everything before the first block (embedding,
 positions, masks) and keeps what the model hands to each block; `load_block` gives one block its weights from the
-safetensors files; `mean_loss` and `answer_gradient` run final norm and output.
+checkpoint; `mean_loss` and `answer_gradient` run final norm and output.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import attention
 from tesseraq_gguf.models.experts import aliases, stack_of, unroll
 from tesseraq_gguf.models.source import ModelSource
+from tesseraq_gguf.models.weights import Checkpoint, check_weights
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor
 
 _ANSWERS = 256
@@ -225,6 +226,9 @@ class Decoder:
         source: the model's files.
         device: where blocks, embedding and activations live.
 
+    Attributes:
+        weights: the tensors of its files by stored name.
+
     Raises:
         ModelError: not a decoder-only language model, or its blocks cannot be found.
     """
@@ -232,7 +236,7 @@ class Decoder:
     def __init__(self, source: ModelSource, device: torch.device) -> None:
         self.source = source
         self.device = device
-        self._files = source.weight_map()
+        self.weights = Checkpoint(source)
         self._model = _skeleton(source)
         self.config = self._model.config.get_text_config()
         self._blocks_name, self._blocks = _find_blocks(self._model, self.config.num_hidden_layers)
@@ -434,7 +438,7 @@ class Decoder:
 
     def output_name(self) -> str:
         """Return the checkpoint name of the output matrix: the embedding's where they are tied."""
-        return "lm_head.weight" if "lm_head.weight" in self._files else self.embedding_name()
+        return "lm_head.weight" if "lm_head.weight" in self.weights else self.embedding_name()
 
     def stored_name(self, name: str) -> str:
         """Return what the weight files call a parameter.
@@ -444,10 +448,25 @@ class Decoder:
         """
         base = self._base_prefix()
         called = [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
-        stored = next((n for n in called if n in self._files), None)
+        stored = next((n for n in called if n in self.weights), None)
         if stored is None:
             raise ModelError(f"{self.source.name}: the weight files have no tensor {name}")
         return stored
+
+    def check_weights(self, report: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Read all weights once, before any work is done with them.
+
+        Args:
+            report: called with (numbers read, numbers in all).
+
+        Raises:
+            ModelError: the model's files lack one, or it holds numbers that are not finite; the message names it.
+        """
+        tied = self.output_name() == self.embedding_name() and self.config.tie_word_embeddings
+        names = [n for n, _ in self._model.named_parameters() if not (tied and n == "lm_head.weight")]
+        for index, block in enumerate(self._blocks):  # with what is a buffer there and stored nevertheless
+            names += [self.block_prefix(index) + name for name in block.state_dict()]
+        check_weights(self.weights, [self.stored_name(name) for name in names], report)
 
     def matrix(self, name: str) -> Tensor:
         """Read one matrix by its checkpoint name, float32 on the CPU."""
@@ -461,11 +480,7 @@ class Decoder:
         return f"{self._model.base_model_prefix}."
 
     def _read(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        stored = self.stored_name(name)
-        with safe_open(self._files[stored], "pt") as tensors:
-            return tensors.get_tensor(stored)  # type: ignore[no-any-return]
+        return self.weights.read(self.stored_name(name))
 
     def _fill(self, module: nn.Module, prefix: str, hollow: Collection[str] = ()) -> None:
         state = {}

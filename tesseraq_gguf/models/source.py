@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,10 @@ _WORD = re.compile("[\u2581\u0120][a-z]{4,}")
 
 _WORDS = 64
 """How many of them a tokenizer is asked for."""
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(?P<before>.*-)\d{5}-of-(?P<count>\d{5})\.safetensors")
 
 _EXPANSION = 3
 """Grows when the folder made of a GGUF file changes."""
@@ -64,17 +68,12 @@ class ModelSource:
         """
         from safetensors import SafetensorError, safe_open
 
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {self.folder / f for f in listed.values()}
-        else:
-            files = set(self.folder.glob("*.safetensors"))
+        listed = self._listed()
         names: dict[str, Path] = {}
-        for file in sorted(files):
+        for file in self._weight_files(listed):
             if not file.is_file():
                 raise ModelError(
-                    f"{self.name}: {file.name} is listed in {index.name} but is not there. Download the model again."
+                    f"{self.name}: {file.name} is listed in {_INDEX} but is not there. Download the model again."
                 )
             try:
                 with safe_open(file, "pt") as tensors:
@@ -85,9 +84,54 @@ class ModelSource:
                 ) from error
         if not names:
             raise ModelError(
-                f"{self.name}: no *.safetensors file in {self.folder}. Save the model with safetensors first."
+                f"{self.name}: no model*.safetensors file in {self.folder}. Save the model with safetensors first."
+            )
+        if odd := next(iter(sorted(names.keys() ^ (listed or names).keys())), None):
+            where = "is in the weight files but not in" if odd in names else "is not where it should be by"
+            raise ModelError(
+                f"{self.name}: {odd} {where} {_INDEX}: files of two saves are mixed. Save the model again."
             )
         return names
+
+    def _listed(self) -> dict[str, str] | None:
+        """The name of the file of every tensor, as the index has it; None without an index."""
+        index = self.folder / _INDEX
+        if not index.is_file():
+            return None
+        try:
+            listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return dict(listed)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ModelError(
+                f"{self.name}: {_INDEX} cannot be read ({error or type(error).__name__}). Download it again."
+            ) from error
+
+    def _weight_files(self, listed: Mapping[str, str] | None) -> list[Path]:
+        """The files of the model, where transformers and llama.cpp's converter would take the same.
+
+        transformers takes `model.safetensors` before an index, the converter takes it the other way round; without an
+        index the converter takes every file whose name begins so.
+        """
+        single = self.folder / _SINGLE
+        files = {single} if single.is_file() else set[Path]()
+        named = {self.folder / f for f in listed.values()} if listed else set(self.folder.glob("model*.safetensors"))
+        if files and named != files:
+            other = next(f.name for f in sorted(named) if f != single)
+            raise ModelError(
+                f"{self.name}: {_SINGLE} and {other} stand side by side, and nothing says which is the model: "
+                "remove the files of the other save."
+            )
+        shards = [(f, match) for f in named if (match := _SHARD.fullmatch(f.name))]
+        for file, match in shards:
+            count = int(match["count"])
+            wanted = {match["before"] + f"{n:05d}-of-{match['count']}.safetensors" for n in range(1, count + 1)}
+            if missing := sorted(wanted - {f.name for f, _ in shards}):
+                said = f"is not listed in {_INDEX}" if listed else "is not there"
+                raise ModelError(
+                    f"{self.name}: {missing[0]} {said}, but {file.name} is one of {count} parts. "
+                    "Download the model again."
+                )
+        return sorted(named)
 
     def fingerprint(self) -> str:
         """Return a hash of the config's text and of name, size and time of the weight files."""

@@ -108,3 +108,69 @@ def test_a_tokenizer_without_its_merges_is_refused():
     check_tokens(_Tokenizer(merges=True), Path("model.gguf"))
     with pytest.raises(ModelError, match=r"transformers \S+ cuts text of model\.gguf .*\(4 of 4 words"):
         check_tokens(_Tokenizer(merges=False), Path("model.gguf"))
+
+
+def _shards(source, folder, names=(), index=True):
+    """Copy a model of two shards, with further weight files of the same content, with or without its index."""
+    import shutil
+
+    from tesseraq_gguf.models import ModelSource
+
+    shutil.copytree(source.folder, folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))
+    for name in names:
+        shutil.copy(first, folder / name)
+    if not index:
+        (folder / "model.safetensors.index.json").unlink()
+    return ModelSource("copy", folder), first, second
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "message"),
+    [
+        (["model.safetensors"], True, r"model\.safetensors and model-00001-of-00002\.safetensors stand side by side"),
+        (["model.safetensors"], False, r"model\.safetensors and model-00001-of-00002\.safetensors stand side by side"),
+        (["adapter_model.safetensors", "consolidated.safetensors"], True, None),
+        (["model-00001-of-00003.safetensors"], True, None),  # what is left of another save, which nobody takes
+        (["model-00001-of-00003.safetensors"], False, r"model-00002-of-00003\.safetensors is not there"),
+        ([], False, None),
+        ([], True, None),
+    ],
+)
+def test_weight_files_are_those_that_transformers_and_the_converter_take(names, index, message, make_model, tmp_path):
+    source, first, second = _shards(make_model("llama"), tmp_path / "copy", names, index)
+    if message is None:
+        assert set(source.weight_map().values()) == {first, second}
+        assert source.weight_map().keys() == make_model("llama").weight_map().keys()
+        return
+    with pytest.raises(ModelError, match=message) as caught:
+        source.weight_map()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_index_must_name_all_and_nothing_else(make_model, tmp_path):
+    import json
+
+    source, first, second = _shards(make_model("llama"), tmp_path / "copy")
+    index = source.folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+
+    def write(kept):
+        index.write_text(json.dumps({"weight_map": kept}))
+
+    write({n: f for n, f in listed.items() if f != second.name})
+    with pytest.raises(ModelError, match=rf"{second.name} is not listed in .* {first.name} is one of 2 parts"):
+        source.weight_map()
+    write({n: f for n, f in listed.items() if n != "model.norm.weight"})
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is in the weight files but not in"):
+        source.weight_map()
+    write(listed | {"model.more.weight": first.name})
+    with pytest.raises(ModelError, match=r"model\.more\.weight is not where it should be"):
+        source.weight_map()
+    index.write_text("{}")
+    with pytest.raises(ModelError, match=r"index\.json cannot be read \('weight_map'\)"):
+        source.weight_map()
+    first.unlink()
+    write(listed)
+    with pytest.raises(ModelError, match=rf"{first.name} is listed in"):
+        source.weight_map()

@@ -1,0 +1,267 @@
+"""Checkpoints that are quantised already are read as the numbers that they stand for, or refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from prequantised import BLOCK, SCHEMES, compressed, prequantise
+from safetensors.torch import load_file, save_file
+
+from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.models.weights import Checkpoint, plain_config
+from tesseraq_gguf.models.whole import whole_model
+
+CPU = torch.device("cpu")
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def exact(model: ModelSource, folder: Path) -> Path:
+    """Copy a model, with matrices that all schemes hold exactly: small integers, times one power of two."""
+    shutil.copytree(model.folder, folder)
+    drawn = torch.Generator().manual_seed(1)
+    tensors = tensors_of(folder)
+    for name, tensor in tensors.items():
+        if "layers" in name and tensor.dim() == 2:
+            tensors[name] = (torch.randint(-7, 8, tensor.shape, generator=drawn) * 2.0**-6).bfloat16()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(make_model, tmp_path_factory) -> ModelSource:
+    """A Llama whose rows and columns are no multiples of the blocks, in one file, with logits that vary."""
+    folder = tmp_path_factory.mktemp("whole") / "llama"
+    shutil.copytree(make_model("llama").folder, folder)
+    tensors = tensors_of(folder)
+    for file in folder.glob("model*"):
+        file.unlink()
+    # the stream comes from the embedding for the most part, as it does in trained models
+    factors = {"model.embed_tokens.weight": 30, "lm_head.weight": 3}
+    louder = {n: t * factors.get(n, 3 if t.dim() == 2 else 1) for n, t in tensors.items()}
+    save_file(louder, folder / "model.safetensors")
+    return ModelSource("llama", folder)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in folder.glob("model*.safetensors") for name, t in load_file(file).items()}
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def logits(decoder: Decoder) -> torch.Tensor:
+    tokens = torch.randint(4, 300, (1, 48), generator=torch.Generator().manual_seed(3))
+    hidden, inputs = decoder.stem(tokens)
+    for index in range(len(decoder)):
+        hidden = decoder.load_block(index).run(hidden, inputs.arguments[index])
+    return decoder.answers()(hidden[0])
+
+
+def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Squared error as a share of the variance."""
+    return float((got - wanted).square().mean() / wanted.var())
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_quantised_matrices_are_read_dequantised(name, model, tmp_path):
+    values = prequantise(model.folder, tmp_path / "quantised", SCHEMES[name])
+    weights = Checkpoint(ModelSource(name, tmp_path / "quantised"))
+    plain = tensors_of(model.folder)
+    assert set(weights) == plain.keys()
+    assert weights.dequantized == values.keys()
+    rows = torch.tensor([0, 17, 63])
+    for stored, wanted in values.items():
+        read = weights.read(stored)
+        assert (read.dtype, weights.dtype(stored)) == (torch.float32, torch.float32)
+        torch.testing.assert_close(read, wanted, rtol=1e-6, atol=0)
+        torch.testing.assert_close(weights.rows(stored, rows), wanted[rows], rtol=1e-6, atol=0)
+        assert weights.shape(stored) == plain[stored].shape
+    for stored in plain.keys() - values.keys():
+        assert torch.equal(weights.read(stored), plain[stored])
+        assert weights.dtype(stored) == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "fp8-ct-row", "int8-ct-row", "int8-ct-groups"])
+def test_the_learner_sees_the_same_model_whatever_it_is_stored_in(name, model, tmp_path):
+    true = logits(Decoder(model, CPU))
+    assert float(true.std()) > 0.5
+    values = prequantise(model.folder, tmp_path / "quantised", SCHEMES[name])
+    found = logits(Decoder(ModelSource(name, tmp_path / "quantised"), CPU))
+    assert difference(found, true) < 1e-3
+    plain = tmp_path / "plain"
+    shutil.copytree(model.folder, plain)
+    save_file(tensors_of(model.folder) | values, plain / "model.safetensors")
+    assert difference(found, logits(Decoder(ModelSource("plain", plain), CPU))) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["fp8-block", "fp8-tensor", "fp8-ct-row", "int8-ct-row", "int8-ct-group"])
+def test_the_same_values_in_any_scheme_are_the_same_model(name, model, tmp_path):
+    folder = exact(model, tmp_path / "exact")
+    wanted = logits(Decoder(ModelSource("exact", folder), CPU))
+    assert float(wanted.std()) > 0.5
+    prequantise(folder, tmp_path / name, SCHEMES[name], scale=2.0**-6)
+    assert difference(logits(Decoder(ModelSource(name, tmp_path / name), CPU)), wanted) < 1e-5
+
+
+def test_experts_are_dequantised_one_by_one(make_model, tmp_path):
+    source = make_model("qwen3-moe")
+    values = prequantise(source.folder, tmp_path / "quantised", SCHEMES["fp8-block"])
+    decoder = Decoder(ModelSource("mixture", tmp_path / "quantised"), CPU)
+    block = decoder.load_block(1)
+    for name in ("mlp.experts.0.up_proj", "mlp.experts.3.down_proj"):
+        assert torch.equal(block.matrices()[name].weight, values[f"model.layers.1.{name}.weight"])
+
+
+def test_a_whole_model_of_transformers_is_dequantised_too(model, tmp_path):
+    values = prequantise(model.folder, tmp_path / "quantised", SCHEMES["fp8-block"])
+    whole = whole_model(ModelSource("quantised", tmp_path / "quantised"), torch.float32)
+    assert torch.equal(whole.get_parameter(DOWN).detach(), values[DOWN])
+    norm = "model.layers.0.input_layernorm.weight"
+    assert torch.equal(whole.get_parameter(norm).detach(), tensors_of(model.folder)[norm].float())
+
+
+def test_the_config_of_a_dequantised_copy():
+    config = {"a": 1, "quantization_config": {}, "text_config": {"b": 2, "quantization_config": {}}}
+    assert plain_config(config) == {"a": 1, "text_config": {"b": 2}}
+
+
+PACKED = {
+    "gptq": ({"quant_method": "gptq", "bits": 4}, r"quantised already, as gptq 4 bits"),
+    "awq": ({"quant_method": "awq", "bits": 4}, r"as awq 4 bits"),
+    "bitsandbytes": ({"load_in_8bit": True}, r"as bitsandbytes 8 bits"),
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"as bitsandbytes 4 bits"),
+    "hqq": ({"quant_method": "hqq"}, r"as hqq"),
+    "quanto": ({"quant_method": "quanto"}, r"as quanto"),
+    "torchao": ({"quant_method": "torchao"}, r"as torchao"),
+    "mxfp4": ({"quant_method": "mxfp4"}, r"as mxfp4"),
+    "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"as modelopt NVFP4"),
+    "packed": (compressed("int", 4, "group", "pack-quantized"), r"as compressed-tensors pack-quantized"),
+    "transforms": (
+        compressed("int", 8, "channel") | {"transform_config": {"config_groups": {"u": {}}}},
+        r"compressed-tensors int-quantized with transforms",
+    ),
+    "sparse": (
+        compressed("float", 8, "channel") | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        r"compressed-tensors sparse-24-bitmask",
+    ),
+    "nameless": ({"bits": 3}, r"as an unknown scheme 3 bits"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("nested", [False, True])
+def test_packed_checkpoints_are_refused_by_name(name, nested, model, tmp_path):
+    said, message = PACKED[name]
+    shutil.copytree(model.folder, tmp_path / "packed")
+    edit(
+        tmp_path / "packed",
+        **{"text_config": {"quantization_config": said}} if nested else {"quantization_config": said},
+    )
+    with pytest.raises(ModelError, match=message + ".*take the original model") as caught:
+        Checkpoint(ModelSource("packed", tmp_path / "packed"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_scales_that_nobody_speaks_of_are_refused(name, model, tmp_path):
+    prequantise(model.folder, tmp_path / "silent", SCHEMES[name])
+    edit(tmp_path / "silent", quantization_config=None, compression_config=None)
+    (tmp_path / "silent" / "hf_quant_config.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match=r"has scales beside its matrices .*no quantization_config"):
+        Checkpoint(ModelSource("silent", tmp_path / "silent"))
+
+
+def _change(model: ModelSource, folder: Path, scheme: str, change) -> ModelSource:
+    prequantise(model.folder, folder, SCHEMES[scheme])
+    tensors = tensors_of(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return ModelSource("changed", folder)
+
+
+CHANGES = {
+    "no scale": (lambda t: t.pop(f"{DOWN}_scale_inv"), rf"{DOWN} holds F8_E4M3 and has no scale"),
+    "another shape": (
+        lambda t: t.update({f"{DOWN}_scale_inv": torch.ones(5, 3)}),
+        rf"{DOWN}_scale_inv \[5, 3\] does not fit {DOWN} \[128, 192\]",
+    ),
+    "a float matrix": (lambda t: t.update({DOWN: t[DOWN].bfloat16()}), rf"{DOWN} is no quantised matrix"),
+    "two scales": (lambda t: t.update({f"{DOWN}_scale": torch.ones(1)}), rf"{DOWN} has two scales"),
+    "packed names": (
+        lambda t: t.update({DOWN.replace("weight", "qweight"): torch.zeros(4, 4, dtype=torch.int32)}),
+        r"down_proj\.qweight",
+    ),
+    "not a number": (
+        lambda t: t.update({f"{DOWN}_scale_inv": t[f"{DOWN}_scale_inv"] * float("nan")}),
+        rf"{DOWN} holds 24576 numbers that are not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_what_does_not_fit_is_named(what, model, tmp_path):
+    change, message = CHANGES[what]
+    source = _change(model, tmp_path / "changed", "fp8-block", change)
+    with pytest.raises(ModelError, match=message):
+        Checkpoint(source).read(DOWN)
+
+
+def test_integers_are_never_weights(model, tmp_path):
+    shutil.copytree(model.folder, tmp_path / "odd")
+    tensors = tensors_of(model.folder)
+    tensors["model.position_ids"] = torch.arange(8)[None]
+    save_file(tensors, tmp_path / "odd" / "model.safetensors")
+    weights = Checkpoint(ModelSource("odd", tmp_path / "odd"))  # a buffer that nobody reads
+    with pytest.raises(ModelError, match="position_ids holds I64"):
+        weights.read("model.position_ids")
+    save_file(tensors | {DOWN: tensors[DOWN].char()}, tmp_path / "odd" / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{DOWN} holds I8 and has no scale"):
+        Checkpoint(ModelSource("odd", tmp_path / "odd"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "name",
+    [DOWN, "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"],
+)
+def test_numbers_that_are_not_finite_are_named(value, name, model, tmp_path):
+    shutil.copytree(model.folder, tmp_path / "damaged")
+    tensors = tensors_of(model.folder)
+    tensors[name].view(-1)[[37, 38]] = value
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors")
+    decoder = Decoder(ModelSource("damaged", tmp_path / "damaged"), CPU)
+    place = r"\[37\]" if tensors[name].dim() == 1 else r"\[0, 37\]"
+    said = []
+    with pytest.raises(ModelError, match=rf"{name} holds 2 numbers that are not finite .* first at {place}"):
+        decoder.check_weights(lambda *progress: said.append(progress))
+    with pytest.raises(ModelError, match=name):
+        decoder.matrix(name)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-odd", "gemma3", "qwen3-moe", "phi-fused"])
+def test_every_weight_is_checked_once(kind, make_model):
+    decoder, said = Decoder(make_model(kind), CPU), []
+    decoder.check_weights(lambda *progress: said.append(progress))
+    assert said[-1][0] == said[-1][1] == sum(torch.Size(decoder.weights.shape(n)).numel() for n in decoder.weights)
+
+
+def test_a_missing_weight_is_named_before_any_work(model, tmp_path):
+    shutil.copytree(model.folder, tmp_path / "holed")
+    tensors = tensors_of(model.folder)
+    del tensors[DOWN]
+    save_file(tensors, tmp_path / "holed" / "model.safetensors")
+    with pytest.raises(ModelError, match=f"no tensor {DOWN}"):
+        Decoder(ModelSource("holed", tmp_path / "holed"), CPU).check_weights()
+
+
+def test_ragged_blocks_are_among_the_schemes(model):
+    shape = tensors_of(model.folder)["model.layers.0.mlp.gate_proj.weight"].shape
+    assert any(n % b for n, b in zip(shape, BLOCK, strict=True))
