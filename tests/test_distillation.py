@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from unittest.mock import Mock
 
@@ -105,6 +106,86 @@ def test_a_step_follows_the_gradient_of_the_whole_model(decoder, tokens, tmp_pat
         # Adam's first step is the rate against the sign of the gradient
         assert torch.equal(moved[clear].sign(), -gradient[clear].sign())
         torch.testing.assert_close(moved[clear].abs(), torch.full_like(moved[clear], 1e-3), rtol=0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize("type", ["tsq2", "q2_k"])
+def test_steps_are_adams_on_the_whole_model(type, make_model, tokens, tmp_path):  # noqa: F811
+    """Three steps, each at rates of its own, against torch's Adam on all variables at once."""
+    decoder = Decoder(make_model("llama-256" if type == "q2_k" else "llama"), CPU)
+    student = _Student(decoder, rounded(decoder, type), torch.float32, _Kept(tmp_path, {}), {})
+    teacher, recorded = student.teach(tokens)
+    start, _ = decoder.stem(tokens)
+    blocks, final = [student._load(index) for index in range(len(decoder))], student._load_final()
+    _, norm = decoder.final_norm()
+    kinds = {"zero": "zero", "dmin": "scale", "norm": "norm"}
+    moving = [*(variables for _, variables in blocks), final]
+    everything = {(where, *key): v for where, own in enumerate(moving) for key, v in own._variables.items()}
+    assert {kinds.get(key[-1], "scale") for key in everything} >= {"scale", "norm"}
+    adam = torch.optim.Adam([{"params": [v]} for v in everything.values()], betas=(0.9, 0.99), eps=1e-10)
+    for step, chosen in enumerate(torch.arange(12).split(4)):
+        rates = {"scale": 1e-3 * (step + 1), "zero": 2e-3 / (step + 1), "norm": 3e-3 - 1e-3 * step}
+        student.step(start[chosen], teacher[chosen], recorded, rates)
+        hidden = start[chosen]
+        for block, variables in blocks:
+            hidden = student._run(block, hidden, recorded, *variables.realise())
+        weight = final.realise()[1]["weight"]
+        answers = torch.func.functional_call(norm, {"weight": weight}, (hidden,)) @ decoder.output_weight().T
+        p = (norm(teacher[chosen]) @ decoder.output_weight().T).log_softmax(-1)
+        loss = torch.nn.functional.kl_div(answers.log_softmax(-1).flatten(0, 1), p.flatten(0, 1),
+                                          log_target=True, reduction="batchmean")  # fmt: skip
+        for (*_, key), group in zip(everything, adam.param_groups, strict=True):
+            group["lr"] = rates[kinds.get(key, "scale")]
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        ours = [*(student._load(index)[1] for index in range(len(decoder))), student._load_final()]
+        for (where, *key), expected in everything.items():
+            got, wanted = ours[where]._variables[tuple(key)].detach(), expected.detach()
+            assert float(wanted.abs().max()) > 1e-4
+            off = (got - wanted).abs() / max(rates.values())
+            # Adam makes much of gradients that are next to nothing: of those, sums in another order may differ
+            assert float(off.flatten().quantile(0.98)) < 1e-2, (step, where, key)
+
+
+def test_rates_rise_and_fall_and_what_is_held_out_is_not_learned_on(decoder, tokens, tmp_path, monkeypatch):
+    learned_on, rates, measured = [], [], []
+
+    def note(_self, start, teacher, recorded, given):
+        learned_on.append(start)
+        rates.append(given)
+
+    def measure(_self, start, teacher, recorded):
+        measured.append(start)
+        return 1.0 / len(measured)
+
+    monkeypatch.setattr(_Student, "step", note)
+    monkeypatch.setattr(_Student, "divergence", measure)
+    pass_ = Distillation(steps=10, batch=4, scale_rate=2e-3, zero_rate=3e-3, norm_rate=5e-3, warm_up=0.2)
+    done = pass_.run(decoder, rounded(decoder), tokens[:9], tokens[9:], 3, torch.float32, tmp_path)
+    shares = [0.5, 1.0, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(8))]
+    assert [r["scale"] for r in rates] == pytest.approx([2e-3 * s for s in shares])
+    assert [r["zero"] for r in rates] == pytest.approx([3e-3 * s for s in shares])
+    assert [r["norm"] for r in rates] == pytest.approx([5e-3 * s for s in shares])
+    known, _ = decoder.stem(tokens)
+    held = known[9:]
+    assert [torch.equal(start, held) for start in measured] == [True, True]
+    assert (done.before, done.after) == (1.0, 0.5)
+    places = [[i for i, one in enumerate(known) if torch.equal(s, one)] for start in learned_on for s in start]
+    drawn = [place for (place,) in places]
+    assert len(drawn) == 40
+    assert set(drawn) == set(range(9))
+    for first in range(0, 40, 8):  # of nine, eight are taken before the order is drawn anew
+        assert len(set(drawn[first : first + 8])) == 8
+    assert drawn[:8] != drawn[8:16]
+
+
+@pytest.mark.parametrize(("steps", "warm_up", "rising"), [(20, 0.1, 2), (5, 0.1, 1), (3, 0.0, 1), (4, 1.0, 4)])
+def test_the_warm_up_is_a_share_of_the_steps(steps, warm_up, rising):
+    pass_ = Distillation(steps=steps, warm_up=warm_up)
+    shares = [pass_._share(step) for step in range(steps)]
+    assert shares[:rising] == pytest.approx([(step + 1) / rising for step in range(rising)])
+    falling = [(1 + math.cos(math.pi * n / (steps - rising))) / 2 for n in range(steps - rising)]
+    assert shares[rising:] == pytest.approx(falling)
 
 
 @pytest.mark.parametrize("type", ["tsq2", "q2_0", "q4_1"])
