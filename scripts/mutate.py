@@ -36,15 +36,17 @@ PATIENCE = 4
 SLOW = ("pytest", "hypothesis", "torch", "sentencepiece", "gguf", "safetensors.torch", "datasets",
         "transformers.models.llama.modeling_llama", "transformers.models.gemma3.modeling_gemma3")  # fmt: skip
 """What tests import and takes long, none of it ours."""
+LONG = 3.0
+"""Seconds of the processor beyond which a test is not a fast one."""
 INSTALLED = {"converter": "convert", "cpp_kernels": "cpp_kernels"}
 """Folders that an installation puts into the package."""
 
 
 class QuickestFirst:
-    """Plugin of pytest: tests begin with those that took least time when it ran last.
+    """Plugin of pytest: tests begin with those that took least time when it ran last, and leave out the long ones.
 
     Args:
-        file: keeps seconds by test.
+        file: keeps seconds of the processor by test.
     """
 
     def __init__(self, file: Path) -> None:
@@ -52,16 +54,23 @@ class QuickestFirst:
         self._known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self._seen: dict[str, float] = {}
 
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Order them."""
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Choose and order them."""
         items.sort(key=lambda item: self._known.get(item.nodeid, 0.0))
+        long = [item for item in items if self._known.get(item.nodeid, 0.0) > LONG]
+        items[:] = items[: len(items) - len(long)]
+        config.hook.pytest_deselected(items=long)
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note what a test takes, with what is made for it."""
-        self._seen[report.nodeid] = self._seen.get(report.nodeid, 0.0) + report.duration
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        """Note when it begins."""
+        self._seen[nodeid] = time.process_time()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Note what it took, with what was made for it."""
+        self._seen[nodeid] = time.process_time() - self._seen[nodeid]
 
     def pytest_sessionfinish(self) -> None:
-        """Keep it, unless this was not the first time."""
+        """Keep what is new."""
         self._file.write_text(json.dumps(self._seen | self._known), encoding="utf-8")
 
 
@@ -107,16 +116,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(chosen: list[Mutation], tree: Path) -> Iterator[Outcome]:
-    usual: dict[tuple[str, ...], float] = {}
+    usual: dict[frozenset[str], float] = {}
     for number, mutation in enumerate(chosen, 1):
-        if mutation.tests not in usual:
-            state, usual[mutation.tests] = _tested(mutation.tests, tree, patience=3600)
+        tests = frozenset(mutation.tests)
+        if tests not in usual:
+            state, usual[tests] = _tested(mutation.tests, tree, patience=3600)
             if state != SURVIVED:
                 log = (tree.parent / "log").read_text(encoding="utf-8", errors="replace")
                 sys.exit(f"{log}\nerror: these fail without any mutation: pytest {' '.join(mutation.tests)}")
         file = tree / mutation.file
         file.write_text(mutation.after, encoding="utf-8")
-        state, seconds = _tested(mutation.tests, tree, patience=60 + PATIENCE * usual[mutation.tests])
+        state, seconds = _tested(mutation.tests, tree, patience=60 + PATIENCE * usual[tests])
         file.write_text(mutation.before, encoding="utf-8")
         said = f"{number}/{len(chosen)} {state} in {seconds:.0f} s: {_where(mutation)}: {mutation.name}"
         print(said, file=sys.stderr, flush=True)

@@ -159,8 +159,6 @@ def test_only_the_part_between_the_markers_changes() -> None:
 
 
 def test_a_plot_names_the_best_of_each_size_and_leaves_out_what_is_no_model(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("adjustText")
     from bench.plot import plot
 
     measured = [

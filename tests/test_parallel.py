@@ -155,6 +155,8 @@ def test_a_team_that_cannot_share_a_step_is_told_so(make_model, text, tmp_path):
 @pytest.fixture
 def two_hosts():
     """Return the commands that run something in each of two network namespaces, which a wire joins, and an address."""
+    if shutil.which("ip") is None:
+        pytest.skip("needs ip, of iproute2")
     names = [f"tq-{os.getpid()}-{end}" for end in "ab"]
     wires = [f"tq{os.getpid()}{end}" for end in "ab"]
 
@@ -171,10 +173,8 @@ def two_hosts():
                 ip("-n", name, "link", "set", each, "up")
     except (OSError, subprocess.CalledProcessError):
         for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False) if shutil.which(
-                "ip"
-            ) else None
-        pytest.skip("network namespaces need root and iproute2")
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+        pytest.skip("needs network namespaces, which only root may make, if anybody")
     yield [(["ip", "netns", "exec", n], w) for n, w in zip(names, wires, strict=True)], "10.77.0.1"
     for name in names:
         ip("netns", "del", name)

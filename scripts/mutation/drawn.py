@@ -15,17 +15,23 @@ from pathlib import Path
 from mutation.equivalent import EQUIVALENT
 from mutation.mutation import Mutation
 
-PLACES = {
-    "tesseraq_gguf/methods": ("tests/methods", "tests/grids"),
-    "tesseraq_gguf/grids": ("tests/grids", "tests/convert/test_packers.py", "tests/convert/test_stock_packers.py",
-                            "tests/methods", "tests/test_distillation.py"),
-    "convert/packers": ("tests/convert/test_packers.py", "tests/convert/test_stock_packers.py",
-                        "tests/convert/test_column_orders.py", "tests/grids"),
-    "tesseraq_gguf/distillation.py": ("tests/test_distillation.py",),
-    "tesseraq_gguf/reconstruction.py": ("tests/test_reconstruction.py", "tests/methods", "tests/test_activations.py",
-                                        "tests/test_reordering.py"),
-}  # fmt: skip
-"""Folders and files that mutations are drawn from, and the tests that should notice."""
+PLACES = ("tesseraq_gguf/methods", "tesseraq_gguf/grids", "convert/packers", "tesseraq_gguf/distillation.py",
+          "tesseraq_gguf/reconstruction.py")  # fmt: skip
+"""Folders and files that mutations are drawn from."""
+
+_PACKERS = ("tests/convert/test_packers.py", "tests/convert/test_stock_packers.py")
+_TESTS = {
+    "tesseraq_gguf/methods/gptq.py": ("tests/methods/test_tesseraq.py",),
+    "tesseraq_gguf/methods/flexround.py": ("tests/methods/test_scaled_rounding.py",),
+    "tesseraq_gguf/methods/lrq.py": ("tests/methods/test_scaled_rounding.py",),
+    "tesseraq_gguf/grids/ptq161.py": ("tests/grids", *_PACKERS, "tests/methods/test_ptq161.py"),
+    "tesseraq_gguf/grids/codebook.py": ("tests/grids", *_PACKERS, "tests/methods/test_lobcq.py"),
+    "tesseraq_gguf/grids/superblock.py": ("tests/grids", *_PACKERS, "tests/methods/test_scaled_rounding.py"),
+    "tesseraq_gguf/grids": ("tests/grids", *_PACKERS),
+    "tesseraq_gguf/methods": ("tests/methods",),
+    "convert/packers": (*_PACKERS, "tests/convert/test_column_orders.py", "tests/grids"),
+}
+"""Tests that should notice mutations of a file, or of the files of a folder, unless the file has tests of its name."""
 
 _BINARY = {
     ast.Add: "-", ast.Sub: "+", ast.Mult: "/", ast.Div: "*", ast.FloorDiv: "*", ast.Mod: "//", ast.Pow: "*",
@@ -122,15 +128,12 @@ def draw(root: Path, count: int, seed: int, only: str = "") -> list[Mutation]:
         only: what the path of a file must contain.
     """
     found = []
-    for place, tests in PLACES.items():
+    for place in PLACES:
         files = [root / place] if place.endswith(".py") else sorted((root / place).glob("*.py"))
         for path in files:
             file = str(path.relative_to(root))
             if only in file:
-                own = root / "tests" / Path(place).name / f"test_{path.name}"
-                specific = (str(own.relative_to(root)),) if own.is_file() else ()
-                order = (*specific, *(t for t in tests if t not in specific))
-                found += list(_ranked(file, path.read_text(encoding="utf-8"), order, seed))
+                found += list(_ranked(file, path.read_text(encoding="utf-8"), _tests(root, file), seed))
     lines: dict[tuple[str, int], Mutation] = {}
     for _, mutation in sorted(found, key=lambda pair: pair[0]):
         lines.setdefault((mutation.file, mutation.line), mutation)
@@ -138,6 +141,17 @@ def draw(root: Path, count: int, seed: int, only: str = "") -> list[Mutation]:
     for mutation in chosen:
         ast.parse(mutation.after)
     return chosen
+
+
+def _tests(root: Path, file: str) -> tuple[str, ...]:
+    if file in _TESTS:
+        return _TESTS[file]
+    path = Path(file)
+    folder = Path("tests") if path.parent == Path("tesseraq_gguf") else Path("tests") / path.parent.name
+    own = folder / f"test_{path.name}"
+    if (path.parent.name == "methods" and (root / own).is_file()) or folder == Path("tests"):
+        return (str(own),)
+    return _TESTS[str(path.parent)]
 
 
 def _ranked(file: str, source: str, tests: tuple[str, ...], seed: int) -> Iterator[tuple[str, Mutation]]:

@@ -23,7 +23,7 @@ from tesseraq_gguf.converter import writer
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.converter.packers import packer_of
 from tesseraq_gguf.converter.writer import WrittenFile, check_output, check_source, write_gguf, write_plain
-from tesseraq_gguf.errors import ConversionError, ModelError, RuntimeMissingError, UsageError, VerificationError
+from tesseraq_gguf.errors import ConversionError, ModelError, UsageError, VerificationError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import aliases, stack_of
@@ -189,10 +189,7 @@ def test_the_file_equals_the_stock_conversion_of_the_dequantised_weights(kind, m
 def test_llama_cpp_loads_what_was_written_and_computes_what_transformers_does(kind, make_model, learn, write, tmp_path):
     from tesseraq_gguf.runtime import find_runtime
 
-    try:
-        tool = find_runtime().tool("llama-perplexity")
-    except RuntimeMissingError as error:
-        pytest.skip(str(error))
+    tool = find_runtime().tool("llama-perplexity")
     source = make_model(kind)
     blocks = learn(source)
     written = write(kind)[0]
