@@ -2,6 +2,9 @@
 
     magic "GGUF" · version · number of tensors · number of entries · entries · tensor infos · padding · tensor data
 
+A model may be split: its parts are GGUF files that stand beside each other, called `NAME-00001-of-00003.gguf` and so
+on. The first holds the metadata and is the one to open; the tensors of all parts are then those of one file.
+
 Stock types are known by what the `gguf` package says of them, ours by the registry; neither is changed.
 """
 
@@ -9,11 +12,12 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,13 @@ _STRING, _ARRAY = 8, 9
 _TYPE_NAMES = dict(
     enumerate(["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "string", "array", "u64", "i64", "f64"])
 )
+_LAYOUTS = {_TYPE_NAMES[kind]: layout for kind, layout in _SCALARS.items()}
+_SMALLEST_ARRAY = 4 + 4 + 8
 _LONGEST_NAME = 63  # GGML_MAX_NAME, without the closing zero
 _MOST_DIMENSIONS = 4
 _SMALLEST_ENTRY = 8 + 4 + 1
 _SMALLEST_INFO = 8 + 4 + 8 + 4 + 8
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _AGAIN = "The download or copy is incomplete or damaged; get the file again"
 
 
@@ -70,8 +77,9 @@ class TensorInfo:
         type: name of its type, lower case (`q8_0`, `tsq2`).
         type_id: value of `ggml_type`.
         shape: as llama.cpp prints it, length of a row first.
-        offset: position of its data in the file.
+        offset: position of its data in the file, or in its part of a split file.
         bytes: size of its data.
+        part: which part of a split file it is in, from 0.
     """
 
     name: str
@@ -80,6 +88,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     bytes: int
+    part: int = 0
 
     @property
     def weights(self) -> int:
@@ -102,11 +111,12 @@ class GgufFile:
     """What the header of a GGUF file says, checked: all tensor data lies inside the file.
 
     Attributes:
-        path: the file.
+        path: the file; of a split file the first part.
         version: GGUF version.
-        bytes: size of the file.
+        bytes: size of the file, all parts together.
         entries: metadata by key, in file order.
-        tensors: tensors in file order.
+        tensors: tensors in file order, those of all parts.
+        parts: the files that it consists of, `path` being the first.
     """
 
     path: Path
@@ -114,15 +124,24 @@ class GgufFile:
     bytes: int
     entries: dict[str, Entry]
     tensors: tuple[TensorInfo, ...]
+    parts: tuple[Path, ...]
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a metadata value."""
         entry = self.entries.get(key)
         return default if entry is None else entry.value
 
+    def numbers(self, key: str) -> list[Any] | None:
+        """Return an array of numbers or bools among the metadata; None if there is no such array."""
+        value = self.get(key)
+        if not isinstance(value, ArrayValue) or value.element not in _LAYOUTS:
+            return None
+        numbers = np.frombuffer(self.entries[key].raw, _LAYOUTS[value.element], value.count, _SMALLEST_ARRAY)
+        return numbers.tolist()
+
     def data(self, tensor: TensorInfo) -> NDArray[np.uint8]:
         """Return the bytes of a tensor, uint8 [rows, row_bytes], mapped and not read."""
-        mapped = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.bytes,))
+        mapped = np.memmap(self.parts[tensor.part], np.uint8, "r", tensor.offset, (tensor.bytes,))
         return mapped.reshape(tensor.rows, -1)
 
 
@@ -131,12 +150,65 @@ class _DamagedError(Exception):
 
 
 def open_gguf(path: Path | str) -> GgufFile:
-    """Read and check the header of a GGUF file. Call this before handing a user's file to llama.cpp.
+    """Read and check the header of a GGUF file, and of all its parts. Call this before handing a file to llama.cpp.
 
     Raises:
-        FileFormatError: missing, not GGUF, truncated, corrupt, or with tensors of a type that nobody here knows.
+        FileFormatError: missing, not GGUF, truncated, corrupt, or with tensors of a type that nobody here knows; or
+            one of several parts, and not the first, or with parts that are missing or of another file.
     """
     path = Path(path)
+    first = _open_part(path)
+    count, number = first.get("split.count", 1), first.get("split.no", 0)
+    if not isinstance(count, int) or not isinstance(number, int) or number < 0:
+        raise FileFormatError(f"{path} is corrupt: its number among the parts of a split file makes no sense. {_AGAIN}")
+    if count <= 1:
+        return first
+    named = _PART.search(path.name)
+    if number:
+        name = f"the one that ends in -00001-of-{count:05}.gguf"
+        if named:
+            name = f"{path.name[: named.start()]}-00001-of-{named[2]}.gguf"
+        raise FileFormatError(f"{path} is part {number + 1} of {count}. Give the first part, {name}; all are then read")
+    if named is None or (int(named[1]), int(named[2])) != (1, count):
+        raise FileFormatError(
+            f"{path} is the first of {count} parts, and its name must end in -00001-of-{count:05}.gguf: by it the "
+            "others are found. Give all parts the names that they had"
+        )
+    stem = path.name[: named.start()]
+    parts = [first]
+    for index in range(1, count):
+        file = path.with_name(f"{stem}-{index + 1:05}-of-{count:05}.gguf")
+        if not file.exists():
+            raise FileFormatError(
+                f"{path}: part {index + 1} of {count} is missing, {file.name}. All parts must be in one folder"
+            )
+        part = _open_part(file)
+        if (part.get("split.no"), part.get("split.count")) != (index, count):
+            raise FileFormatError(f"{file} is not part {index + 1} of {count}, as its name says. Get the parts again")
+        parts.append(part)
+    return _joined(parts)
+
+
+def _joined(parts: list[GgufFile]) -> GgufFile:
+    """Make one file of the parts of a split one.
+
+    Raises:
+        FileFormatError: they do not belong together.
+    """
+    first = parts[0]
+    tensors = tuple(replace(t, part=index) for index, part in enumerate(parts) for t in part.tensors)
+    twice = [name for name, times in Counter(t.name for t in tensors).items() if times > 1]
+    announced = first.get("split.tensors.count", len(tensors))
+    if twice or announced != len(tensors):
+        reason = f"tensor {_quoted(twice[0])} is in two of them" if twice else (
+            f"they hold {len(tensors):,} tensors, the first announces {announced:,}"
+        )  # fmt: skip
+        raise FileFormatError(f"{first.path}: its {len(parts)} parts are not of one model: {reason}. Get them again")
+    size = sum(part.bytes for part in parts)
+    return replace(first, bytes=size, tensors=tensors, parts=tuple(part.path for part in parts))
+
+
+def _open_part(path: Path) -> GgufFile:
     if path.is_dir():
         raise FileFormatError(f"{path} is a folder, not a GGUF file")
     try:
@@ -241,7 +313,7 @@ def _read(path: Path, data: bytes | mmap.mmap) -> GgufFile:
         )
     entries = _read_entries(cursor, entry_count)
     tensors = _read_tensors(cursor, tensor_count, _alignment(entries))
-    return GgufFile(path, version, cursor.size, entries, tensors)
+    return GgufFile(path, version, cursor.size, entries, tensors, (path,))
 
 
 def _read_entries(cursor: _Cursor, count: int) -> dict[str, Entry]:

@@ -459,7 +459,8 @@ def evaluate(
             if loaded is not None:
                 from tesseraq_gguf.tasks import evaluate_tasks
 
-                found |= {"bytes": facts.bytes, "bpw": facts.bpw} | evaluate_tasks(file, loaded, limit, watch).to_json()
+                found |= {"bytes": facts.bytes, "bpw": facts.bpw, "parts": facts.parts}
+                found |= evaluate_tasks(file, loaded, limit, watch).to_json()
         return found
 
     found = measure() if simulate else _with_runtime(measure)
@@ -471,7 +472,8 @@ def evaluate(
     if found.get("kld") is not None:
         print(f"KL divergence   {found['kld']:.5f}")
         print(f"same top token  {100 * found['top1_agreement']:.2f} %")
-    print(f"size            {_size(found['bytes'])}, {found['bpw']:.3f} bits per weight")
+    parts = f" in {found['parts']} parts" if found["parts"] > 1 else ""
+    print(f"size            {_size(found['bytes'])}{parts}, {found['bpw']:.3f} bits per weight")
     if tasks is not None:
         _print_tasks(found["tasks"])
         if found["truncated"]:

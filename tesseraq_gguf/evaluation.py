@@ -48,8 +48,9 @@ class Evaluation:
         perplexity_error: its standard error.
         kld: mean Kullback-Leibler divergence from the reference's next-token distribution, in nats; None without one.
         top1_agreement: share of tokens, 0 to 1, whose most likely successor is the reference's; None without one.
-        bytes: size of the file.
+        bytes: size of the file, all parts together.
         bpw: bits of the file per weight of the model, everything counted.
+        parts: how many files it consists of.
     """
 
     perplexity: float
@@ -58,6 +59,7 @@ class Evaluation:
     top1_agreement: float | None
     bytes: int
     bpw: float
+    parts: int
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures by name."""
@@ -100,7 +102,7 @@ def evaluate(
             logits = Path(folder) / "reference.logits"
             run.save_logits(Path(reference), logits)
             perplexity, error, divergence, agreement = run.compare(file, logits)
-    return Evaluation(perplexity, error, divergence, agreement, facts.bytes, facts.bpw)
+    return Evaluation(perplexity, error, divergence, agreement, facts.bytes, facts.bpw, facts.parts)
 
 
 def check_request(file: Path, text: Path, ctx: int, chunks: int | None, reference: Path | str | None) -> Inspection:

@@ -68,8 +68,9 @@ class Inspection:
     """A GGUF file at a glance.
 
     Attributes:
-        path: the file.
-        bytes: its size.
+        path: the file; of a split file the first part.
+        parts: how many files it consists of.
+        bytes: its size, all parts together.
         bpw: bits of the file per weight of the model, everything counted.
         weights: elements of all tensors, orders of columns left out.
         block_bpw: bits per weight of the matrices in the blocks, orders of their columns included.
@@ -84,6 +85,7 @@ class Inspection:
     """
 
     path: str
+    parts: int
     bytes: int
     bpw: float
     weights: int
@@ -123,6 +125,7 @@ def inspect(path: Path | str) -> Inspection:
     metadata["entries"] = len(file.entries)
     return Inspection(
         path=str(file.path),
+        parts=len(file.parts),
         bytes=file.bytes,
         bpw=round(8 * file.bytes / weights, 4) if weights else 0.0,
         weights=weights,
@@ -177,7 +180,9 @@ def render(inspection: Inspection, *, tensors: bool = True) -> Group:
 
 def _facts(inspection: Inspection) -> Iterable[tuple[str, str]]:
     yield "file", inspection.path
-    yield "size", f"{inspection.bytes:,} bytes, {inspection.bpw:.3f} bits per weight ({inspection.weights:,} weights)"
+    parts = f" in {inspection.parts} parts" if inspection.parts > 1 else ""
+    size = f"{inspection.bytes:,} bytes{parts}"
+    yield "size", f"{size}, {inspection.bpw:.3f} bits per weight ({inspection.weights:,} weights)"
     yield "blocks", f"{inspection.block_bpw:.3f} bits per weight of their matrices, orders of columns included"
     yield "architecture", inspection.architecture
     if inspection.file_type:

@@ -79,7 +79,7 @@ def simulate(
             teacher = Decoder(resolve_model(str(reference)), device)
             wanted = final_states(teacher, tokens, lambda *done: watch("reference", *done))
             figures = measure(hidden, tokens, student.answers(), wanted, teacher.answers())
-    return Evaluation(*figures, facts.bytes, facts.bpw)
+    return Evaluation(*figures, facts.bytes, facts.bpw, facts.parts)
 
 
 def _scheme(file: Path, scheme: ActivationScheme | None) -> tuple[ActivationScheme, dict[str, Range]]:

@@ -220,7 +220,8 @@ def _bytes_of_the_rest(source: ModelSource, decoder: Decoder, shapes: Mapping[st
         if p.dim() == 1
     )  # fmt: skip
     if source.gguf:
-        header = min(t.offset for t in open_gguf(source.gguf).tensors)
+        file = open_gguf(source.gguf)
+        header = file.bytes - sum(t.bytes for t in file.tensors)
     else:
         names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
         header = max((f.stat().st_size for n in names if (f := source.folder / n).is_file()), default=0)

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from split_files import split
 
 from tesseraq_gguf.converter.gguf_file import ArrayValue
 from tesseraq_gguf.errors import FileFormatError
@@ -286,3 +287,104 @@ def test_needs_no_runtime_and_no_torch(tmp_path):
         "assert not {'torch', 'transformers', 'llama_cpp'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_split_file_is_one_file(tmp_path):
+    whole = inspect(_file(tmp_path / "whole.gguf"))
+    for tensors in ([1], [0], [1, 1], [3]):  # a first part without tensors, and a last one
+        folder = tmp_path / "-".join(map(str, tensors))
+        folder.mkdir()
+        first = split(tmp_path / "whole.gguf", folder, tensors)[0]
+        found, header = inspect(first), open_gguf(first)
+        assert (found.parts, whole.parts) == (len(tensors) + 1, 1)
+        assert found.tensors == whole.tensors
+        assert found.weights == whole.weights
+        assert found.block_bpw == whole.block_bpw
+        assert found.bytes == sum(part.stat().st_size for part in folder.iterdir())
+        assert found.bpw == round(8 * found.bytes / found.weights, 4)
+        assert f"{found.bytes:,} bytes in {found.parts} parts, " in _shown(render(found))
+        assert [len(header.data(t).tobytes()) for t in header.tensors] == [36, 32, 10]
+
+
+def test_parts_are_found_beside_the_link_that_was_given(tmp_path):
+    """A download's names are links to files with other names."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "names").mkdir()
+    for index, part in enumerate(split(_file(tmp_path / "whole.gguf"), tmp_path / "blobs", [1])):
+        (tmp_path / "names" / part.name).symlink_to(part.rename(tmp_path / "blobs" / f"{index}abc"))
+    assert inspect(tmp_path / "names" / "part-00001-of-00002.gguf").parts == 2
+
+
+def _missing(parts: list[Path]) -> Path:
+    parts[1].unlink()
+    return parts[0]
+
+
+def _second(parts: list[Path]) -> Path:
+    return parts[1]
+
+
+def _renamed(parts: list[Path]) -> Path:
+    return parts[0].rename(parts[0].with_name("model.gguf"))
+
+
+def _second_renamed(parts: list[Path]) -> Path:
+    return parts[1].rename(parts[1].with_name("model.gguf"))
+
+
+def _truncated(parts: list[Path]) -> Path:
+    parts[2].write_bytes(parts[2].read_bytes()[:-40])
+    return parts[0]
+
+
+def _swapped(parts: list[Path]) -> Path:
+    parts[1].write_bytes(parts[2].read_bytes())
+    return parts[0]
+
+
+def _of_another(parts: list[Path]) -> Path:
+    """The second part of a model with a tensor more."""
+    more = _file(parts[0].with_name("more.gguf"), tensors=[*TENSORS, ("more", (8,), 0, 32)])
+    split(more, parts[0].parent, [1, 2])[0].unlink()
+    split(more.with_name("whole.gguf"), parts[0].parent, [1, 1], "new")[0].rename(parts[0])
+    return parts[0]
+
+
+def _twice(parts: list[Path]) -> Path:
+    """A second part with the first's tensor."""
+    split(parts[0].with_name("whole.gguf"), parts[0].parent, [0, 1], "new")[1].rename(parts[1])
+    return parts[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_missing, r"part 2 of 3 is missing, part-00002-of-00003\.gguf\. All parts must be in one folder"),
+        (_second, r"is part 2 of 3\. Give the first part, part-00001-of-00003\.gguf"),
+        (_renamed, r"must end in -00001-of-00003\.gguf"),
+        (_second_renamed, r"is part 2 of 3\. Give the first part, the one that ends in -00001-of-00003\.gguf"),
+        (_truncated, r"part-00003-of-00003\.gguf is truncated"),
+        (_swapped, r"part-00002-of-00003\.gguf is not part 2 of 3, as its name says"),
+        (_of_another, r"not of one model: they hold 4 tensors, the first announces 3"),
+        (_twice, r"not of one model: tensor 'blk\.0\.ffn_up\.weight' is in two of them"),
+    ],
+)
+def test_parts_that_make_no_file(damage, message, tmp_path):
+    parts = split(_file(tmp_path / "whole.gguf"), tmp_path, [1, 1])
+    with pytest.raises(FileFormatError, match=message) as caught:
+        inspect(damage(parts))
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_among_the_metadata(tmp_path):
+    entries = [
+        *ENTRIES,
+        _entry("a.bools", 9, struct.pack("<IQ???", 7, 3, True, False, True)),
+        _entry("a.numbers", 9, struct.pack("<IQii", 5, 2, -3, 7)),
+    ]
+    file = open_gguf(_file(tmp_path / "m.gguf", entries=entries))
+    assert file.numbers("a.bools") == [True, False, True]
+    assert file.numbers("a.numbers") == [-3, 7]
+    assert file.numbers("tokenizer.ggml.scores") == [0.5]
+    for key in ("tokenizer.ggml.tokens", "general.file_type", "not.there"):
+        assert file.numbers(key) is None
