@@ -65,8 +65,8 @@ def starts_table(measured: Measured) -> str:
 
 def rounding_table(measured: Measured, today: Figures) -> str:
     """Lay the study of rounding out: by type, samples, then divergence on the text that is measured."""
-    heads = ("type", "method", "sequences", "variables", "peak memory",
-             "perplexity", "KL divergence", "perplexity, kept part", "KL divergence, kept part", "made in", "program")  # fmt: skip
+    heads = ("type", "method", "sequences", "variables", "peak memory", "perplexity", "KL divergence",
+             "perplexity, kept part", "KL divergence, kept part", "made in", "program")  # fmt: skip
     types = list(dict.fromkeys(row.type for row, _ in measured))
     ordered = sorted(measured, key=lambda m: (types.index(m[0].type), -(m[0].samples or 0), m[1].kld))
     lines = [heads, ("---", "---", *["---:"] * (len(heads) - 2)), *(_rounding_cells(*m, today) for m in ordered)]
