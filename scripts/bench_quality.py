@@ -65,9 +65,9 @@ SHOWN = {
 """Names that commands have in the report."""
 
 PROGRAMS_SAID = """“Program” is the commit that made and measured a row. Results from before commits were noted
-have ≤ and the commit that brought them: their program is that one or an earlier one. † marks rows whose preset stood for other
-figures than it does today, which are listed below; ? what is not known. Rows of different programs are to be compared
-with care."""
+have ≤ and the commit that brought them: their program is that one or an earlier one.
+† marks rows whose preset stood for other figures than it does today, which are listed below; ? what is not known.
+Rows of different programs are to be compared with care."""
 
 STARTS_SAID = """### What TesseraQ begins at
 
