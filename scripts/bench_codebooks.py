@@ -64,8 +64,7 @@ class Bench:
         rounded = (blocks / scale.clamp_min(1e-30)).round_() * scale.half().float()
         self.embeddings = {name: rounded.flatten(1)}
         head = self.embeddings.get(self.decoder.output_name(), self.decoder.output_weight())
-        norm = self.decoder.final_norm()[1]
-        self._answers = torch.no_grad()(lambda hidden: self.decoder.logits(norm, head, hidden).log_softmax(-1))
+        self._answers = torch.no_grad()(lambda hidden: self.decoder.head.logits(hidden, head).log_softmax(-1))
         self._reference = final_states(self.decoder, self.tokens, embeddings=self.embeddings)
 
     def measure(self, weights: Mapping[str, Tensor], rounding: ActivationRounding | None) -> Figures:

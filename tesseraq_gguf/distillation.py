@@ -154,10 +154,10 @@ class _Student:
         embeddings: Mapping[str, Tensor],
     ) -> None:
         self._decoder, self._blocks, self._autocast, self._kept = decoder, blocks, autocast, kept
-        self._prefix, self._norm = decoder.final_norm()
-        own = decoder.output_weight().to(autocast)
+        self._head = decoder.head
+        self._teachers = decoder.output_weight().to(autocast)
         given = embeddings.get(decoder.output_name())
-        self._head = (self._norm, own, own if given is None else given.to(decoder.device, autocast))
+        self._students = self._teachers if given is None else given.to(decoder.device, autocast)
 
     @torch.no_grad()
     def teach(self, tokens: Tensor) -> tuple[Tensor, BlockInputs]:
@@ -182,10 +182,8 @@ class _Student:
                 hidden[sample] = self._run(block, hidden[sample : sample + 1], recorded, weights, vectors)[0].cpu()
         weights = self._load_final().realise()[1]
         total = 0.0
-        with torch.enable_grad():
-            for h, t in zip(hidden, teacher, strict=True):
-                device = self._decoder.device
-                total += self._decoder.divergence(h.to(device), t.to(device), weights, self._head)[0]
+        for h, t in zip(hidden, teacher, strict=True):
+            total += self._slope(h, t, weights)[0]
         return total / len(hidden)
 
     def step(self, start: Tensor, teacher: Tensor, recorded: BlockInputs, rates: Mapping[str, float]) -> None:
@@ -198,9 +196,7 @@ class _Student:
             with torch.no_grad():
                 hidden = self._run(block, hidden, recorded, *variables.realise())
         final = self._load_final()
-        _, slope, to_norm = self._decoder.divergence(
-            hidden.flatten(0, 1), teacher.flatten(0, 1).to(device), final.realise()[1], self._head
-        )
+        _, slope, to_norm = self._slope(hidden.flatten(0, 1), teacher.flatten(0, 1), final.realise()[1])
         final.descend_vectors(to_norm, rates)
         final.save(self._kept.next(_FINAL))
         gradient = slope.view_as(hidden)
@@ -222,7 +218,14 @@ class _Student:
 
     def final(self) -> LearnedBlock:
         """The final norm now, by checkpoint name."""
-        return self._load_final().tighten(self._prefix)
+        return self._load_final().tighten(self._head.prefix)
+
+    def _slope(
+        self, student: Tensor, teacher: Tensor, norm: Mapping[str, Tensor]
+    ) -> tuple[float, Tensor, dict[str, Tensor]]:
+        """The divergence of final hidden states [positions, hidden], and its gradient (`Head.divergence`)."""
+        device = self._decoder.device
+        return self._head.divergence(student.to(device), teacher.to(device), norm, self._students, self._teachers)
 
     def _run(
         self,
@@ -248,7 +251,7 @@ class _Student:
         return block, variables
 
     def _load_final(self) -> _Variables:
-        variables = _Variables({}, {n: p.detach() for n, p in self._norm.named_parameters()}, self._decoder.device)
+        variables = _Variables({}, {n: p.detach() for n, p in self._head.norm.named_parameters()}, self._decoder.device)
         variables.restore(self._kept.now(_FINAL))
         return variables
 
@@ -359,6 +362,8 @@ class _Variables:
         """Take a step of Adam along the gradients that are there."""
         kinds = {"zero": "zero", "dmin": "scale", "norm": "norm"}
         groups = [{"params": [v], "lr": rates[kinds.get(key, "scale")]} for (_, key), v in self._variables.items()]
+        if not groups:  # a norm without weights
+            return
         adam = torch.optim.Adam(groups, betas=(0.9, 0.99), eps=1e-10)
         if self._state is not None:
             state = adam.state_dict()

@@ -8,7 +8,6 @@ them. A matrix that is both gets the sum of both, each in units of its mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from tesseraq_gguf.grids import Grid, grid_for, grid_of
 from tesseraq_gguf.methods.gptq import compensate
 from tesseraq_gguf.models.decoder import Decoder
+from tesseraq_gguf.models.head import ANSWERS, Head
 from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.sensitivity import Sensitivity
 
@@ -23,9 +23,6 @@ _CHUNK = 1 << 24
 """Weights rounded at a time."""
 
 _DAMPING = 0.01
-
-_POSITIONS = 256
-"""Positions whose logits are in memory at a time."""
 
 
 @torch.no_grad()
@@ -100,7 +97,7 @@ def embedding_costs(
         bottom: gradient of the answers' log-probability below the first block, of the same shape.
     """
     weight = decoder.matrix(name)
-    x = decoder.final_norm()[1](final.to(decoder.device)).flatten(0, -2)
+    x = decoder.head.fed(final.to(decoder.device).flatten(0, -2))
     importance = torch.zeros(weight.shape[1])
     if name == decoder.output_name():
         importance += _of_mean_one(x.square().mean(0).cpu())
@@ -112,7 +109,7 @@ def embedding_costs(
         rounded = _nearest(weight, grid_of(type), importance)
         cost = 0.0
         if name == decoder.output_name():
-            cost += 0.5 * float(_move_of_answers(weight, rounded, x, decoder.config).mean())
+            cost += 0.5 * float(_move_of_answers(weight, rounded, x, decoder.head).mean())
         if before is not None:
             moved = decoder.stem(tokens, {name: rounded})[0] - before
             cost += 0.5 * float((moved * bottom).sum(-1).square().mean())
@@ -129,16 +126,12 @@ def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
     return torch.cat([grid.dequantize(grid.quantize(part, importance)) for part in weight.split(rows)])
 
 
-def _move_of_answers(weight: Tensor, rounded: Tensor, x: Tensor, config: Any) -> Tensor:
+def _move_of_answers(weight: Tensor, rounded: Tensor, x: Tensor, head: Head) -> Tensor:
     """Variance of the logits' move under the answers' distribution, [positions], x [positions, hidden]."""
-    cap = getattr(config, "final_logit_softcapping", None)
     found = []
-    for part in x.split(_POSITIONS):
-        logits = part @ weight.T.to(part.device)
+    for part in x.split(ANSWERS):
         move = part @ (rounded - weight).T.to(part.device)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
-            move *= 1 - (logits / cap) ** 2
+        logits, move = head.move(part @ weight.T.to(part.device), move)
         p = logits.softmax(-1)
         mean = (p * move).sum(-1)
         found.append((p * move.square()).sum(-1) - mean.square())

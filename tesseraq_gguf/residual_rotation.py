@@ -39,7 +39,6 @@ _TOLERANCE = 1e-3
 _TOKENS = 32
 """Random tokens that blocks are tried on."""
 
-_OUTPUT = "lm_head.weight"
 _INDEX = "model.safetensors.index.json"
 
 
@@ -153,23 +152,24 @@ def rotated_parameters(
 
 def _outside(decoder: Decoder, q: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """What stands before and after the blocks, rotated, by stored name."""
-    embedding = decoder.embedding_name()
-    prefix, norm = decoder.final_norm()
+    embedding, head = decoder.embedding_name(), decoder.head
     plain = decoder.matrix(embedding)
     hidden = decoder.stem(tokens, {embedding: plain})[0].to(decoder.device)
-    weights = dict(norm.named_parameters())
-    offset = norm_offset(norm, (hidden,), {}) if set(weights) == {"weight"} else None
+    weights = dict(head.norm.named_parameters())
+    offset = norm_offset(head.norm, (hidden,), {}) if set(weights) == {"weight"} else None
     if offset is None:
         raise _CannotRotateError
     rotated = plain.to(q.device) @ q.T
     ones = torch.full_like(weights["weight"], 1 - offset)
     turned = decoder.stem(tokens, {embedding: rotated})[0].to(q.device)
-    normed = [functional_call(norm, {"weight": ones}, (x,)) for x in (hidden, turned)]
-    if not (_same(turned, hidden @ q.T) and _same(normed[1], normed[0] @ q.T)):
+    fed = [head.fed(x.flatten(0, 1), {"weight": ones}) for x in (hidden, turned)]
+    if not (_same(turned, hidden @ q.T) and _same(fed[1], fed[0] @ q.T)):
         raise _CannotRotateError
     output = (decoder.output_weight() * (weights["weight"] + offset)) @ q.T
-    dtype = decoder.weights.dtype(decoder.stored_name(embedding))
-    return _stored(decoder, {embedding: rotated, f"{prefix}weight": ones}) | {_OUTPUT: output.to(dtype)}
+    found = _stored(decoder, {embedding: rotated, f"{head.prefix}weight": ones})
+    if decoder.output_name() == embedding:
+        return found | {decoder.untied_output_name(): output.to(found[decoder.stored_name(embedding)].dtype)}
+    return found | _stored(decoder, {decoder.output_name(): output})
 
 
 def _stored(decoder: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

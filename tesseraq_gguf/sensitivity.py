@@ -93,8 +93,8 @@ def measure_sensitivity(
                     [block.run(h.to(decoder.device), recorded.arguments[index]).cpu() for h in hidden.split(1)]
                 )
             report(index + 1, total)
-        moment = decoder.output_moment(hidden)
-        gradient = decoder.answer_gradient(hidden, torch.Generator().manual_seed(seed))
+        moment = decoder.head.moment(hidden)
+        gradient = decoder.head.answer_gradient(hidden, decoder.output_weight(), torch.Generator().manual_seed(seed))
         weights = []
         for index in reversed(range(len(decoder))):
             weights.append(_weights(gradient))

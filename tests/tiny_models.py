@@ -65,6 +65,14 @@ WIDE_KINDS: dict[str, tuple[str, dict]] = {
     "llama-256": ("Llama", _WIDE),
     "llama-256-bias": ("Llama", _WIDE | {"attention_bias": True, "mlp_bias": True}),
 }
+# heads of other kinds than a matrix that is all there is to logits
+HEAD_KINDS: dict[str, tuple[str, dict]] = {
+    "granite": ("Granite", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}),
+    "cohere": ("Cohere", {"logit_scale": 0.0625}),
+    "phi": ("Phi", {}),
+    "gpt-neox": ("GPTNeoX", {"intermediate_size": 256, "tie_word_embeddings": False}),
+    "gemma2-capped": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "final_logit_softcapping": 2.0}),
+}
 
 
 def experts(kind: str) -> list[tuple[str, str, str]]:
@@ -92,7 +100,9 @@ def tokenizer() -> bytes:
 def save_model(kind: str, folder: Path) -> None:
     import transformers
 
-    architecture, different = (KINDS | WIDE_KINDS)[kind]
+    architecture, different = (KINDS | WIDE_KINDS | HEAD_KINDS)[kind]
+    if kind in HEAD_KINDS:  # logits of small weights hardly vary
+        different = different | {"initializer_range": 0.2}
     name = f"{architecture}TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
     config = getattr(transformers, name)(**(SMALL | different))
     torch.manual_seed(len(kind))
@@ -106,7 +116,7 @@ def save_model(kind: str, folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
-    """Return the tiny model of a kind in KINDS or WIDE_KINDS, made once."""
+    """Return the tiny model of a kind in KINDS, WIDE_KINDS or HEAD_KINDS, made once."""
     made: dict[str, ModelSource] = {}
     pieces = tokenizer()
 

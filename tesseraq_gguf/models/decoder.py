@@ -2,7 +2,7 @@
 
 The model is built on the meta device (no memory). `stem` runs everything before the first block (embedding,
 positions, masks) and keeps what the model hands to each block; `load_block` gives one block its weights from the
-checkpoint; `mean_loss` and `answer_gradient` run final norm and output.
+checkpoint; `head` has final norm and output.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -23,12 +24,11 @@ from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import attention
 from tesseraq_gguf.models.experts import aliases, stack_of, unroll
+from tesseraq_gguf.models.head import Head, check, final_norm_of, output_of
 from tesseraq_gguf.models.source import ModelSource
+from tesseraq_gguf.models.stand_ins import BlockStandIn, replaced
 from tesseraq_gguf.models.weights import Checkpoint, check_weights
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor
-
-_ANSWERS = 256
-"""Positions whose answers, a number for every word of the vocabulary, are in memory at a time."""
 
 _T = TypeVar("_T")
 
@@ -199,26 +199,6 @@ class BlockInputs:
     arguments: list[dict[str, Any]]
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: remembers its keyword arguments, returns the hidden states unchanged."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.arguments: dict[str, Any] = {}
-        # models read such attributes of their blocks while they loop over them
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise ModelError(
-                "this architecture hands positional arguments to its decoder blocks, which is not supported"
-            )
-        self.arguments = kwargs
-        return hidden_states
-
-
 class Decoder:
     """A model whose decoder blocks are visited one after the other.
 
@@ -299,137 +279,71 @@ class Decoder:
         Returns:
             Hidden states float32 [samples, length, hidden], and what each block is handed.
         """
-        recorders = [_Recorder(b) for b in self._blocks]
+        recorders = [BlockStandIn(b) for b in self._blocks]
         base = self._model.base_model
         with (
             self._embedding(embeddings or {}),
-            _replaced(self._model, self._blocks_name, nn.ModuleList(recorders)),
-            _identity_norm(base),
+            replaced(self._model, self._blocks_name, nn.ModuleList(recorders)),
+            replaced(base, self._norm_name, nn.Identity()),
         ):
             outputs = None
             for index, sample in enumerate(tokens.split(1)):
-                hidden = base(input_ids=sample.to(self.device), use_cache=False).last_hidden_state[0]
+                base(input_ids=sample.to(self.device), use_cache=False)
+                hidden = recorders[0].hidden[0]
                 if outputs is None:
                     outputs = empty(torch.Size((len(tokens), *hidden.shape)))
                 outputs[index].copy_(hidden)
         assert outputs is not None, "no tokens"
         return outputs, BlockInputs([r.arguments for r in recorders])
 
-    @torch.no_grad()
+    @cached_property
+    def head(self) -> Head:
+        """What stands behind the blocks; it does not hold the output matrix, which `output_weight` reads.
+
+        Raises:
+            ModelError: its logits are not the model's own, or parameters are missing.
+        """
+        prefix, norm = self.final_norm()
+        name, matrix = output_of(self._model)
+        bias = None if matrix.bias is None else self.matrix(f"{name}.bias").to(self.device)
+        stored = self.stored_name(self.output_name())
+        if self.weights.shape(stored) != matrix.weight.shape:
+            raise ModelError(
+                f"{self.source.name}: {stored} has shape {self.weights.shape(stored)}, "
+                f"config.json implies {tuple(matrix.weight.shape)}"
+            )
+        head = Head(self._model, norm, prefix, bias, self.device)
+        try:
+            check(head, self._model, self._blocks_name, self._norm_name, lambda some: self.weights.rows(stored, some))
+        except ModelError as error:
+            raise ModelError(f"{self.source.name} cannot be learned: {error}") from error
+        return head
+
     def mean_loss(self, hidden: Tensor, tokens: Tensor) -> float:
         """Return the mean cross-entropy in nats per token of final hidden states [samples, length, hidden]."""
-        norm, head = self._head()
-        total = 0.0
-        for h, t in zip(hidden, tokens, strict=True):
-            logits = self.logits(norm, head, h.to(self.device))
-            total += float(nn.functional.cross_entropy(logits[:-1], t[1:].to(self.device), reduction="sum"))
-        return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+        with torch.no_grad():
+            return self.head.mean_loss(hidden, tokens, self.output_weight())
 
     def answers(self) -> Callable[[Tensor], Tensor]:
         """Return a function from final hidden states [positions, hidden] to the log-probabilities of all answers.
 
         Its results are float32 [positions, vocabulary], on the device. It holds the output matrix.
         """
-        norm, head = self._head()
-        return torch.no_grad()(lambda hidden: self.logits(norm, head, hidden.to(self.device)).log_softmax(-1))
-
-    def answer_gradient(self, hidden: Tensor, generator: torch.Generator) -> Tensor:
-        """Gradient of the log-probability of answers drawn from the model itself.
-
-        Args:
-            hidden: final hidden states, float32 [samples, length, hidden].
-            generator: draws one answer per position.
-
-        Returns:
-            The gradient with respect to `hidden`, of the same shape, on the CPU.
-        """
-        norm, head = self._head()
-        gradients = []
-        for h in hidden:
-            h = h.to(self.device).requires_grad_()
-            logits = self.logits(norm, head, h)
-            uniform = torch.rand(len(h), 1, generator=generator).to(self.device)
-            drawn = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), uniform).clamp_max(logits.shape[-1] - 1)
-            score = logits.log_softmax(-1).gather(1, drawn).sum()
-            gradients.append(torch.autograd.grad(score, h)[0].cpu())
-        return torch.stack(gradients)
-
-    @torch.no_grad()
-    def output_moment(self, hidden: Tensor) -> Tensor:
-        """Mean x·xᵀ, float32 [hidden, hidden], of what the output matrix is fed.
-
-        Args:
-            hidden: final hidden states, before the final norm, float32 [samples, length, hidden].
-        """
-        norm = self.final_norm()[1]
-        moment = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=self.device)
-        for h in hidden:
-            x = norm(h.to(self.device)).float()
-            moment.addmm_(x.T, x)
-        return moment / (hidden.shape[0] * hidden.shape[1])
+        head, weight = self.head, self.output_weight()
+        return torch.no_grad()(lambda hidden: head.logits(hidden.to(self.device), weight).log_softmax(-1))
 
     def final_norm(self) -> tuple[str, nn.Module]:
-        """Return the final norm, with its weights, and the checkpoint prefix of its parameters with its final dot."""
-        name, norm = _final_norm(self._model.base_model)
-        norm, prefix = copy.deepcopy(norm), f"{self._base_prefix()}{name}."
+        """Return checkpoint prefix and a copy of the final norm, with its weights, frozen."""
+        prefix = f"{self._base_prefix()}{self._norm_name}."
+        norm = copy.deepcopy(self._model.base_model.get_submodule(self._norm_name))
         self._fill(norm, prefix)
         return prefix, norm.to(self.device).requires_grad_(False)
 
-    def divergence(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        norm_weights: Mapping[str, Tensor],
-        head: tuple[nn.Module, Tensor, Tensor],
-    ) -> tuple[float, Tensor, dict[str, Tensor]]:
-        """Kullback-Leibler divergence of answers, KL(teacher || student), with its gradient.
-
-        Args:
-            student: final hidden states [positions, hidden].
-            teacher: those of the teacher, of the same shape.
-            norm_weights: the student's parameters of the final norm, by name within it.
-            head: the final norm, the teacher's output matrix and the student's, both [vocabulary, hidden].
-
-        Returns:
-            The mean over positions in nats, its gradient with respect to `student`, and with respect to the norm.
-        """
-        norm, teachers, students = head
-        total, gradients = 0.0, []
-        weights = {name: w.detach().requires_grad_() for name, w in norm_weights.items()}
-        to_norm = {name: torch.zeros_like(w) for name, w in weights.items()}
-        for s, t in zip(student.split(_ANSWERS), teacher.split(_ANSWERS), strict=True):
-            s = s.detach().requires_grad_()
-            normed = functional_call(norm, weights, (s,))
-            with torch.no_grad():
-                wanted = self._capped(norm(t), teachers).log_softmax(-1)
-                logits = self._capped(normed, students)
-                got = logits.log_softmax(-1)
-                probability = wanted.exp()
-                total += float((probability * (wanted - got)).sum())
-                slope = got.exp_().sub_(probability)
-                if cap := self._soft_cap():
-                    slope *= 1 - (logits / cap) ** 2
-                back = (slope.to(students.dtype) @ students).float() / len(student)
-            found = torch.autograd.grad(normed, [s, *weights.values()], back.to(normed.dtype))
-            gradients.append(found[0])
-            for name, g in zip(weights, found[1:], strict=True):
-                to_norm[name] += g
-        return total / len(student), torch.cat(gradients), to_norm
-
-    def _soft_cap(self) -> float | None:
-        return getattr(self.config, "final_logit_softcapping", None)
-
-    def _capped(self, normed: Tensor, head: Tensor) -> Tensor:
-        logits = (normed.to(head.dtype) @ head.T).float()
-        cap = self._soft_cap()
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    def _head(self) -> tuple[nn.Module, Tensor]:
-        return self.final_norm()[1], self.output_weight()
-
-    def logits(self, norm: nn.Module, head: Tensor, hidden: Tensor) -> Tensor:
-        """Logits float32 [positions, vocabulary] of final hidden states, with a final norm and an output matrix."""
-        return self._capped(norm(hidden), head)
+    @cached_property
+    def _norm_name(self) -> str:
+        """Name of the final norm within the base model."""
+        self._move_buffers()
+        return final_norm_of(self._model, self._blocks_name, self.device)
 
     def embedding_name(self) -> str:
         """Return the checkpoint name of the token embedding."""
@@ -437,8 +351,20 @@ class Decoder:
         return next(f"{n}.weight" for n, m in self._model.named_modules() if m is embedding)
 
     def output_name(self) -> str:
-        """Return the checkpoint name of the output matrix: the embedding's where they are tied."""
-        return "lm_head.weight" if "lm_head.weight" in self.weights else self.embedding_name()
+        """Return what the weight files call the output matrix: the embedding's name where they are tied.
+
+        Raises:
+            ModelError: it is neither there nor tied.
+        """
+        own = self.untied_output_name()
+        tied = self._model.all_tied_weights_keys.get(own)
+        if self._find(own) is None and tied is not None:
+            return str(tied)
+        return self.stored_name(own)
+
+    def untied_output_name(self) -> str:
+        """Return what transformers calls an output matrix that is not the embedding."""
+        return f"{output_of(self._model)[0]}.weight"
 
     def stored_name(self, name: str) -> str:
         """Return what the weight files call a parameter.
@@ -446,9 +372,7 @@ class Decoder:
         Raises:
             ModelError: they have none of that name.
         """
-        base = self._base_prefix()
-        called = [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
-        stored = next((n for n in called if n in self.weights), None)
+        stored = self._find(name)
         if stored is None:
             raise ModelError(f"{self.source.name}: the weight files have no tensor {name}")
         return stored
@@ -462,11 +386,32 @@ class Decoder:
         Raises:
             ModelError: the model's files lack one, or it holds numbers that are not finite; the message names it.
         """
-        tied = self.output_name() == self.embedding_name() and self.config.tie_word_embeddings
-        names = [n for n, _ in self._model.named_parameters() if not (tied and n == "lm_head.weight")]
+        tied = self._model.all_tied_weights_keys
+        names = [n for n, _ in self._model.named_parameters() if n not in tied or self._find(n)]
         for index, block in enumerate(self._blocks):  # with what is a buffer there and stored nevertheless
             names += [self.block_prefix(index) + name for name in block.state_dict()]
         check_weights(self.weights, [self.stored_name(name) for name in names], report)
+
+    def _find(self, name: str) -> str | None:
+        """What the weight files call a parameter; None if they have none of that name."""
+        base = self._base_prefix()
+        called = [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
+        return next((n for n in called if n in self.weights), self._renamed.get(name))
+
+    @cached_property
+    def _renamed(self) -> dict[str, str]:
+        """What the weight files call parameters that transformers renames when it loads them, by its own names."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        renamings = [r for r in get_model_conversion_mapping(self._model) if isinstance(r, WeightRenaming)]
+        found = {}
+        for stored in self.weights:
+            name = stored
+            for renaming in renamings:
+                name = renaming.rename_source_key(name)[0]
+            found[name] = stored
+        return found
 
     def matrix(self, name: str) -> Tensor:
         """Read one matrix by its checkpoint name, float32 on the CPU."""
@@ -500,13 +445,12 @@ class Decoder:
     @contextmanager
     def _embedding(self, replaced: Mapping[str, Tensor]) -> Iterator[None]:
         """Give the modules that the stem needs their weights, in the dtype of the file, for a while."""
-        norm = _final_norm(self._model.base_model)[0]
         outside = [
             (name, module)
             for name, module in self._model.base_model.named_modules()
             if any(p.is_meta for p in module.parameters(recurse=False))
             and not f"{self._base_prefix()}{name}".startswith(self._blocks_name)
-            and name != norm
+            and name != self._norm_name
         ]
         empty = [(module, n, p) for _, module in outside for n, p in module.named_parameters(recurse=False)]
         for name, module in outside:
@@ -564,29 +508,3 @@ def _find_blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
     raise ModelError(
         f"{type(model).__name__}: no list of {count} decoder blocks with linear layers found in this architecture"
     )
-
-
-def _final_norm(base: nn.Module) -> tuple[str, nn.Module]:
-    for name in ("norm", "final_layernorm", "ln_f", "final_layer_norm"):
-        if isinstance(getattr(base, name, None), nn.Module):
-            return name, getattr(base, name)
-    raise ModelError(f"{type(base).__name__}: the final norm of this architecture was not found")
-
-
-@contextmanager
-def _identity_norm(base: nn.Module) -> Iterator[None]:
-    name, _ = _final_norm(base)
-    with _replaced(base, name, nn.Identity()):
-        yield
-
-
-@contextmanager
-def _replaced(root: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
-    parent_name, _, leaf = name.rpartition(".")
-    parent = root.get_submodule(parent_name)
-    original = getattr(parent, leaf)
-    setattr(parent, leaf, replacement)
-    try:
-        yield
-    finally:
-        setattr(parent, leaf, original)

@@ -304,11 +304,9 @@ def save_weights(model: Any, folder: Path) -> None:
     """Write the weights of a transformers model as one safetensors file: matrices in float16 where that holds them."""
     import torch
 
-    tied = {p.data_ptr() for p in [model.get_input_embeddings().weight]} if model.config.tie_word_embeddings else set()
-    output = model.get_output_embeddings()
-    weights = {}
+    embedding, weights = model.get_input_embeddings().weight.data_ptr(), {}
     for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() in tied and output is not None and name.startswith("lm_head"):
+        if name in model.all_tied_weights_keys and tensor.data_ptr() == embedding:
             continue
         half = tensor.to(torch.float16)
         exact_enough = tensor.dim() >= 2 and bool(torch.isfinite(half).all())

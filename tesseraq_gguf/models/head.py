@@ -1,0 +1,329 @@
+"""What stands behind the blocks: the final norm, the output matrix, and what a model makes of their product.
+
+    logits = finish(W·enter(norm(h)))
+
+No architecture is known by name. The norm is the module that runs after the last block, W is what transformers calls
+the output embeddings, and the rest (biases, scales, caps) is done by the model's own `forward`, in which the base model
+and the output matrix are stand-ins. `check` compares the whole with that `forward` left as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.models.stand_ins import BlockStandIn, placeholders, put, replaced
+
+ANSWERS = 256
+"""Positions whose answers, a number for every word of the vocabulary, are in memory at a time."""
+
+_ROWS = 64
+"""Rows of the output matrix that a head is checked with."""
+
+_TOLERANCE = 1e-6
+"""Normalised squared error of logits that float32 arithmetic may make."""
+
+Multiply = Callable[[Tensor], Tensor]
+"""What an output matrix does: from [..., hidden] to [..., vocabulary]."""
+
+
+class Head:
+    """A model's final norm and what it does to the products of its output matrix, which is not held here.
+
+    Args:
+        model: the transformers model; its parameters may be on the meta device.
+        norm: the final norm, with its weights.
+        prefix: checkpoint prefix of the norm's parameters, with its final dot.
+        bias: of the output matrix, float32 [vocabulary] on the device.
+        device: of all of it, and of what it is given.
+    """
+
+    def __init__(self, model: Any, norm: nn.Module, prefix: str, bias: Tensor | None, device: torch.device) -> None:
+        self.norm, self.prefix, self.bias, self.device = norm, prefix, bias, device
+        self._base, self._matrix, self._name = _Given(), _Multiplied(), type(model).__name__
+        with replaced(model, model.base_model_prefix, nn.Identity()):
+            self._shell = copy.deepcopy(model)
+        put(self._shell, model.base_model_prefix, self._base)
+        put(self._shell, output_of(model)[0], self._matrix)
+
+    def fed(self, hidden: Tensor, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the output matrix multiplies, float32 [positions, hidden].
+
+        Args:
+            hidden: final hidden states, float32 [positions, hidden] on the device.
+            vectors: parameters of the final norm to use in place of its own, by name within it.
+        """
+        seen: list[Tensor] = []
+
+        def see(x: Tensor) -> Tensor:
+            seen.append(x[0])
+            return x
+
+        self._forward(self._normed(hidden, vectors), see)
+        return seen[0].float()
+
+    def finish(self, products: Tensor) -> Tensor:
+        """Logits of products of the output matrix, both float32 [positions, vocabulary], element by element."""
+        states = products.new_zeros(len(products), 1)
+        return self._forward(states, lambda _: self._biased(products)[None])
+
+    def logits(self, hidden: Tensor, weight: Tensor, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits float32 [positions, vocabulary], differentiable.
+
+        Args:
+            hidden: final hidden states, float32 [positions, hidden] on the device.
+            weight: an output matrix [vocabulary, hidden]; products are made in its dtype.
+            vectors: parameters of the final norm to use in place of its own, by name within it.
+        """
+        return self._forward(
+            self._normed(hidden, vectors), lambda x: self._biased((x.to(weight.dtype) @ weight.T).float())
+        )
+
+    def mean_loss(self, hidden: Tensor, tokens: Tensor, weight: Tensor) -> float:
+        """Return the mean cross-entropy in nats per token.
+
+        Args:
+            hidden: final hidden states, float32 [samples, length, hidden].
+            tokens: int64 [samples, length].
+            weight: the output matrix [vocabulary, hidden] on the device.
+        """
+        total = 0.0
+        for h, t in zip(hidden, tokens, strict=True):
+            logits = self.logits(h.to(self.device), weight)
+            total += float(nn.functional.cross_entropy(logits[:-1], t[1:].to(self.device), reduction="sum"))
+        return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    def answer_gradient(self, hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient of the log-probability of answers drawn from the model itself.
+
+        Args:
+            hidden: final hidden states, float32 [samples, length, hidden].
+            weight: the output matrix [vocabulary, hidden] on the device.
+            generator: draws one answer per position.
+
+        Returns:
+            The gradient with respect to `hidden`, of the same shape, on the CPU.
+        """
+        gradients = []
+        for h in hidden:
+            h = h.to(self.device).requires_grad_()
+            logits = self.logits(h, weight)
+            uniform = torch.rand(len(h), 1, generator=generator).to(self.device)
+            drawn = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), uniform).clamp_max(logits.shape[-1] - 1)
+            score = logits.log_softmax(-1).gather(1, drawn).sum()
+            gradients.append(torch.autograd.grad(score, h)[0].cpu())
+        return torch.stack(gradients)
+
+    @torch.no_grad()
+    def moment(self, hidden: Tensor) -> Tensor:
+        """Mean x·xᵀ, float32 [hidden, hidden], of what the output matrix is fed.
+
+        Args:
+            hidden: final hidden states, float32 [samples, length, hidden].
+        """
+        moment = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=self.device)
+        for h in hidden:
+            x = self.fed(h.to(self.device))
+            moment.addmm_(x.T, x)
+        return moment / (hidden.shape[0] * hidden.shape[1])
+
+    def divergence(
+        self, student: Tensor, teacher: Tensor, vectors: Mapping[str, Tensor], students: Tensor, teachers: Tensor
+    ) -> tuple[float, Tensor, dict[str, Tensor]]:
+        """Kullback-Leibler divergence of answers, KL(teacher || student), with its gradient.
+
+        Args:
+            student: final hidden states [positions, hidden].
+            teacher: those of the teacher, of the same shape.
+            vectors: the student's parameters of the final norm, by name within it.
+            students: the student's output matrix [vocabulary, hidden].
+            teachers: the teacher's.
+
+        Returns:
+            The mean over positions in nats, its gradient with respect to `student`, and with respect to the norm.
+        """
+        total, gradients = 0.0, []
+        weights = {name: w.detach().requires_grad_() for name, w in vectors.items()}
+        to_norm = {name: torch.zeros_like(w) for name, w in weights.items()}
+        for s, t in zip(student.split(ANSWERS), teacher.split(ANSWERS), strict=True):
+            s = s.detach().requires_grad_()
+            with torch.enable_grad():
+                logits = self.logits(s, students, weights)
+            with torch.no_grad():
+                # the slope at the logits is made by hand: as few numbers per word of the vocabulary as possible
+                wanted = self.logits(t, teachers).log_softmax(-1)
+                got = logits.log_softmax(-1)
+                probability = wanted.exp()
+                total += float((probability * (wanted - got)).sum())
+                slope = got.exp_().sub_(probability).div_(len(student))
+                del wanted, probability
+            found = torch.autograd.grad(logits, [s, *weights.values()], slope)
+            gradients.append(found[0])
+            for name, g in zip(weights, found[1:], strict=True):
+                to_norm[name] += g
+        return total / len(student), torch.cat(gradients), to_norm
+
+    def move(self, products: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and by how much they change with the products, to first order; all [positions, vocabulary]."""
+        with torch.enable_grad():
+            products = products.detach().requires_grad_()
+            logits = self.finish(products)
+            slope = torch.autograd.grad(logits.sum(), products)[0]
+        return logits.detach(), slope.mul_(change)
+
+    def _normed(self, hidden: Tensor, vectors: Mapping[str, Tensor] | None) -> Tensor:
+        return functional_call(self.norm, dict(vectors), (hidden,)) if vectors else self.norm(hidden)
+
+    def _biased(self, products: Tensor) -> Tensor:
+        return products if self.bias is None else products + self.bias
+
+    def _forward(self, states: Tensor, multiply: Multiply) -> Tensor:
+        """Logits [positions, ...] that the model makes of what its base model gives, [positions, hidden]."""
+        self._base.states, self._matrix.multiply = states[None], multiply
+        try:
+            return self._shell(input_ids=states.new_zeros(1, len(states), dtype=torch.int64), use_cache=False).logits[0]
+        except ModelError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            reason = str(error).strip().split("\n")[0]
+            raise ModelError(f"what {self._name} makes of its output matrix cannot be asked: {reason}") from error
+        finally:
+            self._base.states, self._matrix.multiply = None, None
+
+
+class _Output:
+    """What a base model gives, by name or by place; whatever else it may give is None."""
+
+    def __init__(self, states: Tensor | None) -> None:
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, place: int | slice) -> Any:
+        return (self.last_hidden_state,)[place]
+
+
+class _Given(nn.Module):
+    """Stands in for the base model: gives states."""
+
+    states: Tensor | None = None
+
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return _Output(self.states)
+
+
+class _Multiplied(nn.Module):
+    """Stands in for the output matrix: multiplies as it is told."""
+
+    multiply: Multiply | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.multiply
+        return self.multiply(x)
+
+
+def output_of(model: Any) -> tuple[str, nn.Linear]:
+    """Return what transformers calls the output embeddings, with their name in the model.
+
+    Raises:
+        ModelError: it has none, or they are not a plain matrix.
+    """
+    matrix = model.get_output_embeddings()
+    name = next((n for n, module in model.named_modules() if module is matrix), None)
+    if matrix is None or name is None or type(matrix) is not nn.Linear:
+        raise ModelError(f"{type(model).__name__}: the output matrix of this architecture was not found")
+    return name, matrix
+
+
+def final_norm_of(model: Any, blocks_name: str, device: torch.device) -> str:
+    """Return the name, within the base model, of the one module that runs after the last block.
+
+    Args:
+        model: the transformers model; parameters may be on the meta device, buffers are on `device`.
+        blocks_name: of the list of blocks, in the model.
+        device: where to run.
+
+    Raises:
+        ModelError: there is none, or there are others.
+    """
+    base, blocks = model.base_model, model.get_submodule(blocks_name)
+    inside = {id(m) for m in blocks.modules()}
+    leaves = {n: m for n, m in base.named_modules() if not any(True for _ in m.children()) and id(m) not in inside}
+    stand_ins = nn.ModuleList(BlockStandIn(block) for block in blocks)
+    called: list[str | None] = []
+    handles = [m.register_forward_hook(lambda *_, name=n: called.append(name)) for n, m in leaves.items()]  # type: ignore[misc]
+    stand_ins[-1].register_forward_hook(lambda *_: called.append(None))
+    try:
+        with torch.no_grad(), replaced(model, blocks_name, stand_ins), placeholders(base, device):
+            base(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    behind = list(dict.fromkeys(called[called.index(None) + 1 :]))
+    if len(behind) != 1 or behind[0] is None:
+        said = f"it runs {', '.join(map(str, behind))}" if behind else "nothing runs"
+        raise ModelError(f"{type(model).__name__}: after the last block {said}, where one norm is expected")
+    return behind[0]
+
+
+def check(head: Head, model: Any, blocks_name: str, norm_name: str, read: Callable[[Tensor], Tensor]) -> None:
+    """Compare logits of random hidden states with those that the model's own `forward` makes of them.
+
+    Args:
+        head: of the model.
+        model: the transformers model; parameters may be on the meta device, buffers are on the head's device.
+        blocks_name: of the list of blocks, in the model.
+        norm_name: of the final norm, in the base model.
+        read: gives rows of the output matrix, float32 [rows, hidden], by their numbers.
+
+    Raises:
+        ModelError: they differ, or a logit is not a function of the product of one row.
+    """
+    words = output_of(model)[1].out_features
+    some = torch.linspace(0, words - 1, min(_ROWS, words)).long()
+    rows = read(some).to(head.device)
+    small = Head(model, head.norm, "", None if head.bias is None else head.bias[some], head.device)
+    random = torch.Generator().manual_seed(0)
+    states = torch.randn(4, rows.shape[1], generator=random).to(head.device)
+    with torch.no_grad():
+        got, expected = small.logits(states, rows), _own_logits(small, model, blocks_name, norm_name, rows, states)
+    if not _same(got, expected):
+        raise ModelError(f"the logits of {type(model).__name__} are not what its norm and output matrix make of states")
+    products, weights = (states @ rows.T).requires_grad_(), torch.randn(got.shape, generator=random).to(head.device)
+    with torch.enable_grad():
+        slope = torch.autograd.grad((small.finish(products) * weights).sum(), products)[0]
+    whole = head.finish(torch.zeros(1, words, device=head.device)).shape[1]
+    if whole != words or not _same(small.move(products, weights)[1], slope):
+        raise ModelError(f"the logits of {type(model).__name__} are not one for each row of its output matrix")
+
+
+def _own_logits(head: Head, model: Any, blocks_name: str, norm_name: str, rows: Tensor, states: Tensor) -> Tensor:
+    """Logits [positions, rows] of final hidden states [positions, hidden], by the model's own `forward`."""
+    name, own = output_of(model)
+    matrix = nn.Linear(own.in_features, len(rows), device="meta")
+    matrix.weight = nn.Parameter(rows)
+    matrix.register_parameter("bias", None if head.bias is None else nn.Parameter(head.bias))
+    stand_ins = nn.ModuleList(BlockStandIn(block, states[None]) for block in model.get_submodule(blocks_name))
+    tokens = torch.zeros(1, len(states), dtype=torch.int64, device=head.device)
+    with (
+        replaced(model, blocks_name, stand_ins),
+        replaced(model, name, matrix),
+        replaced(model.base_model, norm_name, head.norm),
+        placeholders(model, head.device),
+    ):
+        return model(input_ids=tokens, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    off = (got - expected).square().sum() if got.shape == expected.shape else torch.tensor(torch.inf)
+    return bool(off <= _TOLERANCE * expected.square().sum())
