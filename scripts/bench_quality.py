@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from bench import report
 from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
 from bench.plot import WIDEST, plot
-from bench.results import Result, Results, result_key
+from bench.results import Result, Results, figures_of, program, result_key
 from bench.rows import ACTIVATIONS, AUTOROUND, LLAMA_CPP, OURS, PTQ161, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
 from bench.variables import learned_at_once
 
@@ -62,6 +63,11 @@ SHOWN = {
     **{f"width_{n}th": f"width/{n}" for n in RANKS},
 }
 """Names that commands have in the report."""
+
+PROGRAMS_SAID = """“Program” is the commit that made and measured a row. Results from before commits were noted
+have ≤ and the commit that brought them: their program is that one or an earlier one.
+† marks rows whose preset stood for other figures than it does today, which are listed below; ? what is not known.
+Rows of different programs are to be compared with care."""
 
 STARTS_SAID = """### What TesseraQ begins at
 
@@ -176,6 +182,9 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         variables=learned_at_once(row, [(t.shape[1], t.shape[0]) for t in matrices if t.name.startswith("blk.0.")]),
         kept=found[1] if row.study == ROUNDING else None,
         gpu=next((gpu.name for gpu in find_gpus() if torch.cuda.is_available() and row.family == OURS), None),
+        commit=program(ROOT),
+        date=time.strftime("%Y-%m-%d"),
+        figures=figures_of(row, {"preset": options.preset}),
     )
     agreement = f"divergence {kld:.5f}, same token {100 * top1:.2f} %"
     _say(f"{row.name}: perplexity {perplexity:.4f}, {agreement}, {spent[0]:.0f} s")
@@ -203,6 +212,7 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
         [m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING, PTQ161, ACTIVATIONS)
     )
     plot(measured, drawing)
+    today = {name: asdict(preset) for name, preset in PRESETS.items()}
     shown = SHOWN | {
         "calibration": options.calibration.name,
         "preset": options.preset,
@@ -220,13 +230,22 @@ def write_report(measured: report.Measured, options: Options, docs: Path) -> Non
             "Rows of Gemma-3-270M have 640 weights, no multiple of 256, and llama.cpp takes other types for such rows. "
             "“Padded” rows were measured on a model with rows of 768 that computes the same function "
             "(`scripts/pad_gemma.py`); bits per weight do not count the padding.",
-            report.table(measured),
-            report.notes(measured),
+            PROGRAMS_SAID,
+            report.table(measured, today),
+            report.notes(measured, today),
             STARTS_SAID,
             report.starts_table(measured),
-            *([ROUNDING_SAID, report.rounding_table(rounding)] if rounding else []),
-            *([PTQ161_SAID, report.table(ptq161)] if ptq161 else []),
-            *([ACTIVATIONS_SAID, report.table(activations)] if activations else []),
+            *(
+                [ROUNDING_SAID, report.rounding_table(rounding, today), report.figure_notes(rounding, today)]
+                if rounding
+                else []
+            ),
+            *([PTQ161_SAID, report.table(ptq161, today), report.figure_notes(ptq161, today)] if ptq161 else []),
+            *(
+                [ACTIVATIONS_SAID, report.table(activations, today), report.figure_notes(activations, today)]
+                if activations
+                else []
+            ),
             f"![divergence and perplexity against bits per weight]({drawing.name})",
             f"A line goes through the best file of each size, up to {WIDEST:g} bits per weight; the others are faint. "
             "The best may have had more text or a last pass: the table says which it is.",

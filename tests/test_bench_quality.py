@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def a_result(**different: object):
 
     values = {
         "key": "k", "bits": 2.625, "types": {"q2_k": 126}, "embedding": "q8_0", "perplexity": 20.126,
-        "perplexity_error": 0.5, "kld": 0.4321, "top1": 0.655, "seconds": 30.0, "cpu_seconds": 300.0,
+        "perplexity_error": 0.5, "kld": 0.4321, "top1": 0.655, "seconds": 30.0, "cpu_seconds": 300.0, "figures": {},
     }  # fmt: skip
     return Result(**(values | different))
 
@@ -102,7 +103,7 @@ def test_table_orders_by_family_size_and_divergence() -> None:
         (a_row("ours-tsq2-gptq"), a_result(bits=2.25, kld=0.5)),
         (a_row("reference"), a_result(bits=16.0)),
     ]
-    lines = table(measured).splitlines()
+    lines = table(measured, {}).splitlines()
     assert [line.split(" | ")[:3] for line in lines[2:]] == [
         ["| 16 bits", "none", "F16"],
         ["| ours", "GPTQ", "TSQ2"],
@@ -113,7 +114,70 @@ def test_table_orders_by_family_size_and_divergence() -> None:
     ]
     assert "| 2.62 | 20.13 ± 0.50 | 0.4321 | 65.5 % | 30 s (5 min) |" in lines[5]
     assert "| 812346 |" in lines[7]
-    assert {line.count("|") for line in lines} == {9}
+    assert {line.count("|") for line in lines} == {10}
+
+
+TODAY = {"fast": {"samples": 128, "steps": 6}, "balanced": {"samples": 512, "steps": 50}}
+
+
+def test_programs_and_figures_of_other_times_are_marked() -> None:
+    from bench.report import figure_notes, notes, table
+
+    row, other = a_row("ours-tsq2-tesseraq-awq"), a_row("ours-tsq2-tesseraq-gptq")
+    then = {"fast": {"samples": 128, "steps": 12}}
+    measured = [
+        (row, a_result(kld=0.1, commit="1234567", figures={"fast": TODAY["fast"]})),
+        (other, a_result(kld=0.2, commit="1234567-dirty", figures=then)),
+        (row, a_result(kld=0.3, recorded="89abcde", figures=then)),
+        (other, a_result(kld=0.4, recorded="89abcde", figures=None)),
+        (row, a_result(kld=0.5)),
+    ]
+    cells = [line.rsplit(" | ", 1)[1] for line in table(measured, TODAY).splitlines()[2:]]
+    assert cells == ["1234567 |", "1234567-dirty † |", "≤ 89abcde † |", "≤ 89abcde (figures ?) |", "? |"]
+    expected = "- † `fast` had steps 12: ours TesseraQ from GPTQ TSQ2; ours TesseraQ from AWQ TSQ2."
+    assert figure_notes(measured, TODAY) == expected
+    assert notes(measured, TODAY).splitlines()[-1] == expected
+    assert figure_notes(measured[:1], TODAY) == ""
+
+
+def test_results_know_the_program_and_what_its_presets_stand_for(tmp_path: Path) -> None:
+    from bench.results import Results, figures_of, program
+
+    from tesseraq_gguf.recipe import PRESETS
+
+    fast, balanced = (dataclasses.asdict(PRESETS[name]) for name in ("fast", "balanced"))
+    del fast["finish_steps"]  # that row has no last pass
+    assert figures_of(a_row("ours-tsq2-tesseraq-awq"), {"preset": "fast"}) == {"fast": fast}
+    assert figures_of(a_row("ours-tsq2-balanced-awq-distill"), {"preset": "fast"}) == {"balanced": balanced}
+    assert figures_of(a_row("llama-q2_k"), {"preset": "fast"}) == {}
+    assert program(tmp_path) is None
+
+    def git(*words: str) -> None:
+        person = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", "-C", str(tmp_path), *person, *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "x")
+    clean = program(tmp_path)
+    assert clean
+    (tmp_path / "file").write_text("2")
+    assert program(tmp_path) == f"{clean}-dirty"
+    result = a_result(commit=clean, date="2026-01-02", figures={"fast": fast})
+    Results(tmp_path / "results.json").put(a_row(), result)
+    assert Results(tmp_path / "results.json").get(a_row(), "k") == result
+
+
+def test_no_result_on_the_page_is_without_its_program() -> None:
+    from bench.results import Results
+    from bench.rows import all_rows
+
+    rows = {row.name for row in all_rows()}
+    stored = Results(SCRIPTS.parent / "docs" / "quality.json")._read()
+    for name in rows & stored.keys():
+        assert stored[name].commit or stored[name].recorded, name
+        assert stored[name].figures is not None and stored[name].date, name
 
 
 def test_starts_stand_beside_what_is_learned_from_them() -> None:
@@ -142,7 +206,7 @@ def test_notes_tell_of_mixtures() -> None:
     from bench.report import notes
 
     mixed = a_result(types={"q2_k": 100, "q4_k": 26}, embedding="q6_k")
-    said = notes([(a_row("llama-q3_k"), a_result()), (a_row("autoround-q2_k_s"), mixed)])
+    said = notes([(a_row("llama-q3_k"), a_result()), (a_row("autoround-q2_k_s"), mixed)], {})
     assert len(said.splitlines()) == 1
     assert "100 × q2_k, 26 × q4_k; embedding in q6_k" in said
 

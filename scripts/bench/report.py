@@ -12,9 +12,12 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
 Measured = Sequence[tuple[Row, Result]]
 
+Figures = Mapping[str, Mapping[str, float]]
+"""What presets stand for, by their names."""
+
 _COLUMNS = (
-    ("", "method", "type", "bits per weight", "perplexity", "KL divergence", "same top token", "made in"),
-    ("---", "---", "---", "---:", "---:", "---:", "---:", "---:"),
+    ("", "method", "type", "bits per weight", "perplexity", "KL divergence", "same top token", "made in", "program"),
+    ("---", "---", "---", "---:", "---:", "---:", "---:", "---:", "---"),
 )
 STARTS = ("rounding alone", "GPTQ", "AWQ", "OmniQuant", "AWQ+GPTQ")
 """What TesseraQ can begin at, by the names that methods have in the table."""
@@ -37,10 +40,10 @@ def insert(page: str, part: str) -> str:
     return f"{before}{BEGIN}\n{part.strip()}\n{END}{after}"
 
 
-def table(measured: Measured) -> str:
+def table(measured: Measured, today: Figures) -> str:
     """Lay the results out as a Markdown table: by family, then by size, then by divergence."""
     ordered = sorted(measured, key=lambda m: (FAMILIES.index(m[0].family), m[1].bits, m[1].kld))
-    lines = [*_COLUMNS, *(_cells(row, result) for row, result in ordered)]
+    lines = [*_COLUMNS, *(_cells(row, result, today) for row, result in ordered)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -60,17 +63,17 @@ def starts_table(measured: Measured) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def rounding_table(measured: Measured) -> str:
+def rounding_table(measured: Measured, today: Figures) -> str:
     """Lay the study of rounding out: by type, samples, then divergence on the text that is measured."""
-    heads = ("type", "method", "sequences", "variables", "peak memory",
-             "perplexity", "KL divergence", "perplexity, kept part", "KL divergence, kept part", "made in")  # fmt: skip
+    heads = ("type", "method", "sequences", "variables", "peak memory", "perplexity", "KL divergence",
+             "perplexity, kept part", "KL divergence, kept part", "made in", "program")  # fmt: skip
     types = list(dict.fromkeys(row.type for row, _ in measured))
     ordered = sorted(measured, key=lambda m: (types.index(m[0].type), -(m[0].samples or 0), m[1].kld))
-    lines = [heads, ("---", "---", *["---:"] * (len(heads) - 2)), *(_rounding_cells(*m) for m in ordered)]
+    lines = [heads, ("---", "---", *["---:"] * (len(heads) - 2)), *(_rounding_cells(*m, today) for m in ordered)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _rounding_cells(row: Row, result: Result) -> tuple[str, ...]:
+def _rounding_cells(row: Row, result: Result, today: Figures) -> tuple[str, ...]:
     assert result.kept
     rank = f", rank 1/{row.rank} of the width" if row.rank else ""
     return (
@@ -84,11 +87,33 @@ def _rounding_cells(row: Row, result: Result) -> tuple[str, ...]:
         f"{result.kept[0]:.2f} ± {result.kept[1]:.2f}",
         f"{result.kept[2]:.4f}",
         _time(result),
+        _program(result, today),
     )
 
 
-def notes(measured: Measured) -> str:
-    """List what the rows' notes say, and the mixtures of types."""
+def other_figures(result: Result, today: Figures) -> dict[str, dict[str, float]] | None:
+    """Return the figures of a result's presets that are others today, by preset; None if they are not known."""
+    if result.figures is None:
+        return None
+    compared = {
+        preset: {name: value for name, value in figures.items() if today.get(preset, {}).get(name) != value}
+        for preset, figures in result.figures.items()
+    }
+    return {preset: different for preset, different in compared.items() if different}
+
+
+def figure_notes(measured: Measured, today: Figures) -> str:
+    """List figures of presets that were others when rows were made, with the rows."""
+    rows: dict[str, list[str]] = {}
+    for row, result in measured:
+        for preset, figures in (other_figures(result, today) or {}).items():
+            said = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in figures.items())
+            rows.setdefault(f"`{preset}` had {said}", []).append(title(row))
+    return "\n".join(f"- † {said}: {'; '.join(dict.fromkeys(those))}." for said, those in rows.items())
+
+
+def notes(measured: Measured, today: Figures) -> str:
+    """List what the rows' notes say, the mixtures of types, and figures of presets that were others."""
     lines = []
     for row, result in measured:
         parts = [row.note] if row.note else []
@@ -98,7 +123,7 @@ def notes(measured: Measured) -> str:
             parts.append(f"embedding in {result.embedding}")
         if parts:
             lines.append(f"- {title(row)}: {'; '.join(parts)}.")
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, figure_notes(measured, today)]))
 
 
 def commands(measured: Measured, places: Mapping[str, str]) -> str:
@@ -115,7 +140,7 @@ def title(row: Row) -> str:
     return " ".join(part for part in (row.family, row.method if row.method != "none" else "", _type(row)) if part)
 
 
-def _cells(row: Row, result: Result) -> tuple[str, ...]:
+def _cells(row: Row, result: Result, today: Figures) -> tuple[str, ...]:
     return (
         row.family + (" (padded)" if row.padded else ""),
         row.method,
@@ -125,7 +150,14 @@ def _cells(row: Row, result: Result) -> tuple[str, ...]:
         f"{result.kld:.4f}",
         f"{100 * result.top1:.1f} %",
         "" if row.family == REFERENCE else _time(result),
+        _program(result, today),
     )
+
+
+def _program(result: Result, today: Figures) -> str:
+    before = f"≤ {result.recorded}" if result.recorded else "?"
+    other = other_figures(result, today)
+    return (result.commit or before) + (" †" if other else " (figures ?)" if other is None else "")
 
 
 def _perplexity(result: Result) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from filelock import FileLock
 
 from bench.rows import Row
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.recipe import PRESETS
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Result:
         kept: perplexity, its error, divergence and agreement on the kept part of the calibration text, for rows of the
             study of rounding.
         gpu: name of the GPU that the file was learned on; None if there was none. The measurement is the processor's.
+        commit: of the program that made and measured the file, as `git describe` has it; None if that is not known.
+        recorded: the commit that brought the result, where `commit` is not known: the program is no later one.
+        date: on which it was measured, or recorded, as in ISO 8601.
+        figures: of the presets that made it, by their names: samples, steps, rates. None if they are not known.
     """
 
     key: str
@@ -52,6 +59,34 @@ class Result:
     variables: int | None = None
     kept: tuple[float, float, float, float] | None = None
     gpu: str | None = None
+    commit: str | None = None
+    recorded: str | None = None
+    date: str | None = None
+    figures: dict[str, dict[str, float]] | None = None
+
+
+def program(root: Path) -> str | None:
+    """Return what `git describe` calls the tree, with `-dirty` if files were changed; None outside a repository."""
+    described = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or None
+
+
+def figures_of(row: Row, filled: Mapping[str, str]) -> dict[str, dict[str, float]]:
+    """Return what the presets that a row's commands name stand for today; of a last pass only where there is one.
+
+    Args:
+        row: the row.
+        filled: what stands for the names in its commands.
+    """
+    words = [word for command in row.commands for word in command]
+    named = [after for word, after in pairwise(words) if word == "--preset"]
+    figures = {preset: asdict(PRESETS[preset]) for preset in (word.format_map(filled) for word in named)}
+    if "--finish" not in words:
+        for each in figures.values():
+            del each["finish_steps"]
+    return figures
 
 
 def result_key(row: Row, setting: Mapping[str, Any]) -> str:
