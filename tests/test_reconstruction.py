@@ -12,7 +12,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf.activations import ActivationRounding, round_tokens
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.reconstruction import BlockProblem, Reconstruction
+from tesseraq_gguf.reconstruction import BlockProblem, Reconstruction, _mean_loss
 from tesseraq_gguf.schemes import ActivationScheme
 
 CPU = torch.device("cpu")
@@ -150,6 +150,30 @@ def test_one_chain_is_the_model_and_the_other_what_was_learned(scheme, make_mode
             assert result.loss_after == result.loss_before == pytest.approx(expected, rel=1e-4)
             assert (result.resumed, result.rare) == (False, ())
             assert bool(result.ranges) == scheme.static
+
+
+def test_the_other_chain_begins_at_the_embedding_as_it_is_stored(make_model):  # noqa: F811
+    decoder, method = Decoder(make_model("llama"), CPU), Noting()
+    stored = torch.randn(320, decoder.hidden_size, generator=torch.Generator().manual_seed(8))
+    outside = {"model.embed_tokens.weight": stored}
+    sensitivity = [torch.ones(2, decoder.hidden_size)] * 2
+    walk = Reconstruction(decoder, method, types_of(decoder), 0, torch.float32)
+    next(walk.run(TOKENS, sensitivity, lambda _: None, lambda: outside))
+    torch.testing.assert_close(method.inputs[0], stored[TOKENS])
+    hidden, recorded = decoder.stem(TOKENS)
+    assert not torch.allclose(hidden, stored[TOKENS])
+    with torch.no_grad():
+        torch.testing.assert_close(method.targets[0], decoder.load_block(0).run(hidden, recorded.arguments[0]))
+
+
+def test_losses_that_are_told_are_means_over_some_samples(problem):
+    weights = rounded(problem)
+    expected = float(problem.loss(weights, torch.arange(8)))
+    assert _mean_loss(problem, weights) == pytest.approx(expected, rel=1e-5)
+    more = torch.arange(40) % 8
+    problem.inputs, problem.targets = problem.inputs[more], problem.targets[more]
+    expected = float(problem.loss(weights, torch.arange(32)))  # of forty
+    assert _mean_loss(problem, weights) == pytest.approx(expected, rel=1e-5)
 
 
 def test_blocks_that_were_learned_before_are_only_run(make_model):  # noqa: F811

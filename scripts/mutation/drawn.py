@@ -29,7 +29,12 @@ _TESTS = {
     "tesseraq_gguf/grids/superblock.py": ("tests/grids", *_PACKERS, "tests/methods/test_scaled_rounding.py"),
     "tesseraq_gguf/grids": ("tests/grids", *_PACKERS),
     "tesseraq_gguf/methods": ("tests/methods",),
-    "convert/packers": (*_PACKERS, "tests/convert/test_column_orders.py", "tests/grids"),
+    "convert/packers": (
+        *_PACKERS,
+        "tests/convert/test_bcq_codebooks.py",
+        "tests/convert/test_column_orders.py",
+        "tests/grids",
+    ),
 }
 """Tests that should notice mutations of a file, or of the files of a folder, unless the file has tests of its name."""
 

@@ -53,6 +53,14 @@ def test_importance_moves_the_error_away_from_what_matters(grid, weight):
     assert error(grid, weight, weighted, importance) < error(grid, weight, plain, importance)
 
 
+def test_which_grids_are_uneven():
+    assert {name for name, grid in GRIDS.items() if not grid.uniform} == {"bcq4", "bcq4_a4", "ptq1_61"}
+    assert {name for name, grid in GRIDS.items() if grid.ordered} == {"ptq1_61"}
+    assert {name for name, grid in GRIDS.items() if not grid.learns_zero} == {
+        "bcq4", "bcq4_a4", "ptq1_61", "q2_0", "q4_0", "q5_0", "q8_0", "q3_k",
+    }  # fmt: skip
+
+
 def test_values_are_scale_times_level_minus_zero(grid, weight):
     tensor = grid.quantize(weight)
     arrays = parameters(tensor)

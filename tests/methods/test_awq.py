@@ -90,6 +90,47 @@ def test_it_lowers_the_loss_where_channels_are_loud(start, problem_on):
     assert loss_of(scaled, learned) < 0.99 * loss_of(plain, rounded)
 
 
+def test_the_exponent_is_the_one_that_errs_least(problem_on):
+    """Against the paper's losses, on the inputs themselves."""
+    problem, chosen = problem_on("q4_0"), {}
+    fed, modules = {}, problem.block.matrices()
+    problem.observe(6, lambda name, x: fed.setdefault(name, []).append(x[0].double()))
+    x = {name: torch.cat(parts) for name, parts in fed.items()}
+    means = {name: inputs.abs().mean(0) for name, inputs in x.items()}
+    alphas = [i / 10 for i in range(10)]
+    for producer, consumers in {"first": ("v",), "second": ("gate", "up")}.items():
+        losses = []
+        for alpha in alphas:
+            s = means[consumers[0]] ** alpha
+            s = (s / (s.max() * s.min()).sqrt()).float()
+            loss = 0.0
+            for name in consumers:
+                weight = modules[name].weight[:: len(modules[name].weight) // 64]
+                importance = (x[name].square().mean(0) / s**2).float()
+                rounded = problem.grids[name].dequantize(problem.grids[name].quantize(weight * s, importance))
+                loss += float((x[name] @ (rounded / s - weight).double().T).square().sum())
+            losses.append(loss)
+        chosen[producer] = alphas[losses.index(min(losses))]
+    found = AWQ(AsItStarts(Nearest()), points=10, rows=64).scale(problem)
+    assert {name: found[name] for name in chosen} == chosen
+    assert max(chosen.values()) > 0
+
+
+def test_what_it_measures_on_unless_told_otherwise():
+    method = AWQ(AsItStarts(Nearest()))
+    assert (method.points, method.samples, method.rows, method.tokens) == (20, 32, 512, 2048)
+    assert ClipSearch().samples == 128
+
+
+def test_with_rounded_activations_as_many_tokens_are_measured_as_allowed(problem_on):
+    problem = problem_on("tsq4")  # sequences of 32 tokens
+    for tokens, samples, measured in ((100, 32, 96), (1, 32, 32), (1000, 2, 64), (1000, 32, 192)):
+        fed = AWQ(AsItStarts(Nearest()), tokens=tokens, samples=samples)._fed(problem)
+        assert {name: x.shape for name, x in fed.items()} == {
+            name: (measured, module.in_features) for name, module in problem.block.matrices().items()
+        }
+
+
 def test_the_block_computes_what_it_did(problem_on):
     problem = problem_on("q4_0")
     chosen = AWQ(AsItStarts(Nearest()), points=5, rows=64).scale(problem)

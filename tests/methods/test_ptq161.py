@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from problems import loss_of, mlp_problem
@@ -59,6 +61,38 @@ def test_the_papers_loss(both, problem):
     squares = sum((out - y).square().sum(-1).mean() for y in targets)
     cosines = sum(-torch.nn.functional.cosine_similarity(out, y, -1).log().mean() for y in targets)
     torch.testing.assert_close(got, squares + cosines, rtol=1e-4, atol=1e-5)
+
+
+def test_errors_are_weighted_and_divided_by_what_they_are_errors_of(problem):
+    problem.sensitivity = torch.rand(2, 256, generator=torch.Generator().manual_seed(4)) + 0.1
+    weights = {name: problem.grids[name].dequantize(t) for name, t in start_of(problem).items()}
+    samples = torch.tensor([0, 5])
+    with torch.no_grad():
+        out = problem.quantised(problem.inputs[samples], weights)
+        got = Ptq161(both=False).loss(problem, weights, {}, samples)
+        without = Ptq161(both=False, parts="scales").loss(problem, weights, {}, samples)
+    target = problem.targets[samples]
+    root = torch.stack([problem.sensitivity[min(t, 1)] for t in range(target.shape[1])]).sqrt()
+    relative = ((out - target) * root).square().sum() / (target * root).square().sum()
+    cosine = torch.nn.functional.cosine_similarity(out * root, target * root, -1)
+    torch.testing.assert_close(without, relative, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got, relative - cosine.log().mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_rates_grow_with_the_steps_saved_and_fall_as_a_cosine(problem, monkeypatch):
+    taken = []
+
+    class Noting(torch.optim.AdamW):
+        def step(self, *args, **kwargs):
+            taken.append([group["lr"] for group in self.param_groups])
+            assert {group["weight_decay"] for group in self.param_groups} == {0}
+            return super().step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noting)
+    Ptq161(steps=10).learn(problem)
+    falling = [16 * (1 + math.cos(math.pi * step / 10)) / 2 for step in range(10)]  # the root of 2560 / 10
+    assert taken == [pytest.approx([5e-3 * share, 2e-3 * share]) for share in falling]
+    assert (Ptq161().steps, Ptq161().batch, Ptq161().parts) == (2560, 1, "cosine")
 
 
 def test_scales_are_learned_and_nothing_else(problem):

@@ -11,7 +11,7 @@ from problems import as_problem, loss_of, mlp_problem
 
 from tesseraq_gguf.grids import TSQ2, grid_of
 from tesseraq_gguf.grids.tsq import decode_scale, scale_code
-from tesseraq_gguf.methods.gptq import GPTQ, compensate
+from tesseraq_gguf.methods.gptq import GPTQ, _inverse_factor, compensate
 from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, ranked, soft_step
 from tesseraq_gguf.models import Decoder
@@ -144,6 +144,44 @@ def test_gptq_lowers_the_output_error():
     # the codes are the nearest ones of the weights as they were when they were rounded
     a = outcome.tensor.arrays
     assert torch.equal(TSQ2.encode(outcome.weight, a), a["q"])
+
+
+@pytest.mark.parametrize("type", ["tsq2", "q4_0"])
+def test_gptq_is_column_by_column(type):
+    """Against the algorithm as the paper has it: double precision, every later column moved at once."""
+    random = torch.Generator().manual_seed(6)
+    grid, weight = grid_of(type), torch.randn(8, 192, generator=random)
+    x = torch.randn(400, 48, generator=random) @ torch.randn(48, 192, generator=random)
+    moment = x.T @ x / len(x)
+    damped = moment.double() + 0.02 * moment.double().diagonal().mean() * torch.eye(192)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped)).T  # its square is the inverse
+    left = weight.double()
+    codes = []
+    for column in range(192):
+        inside = column % grid.group
+        if inside == 0:
+            columns = slice(column, column + grid.group)
+            arrays = grid.search(left[:, columns].float(), upper.diagonal()[columns].float() ** -2)
+            d, z = grid.scale(arrays)[:, 0].double(), grid.zero(arrays)[:, 0].double()
+        q = (left[:, column] / d + z).round().clamp(0, grid.highest)
+        codes.append(q)
+        error = (left[:, column] - d * (q - z)) / upper[column, column]
+        left[:, column + 1 :] -= error[:, None] * upper[column, column + 1 :]
+    found = compensate(weight, moment, grid, 0.02)
+    same = found.tensor.arrays["q"] == torch.stack(codes, 1)
+    assert float(same.double().mean()) > 0.995
+    off = (found.weight.double() - left).abs()
+    assert float(off.flatten().quantile(0.98)) < 1e-2 * float(weight.std())
+    assert (GPTQ().damping, GPTQ().samples) == (0.01, 128)
+
+
+def test_damping_grows_until_there_is_an_inverse():
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).double()
+    moment = (x.T @ x).float()  # of rank 3
+    factor = _inverse_factor(moment, 0.01)
+    expected = torch.linalg.inv(moment.double() + 0.01 * moment.diagonal().mean() * torch.eye(64))
+    torch.testing.assert_close(factor.double().T @ factor.double(), expected, rtol=1e-2, atol=1e-3)
+    assert torch.isfinite(_inverse_factor(moment - 0.5 * torch.eye(64), 1e-9)).all()
 
 
 def test_gptq_survives_inputs_that_are_always_zero():
