@@ -71,8 +71,8 @@ def write_universal(codebooks: NDArray[np.int8]) -> None:
 _HEADER = """\
 #pragma once
 
-// The universal codebooks of BCQ types, written by scripts/design_codebooks; convert/packers/bcq_codebooks.json holds
-// the same numbers for Python.
+// The universal codebooks of BCQ types, written by scripts/design_codebooks; convert/packers/bcq_codebooks.json holds the same
+// numbers for Python.
 
 #define BCQ_UNIVERSAL_CODEBOOKS \\
 {lines}
