@@ -76,7 +76,7 @@ _HEADER = """\
 
 #define BCQ_UNIVERSAL_CODEBOOKS \\
 {lines}
-"""
+"""  # noqa: E501
 
 
 UNIVERSAL: NDArray[np.int8] = read_codebooks(json.loads(_FILE.read_text(encoding="utf-8")))
