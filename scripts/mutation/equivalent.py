@@ -21,6 +21,10 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "code = (nearest + step).clamp((-1), 255).to(torch.uint8)",
     ): "-1 becomes 255, a scale of 240, which serves no group whose nearest code is 0 better",
     (
+        "tesseraq_gguf/grids/search.py",
+        "scale = torch.where((energy > 0) & (fit * sign >= SMALLEST), fit, scale)",
+    ): "a fit of the smallest scale itself is as good as any beside it",
+    (
         "tesseraq_gguf/distillation.py",
         "rising = max(round(self.steps * self.warm_up), 1)",
     ): "the larger of two is the same in either order",
