@@ -41,6 +41,11 @@ class TensorType:
     fallback: str | None = None
 
     @property
+    def is_float(self) -> bool:
+        """Whether it holds weights as they are: nothing can be learned in it."""
+        return self.block_weights == 1
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits per weight, parameters of the block included."""
         return 8 * self.block_bytes / self.block_weights

@@ -1,8 +1,9 @@
-"""The last step of every conversion: read the file back and compare every learned tensor with the learner's weights."""
+"""The last step of every conversion: read the file back, compare every learned tensor with the learner's weights, and
+the type of every matrix with the one that was decided."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,25 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
             )
         compared += 1
     return compared
+
+
+def verify_types(path: Path, types: Mapping[str, str]) -> None:
+    """Compare the types of a finished file's tensors with what was decided, all of them.
+
+    Args:
+        path: the file.
+        types: by name in the file.
+
+    Raises:
+        VerificationError: a tensor has another type, or is not there; the message names it.
+        FileFormatError: the file cannot be read back at all.
+    """
+    found = {tensor.name: tensor.type for tensor in open_gguf(path).tensors}
+    for name, type in types.items():
+        if name not in found:
+            raise VerificationError(f"{name} was to be {type} and is not in the file. {_REPORT}")
+        if found[name] != type:
+            raise VerificationError(f"{name} is {found[name]} in the file and was to be {type}. {_REPORT}")
 
 
 def own_codebooks(file: GgufFile) -> NDArray[np.int8] | None:

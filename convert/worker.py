@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tesseraq_gguf.converter.column_orders import ORDERED_TYPES, SUFFIX, natural, orders_of, stored_orders
 from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.packers import bcq, packer_of
+from tesseraq_gguf.converter.plain_types import KEPT, fitting_type, is_kept, matrix_of_gguf, smaller_type
 from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
 from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
 from tesseraq_gguf.converter.verify import Expected, own_codebooks, verify
@@ -35,14 +36,6 @@ from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor, load_tensors
 
 Emit = Callable[[dict[str, Any]], None]
-
-_EMBEDDINGS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
-
-# matrices that llama.cpp wants in 32 bits: what its own converter and llama-quantize leave alone
-_KEPT = (
-    "_norm.weight", "ffn_gate_inp", "position_embd", "token_types", "ssm_conv1d", "shortconv.conv", "time_mix_",
-    "altup", "laurel", "per_layer_model_proj", "attn_rel_b", "indexer.proj",
-)  # fmt: skip
 
 _DROPPED = ("general.file_type", "general.quantization_version", "general.quantized_by", "general.alignment")
 _DROPPED_PREFIXES = ("tesseraq.", "quantize.imatrix.", "split.")
@@ -179,6 +172,14 @@ class Converter:
             raise Unplaceable("llama.cpp's converter does not know it")
         return found
 
+    def names_of(self, checkpoint_names: Iterable[str]) -> dict[str, str]:
+        """Return checkpoint names by what the class calls them; those that it does not know are left out."""
+        found = {}
+        for name in checkpoint_names:
+            with contextlib.suppress(Unplaceable):
+                found[self.name(name)] = name
+        return found
+
     def placements(self, family: dict[str, tuple[int, int]]) -> dict[str, list[Placement]]:
         """Find where the rows of a matrix go, or of all experts of a block; shapes and answers by checkpoint name."""
         own = {self.name(name): name for name in family}
@@ -259,7 +260,45 @@ def check(job: dict[str, Any], emit: Emit) -> None:
     plan = Plan(converter, {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()})
     if job["gguf"] is None:
         converter.model.prepare_metadata(vocab_only=False)
-    emit({"event": "done", "dropped": plan.dropped})
+    file = _matrices_of_folder(job, converter, plan) if job["gguf"] is None else _matrices_of_gguf(job, plan)
+    emit({"event": "done", "dropped": plan.dropped, "file": file})
+
+
+def _matrices_of_folder(job: dict[str, Any], namer: Converter, plan: Plan) -> dict[str, dict[str, Any]]:
+    """The matrices that the conversion class makes, by name in the file: `FileMatrix` as JSON. No weights are read."""
+    import gguf
+
+    survey = Converter(job, "bf16").model  # a type that fits any rows: what has another has it by force
+    force, made = survey.tensor_force_quant, {}
+
+    def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
+        forced = force(name, new_name, block, dimensions)
+        made[new_name] = name, not isinstance(forced, bool)
+        return forced
+
+    survey.tensor_force_quant = tensor_force_quant
+    survey.prepare_tensors()
+    ours = namer.names_of(job["matrices"])
+    found = {}
+    for target, info in ((target, info) for part in survey.gguf_writer.tensors for target, info in part.items()):
+        if len(info.shape) > 1 and target in made:
+            name, forced = made[target]
+            names = [name for name, _ in plan.by_target.get(target, ())] or [ours.get(name, name)]
+            type = gguf.GGMLQuantizationType(info.dtype).name.lower()
+            columns, weights = int(info.shape[-1]), int(np.prod(info.shape, dtype=object))
+            insisted = type if forced or type != "bf16" else None
+            found[target] = {"names": names, "columns": columns, "weights": weights, "forced": insisted}
+    return found
+
+
+def _matrices_of_gguf(job: dict[str, Any], plan: Plan) -> dict[str, dict[str, Any]]:
+    """The matrices of the file that a model came as, by name: `FileMatrix` as JSON."""
+    return {
+        tensor.name: matrix_of_gguf(tensor)
+        | {"names": [name for name, _ in plan.by_target.get(tensor.name, ())] or [tensor.name]}
+        for tensor in open_gguf(Path(job["gguf"])).tensors
+        if len(tensor.shape) > 1
+    }
 
 
 def write(job: dict[str, Any], emit: Emit) -> None:
@@ -331,7 +370,6 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
 
     converter = Converter(job, job["type"])
     model = converter.model
-    embedding = gguf.GGMLQuantizationType(tensor_type(job["embedding_type"]).id)
     modify, force = model.modify_tensors, model.tensor_force_quant
     own = {converter.name(name): name for name in plan.by_matrix} if plan else {}
     changed = {converter.name(name): name for name in learned.vectors}
@@ -349,8 +387,8 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
         return []
 
     def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
-        forced = force(name, new_name, block, dimensions)
-        return embedding if forced is False and new_name in _EMBEDDINGS else forced
+        forced, asked = force(name, new_name, block, dimensions), job["types"].get(new_name)
+        return gguf.GGMLQuantizationType(tensor_type(asked).id) if forced is False and asked else forced
 
     model.modify_tensors, model.tensor_force_quant = modify_tensors, tensor_force_quant
     model.prepare_tensors()
@@ -361,7 +399,7 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
         written = [
             (name, gguf.GGMLQuantizationType(info.dtype).name.lower(), int(info.shape[-1]))
             for name, info in model.gguf_writer.tensors[0].items()
-            if len(info.shape) > 1 and name not in plan.by_target and not any(k in name for k in _KEPT)
+            if len(info.shape) > 1 and name not in plan.by_target and not any(k in name for k in KEPT)
         ]
         _note_fallbacks(written, emit)
     model.prepare_metadata(vocab_only=False)
@@ -432,16 +470,12 @@ def _raw_writer(source: GgufFile) -> Any:
 
 
 def _type_in_copy(tensor: TensorInfo, job: dict[str, Any]) -> str:
-    """The type of a tensor that was not learned: its own, unless it is a matrix and a type is asked for."""
-    if len(tensor.shape) < 2 or not tensor.name.endswith(".weight") or any(k in tensor.name for k in _KEPT):
+    """The type of a tensor that was not learned: what is asked for; its own if that is smaller, and nothing asked."""
+    if is_kept(tensor):
         return tensor.type
-    wanted = tensor_type(job["embedding_type"] if tensor.name in _EMBEDDINGS else job["type"])
-    if not wanted.fits(tensor.shape[0]):
-        wanted = tensor_type("f16")
-    if tensor.type in (*ORDERED_TYPES, *bcq.TYPES):  # neither an order of columns nor codebooks are copied
-        return wanted.name
-    keep = job["learned"] and tensor.name not in _EMBEDDINGS and tensor.bits_per_weight <= wanted.bits_per_weight
-    return tensor.type if keep else wanted.name
+    if asked := job["types"].get(tensor.name):
+        return str(asked)
+    return smaller_type(tensor, job["type"]) if job["learned"] else fitting_type(job["type"], tensor.shape[0])
 
 
 def _dequantized(

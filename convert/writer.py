@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from tesseraq_gguf import errors
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES, tensor_type
+from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.errors import ConversionError, TesseraqError, UsageError
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
@@ -91,7 +92,7 @@ def write_gguf(
     out: Path,
     learned: Sequence[Path],
     *,
-    embedding_type: str = "q8_0",
+    types: Mapping[str, str] | None = None,
     fallback_type: str = "q8_0",
     metadata: Metadata | None = None,
     say: Say = lambda _: None,
@@ -100,13 +101,16 @@ def write_gguf(
 ) -> WrittenFile:
     """Write a learned model and verify it: every learned tensor in the file equals the learner's weights, bit for bit.
 
+    Types are verified as well, those of all matrices that `types` names.
+
     Args:
         source: the model the tensors were learned from.
         out: the file to write; an existing GGUF file is replaced in one step.
         learned: files of `save_tensors`, one or more blocks in each.
-        embedding_type: type of embedding and output matrix; f16 where it does not fit their rows.
-        fallback_type: type of block matrices that were not learned; f16 where it does not fit their rows. A model that
-            came as a GGUF file keeps its own type for these where that is smaller.
+        types: types of the file's matrices, by their names there. Those that were not learned must be plain, or be the
+            type that they have in the GGUF file which the model came as.
+        fallback_type: type of matrices that are neither learned nor named; f16 where it does not fit their rows. A
+            model that came as a GGUF file keeps its own type for these where that is smaller.
         metadata: entries to add, such as `tesseraq.method`; ints become uint32. `tesseraq.format_version` and
             `tesseraq.runtime` are there by themselves.
         say: receives a line for each thing the user should know.
@@ -121,11 +125,7 @@ def write_gguf(
     """
     if not learned:
         raise UsageError("nothing was learned: there are no block files to write")
-    job = {
-        "type": stock_type(fallback_type),
-        "embedding_type": stock_type(embedding_type),
-        "learned": [str(f) for f in learned],
-    }
+    job = {"type": stock_type(fallback_type), "types": dict(types or {}), "learned": [str(f) for f in learned]}
     return _write(source, out, job, metadata or {}, say, progress, tree)
 
 
@@ -134,40 +134,71 @@ def write_plain(
     out: Path,
     type: str,
     *,
-    embedding_type: str | None = None,
+    types: Mapping[str, str] | None = None,
     metadata: Metadata | None = None,
     say: Say = lambda _: None,
     progress: Progress = lambda *_: None,
     tree: SourceTree | None = None,
 ) -> WrittenFile:
-    """Write a model with nothing learned and every matrix in one stock type, for reference. Otherwise as `write_gguf`.
+    """Write a model with nothing learned, its matrices in stock types, for reference. Otherwise as `write_gguf`.
 
     Args:
         source: the model.
         out: the file to write.
         type: f32, f16, bf16 or q8_0.
-        embedding_type: type of embedding and output matrix if not the same.
+        types: types of matrices that differ, by their names in the file.
         metadata: entries to add.
         say: receives a line for each thing the user should know.
         progress: receives bytes written and bytes in all.
         tree: the patched llama.cpp, by default the pinned one.
     """
-    job = {"type": stock_type(type), "embedding_type": stock_type(embedding_type or type), "learned": []}
+    job = {"type": stock_type(type), "types": dict(types or {}), "learned": []}
     return _write(source, out, job, metadata or {}, say, progress, tree)
+
+
+@dataclass(frozen=True)
+class FileMatrix:
+    """A matrix that the file will have.
+
+    Attributes:
+        names: checkpoint names of what it is made of: one, or the experts of a stack.
+        columns: length of its rows.
+        weights: its elements.
+        forced: the type that llama.cpp wants it to have, whatever is asked for; None if it can be chosen.
+        own: its type in the GGUF file that the model came as.
+        own_bytes: its size there.
+    """
+
+    names: tuple[str, ...]
+    columns: int
+    weights: int
+    forced: str | None = None
+    own: str | None = None
+    own_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class SourceCheck:
+    """What llama.cpp's converter says of a model.
+
+    Attributes:
+        dropped: matrices that cannot be written as learned, each with the reason.
+        file: the matrices that the file will have, by their names there.
+    """
+
+    dropped: dict[str, str]
+    file: dict[str, FileMatrix]
 
 
 def check_source(
     source: ModelSource, matrices: Mapping[str, tuple[int, int]], *, tree: SourceTree | None = None
-) -> dict[str, str]:
-    """Find out before learning whether a model can be written afterwards.
+) -> SourceCheck:
+    """Find out before learning whether a model can be written afterwards, and what its file will hold.
 
     Args:
         source: the model.
         matrices: shapes [out, in] of the matrices to be learned, by checkpoint name.
         tree: the patched llama.cpp, by default the pinned one.
-
-    Returns:
-        The matrices that cannot be written as learned, each with the reason; leave these out of learning.
 
     Raises:
         ModelError: llama.cpp does not know the architecture or the tokenizer.
@@ -176,7 +207,8 @@ def check_source(
     with tempfile.TemporaryDirectory() as folder:
         job = {"matrices": {name: list(shape) for name, shape in matrices.items()}}
         answer, _ = _run("check", source, Path(folder) / "none.gguf", job, {}, lambda _: None, lambda *_: None, tree)
-    return dict(answer["dropped"])
+    file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}
+    return SourceCheck(dict(answer["dropped"]), file)
 
 
 def stock_type(name: str) -> str:
@@ -211,6 +243,7 @@ def _write(
 
     with temporary_sibling(out) as partial:
         answer, log = _run("write", source, partial, job, metadata, note, progress, tree)
+        verify_types(partial, job["types"])
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         size = partial.stat().st_size

@@ -116,6 +116,9 @@ def costs_of(
     importance = fed.square().mean(0)
     costs = {}
     for type in types:
+        if tensor_type(type).is_float:  # sixteen bits are taken to cost nothing
+            costs[type] = 0.0
+            continue
         grid = grid_for(type, weight.shape[1], granularity)
         order = _order(weight, importance, grid)
         off = torch.empty_like(weight)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -22,40 +22,33 @@ from tesseraq_gguf.codebooks import model_codebooks
 from tesseraq_gguf.converter.column_orders import SUFFIX
 from tesseraq_gguf.converter.packers import bcq
 from tesseraq_gguf.converter.tensor_types import tensor_type
-from tesseraq_gguf.converter.writer import Metadata, check_output, stock_type, write_gguf, write_plain
+from tesseraq_gguf.converter.writer import Metadata, check_output, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.distillation import Distillation
 from tesseraq_gguf.embeddings import dequantized, round_embeddings
 from tesseraq_gguf.errors import TesseraqError, UsageError
-from tesseraq_gguf.grids import GRIDS, Grid, grid_for
+from tesseraq_gguf.grids import grid_for
 from tesseraq_gguf.hidden_states import Place, choose_place
 from tesseraq_gguf.inspection import inspect
-from tesseraq_gguf.methods.awq import AWQ, ClipSearch
-from tesseraq_gguf.methods.flexround import flexround
-from tesseraq_gguf.methods.gptq import GPTQ
-from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
-from tesseraq_gguf.methods.omniquant import OmniQuant
-from tesseraq_gguf.methods.ptq161 import Ptq161
-from tesseraq_gguf.methods.rotated import Rotated
 from tesseraq_gguf.methods.rtn import round_blocks
-from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
-from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
+from tesseraq_gguf.methods.table import method_of
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.experts import expert_of
 from tesseraq_gguf.parallel import Team, joined
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.preprocessing import STEPS, Preprocessing, check_installed
+from tesseraq_gguf.program import learning_program
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 from tesseraq_gguf.rare_experts import RARE
 from tesseraq_gguf.recipe import LEARNED, Recipe
-from tesseraq_gguf.reconstruction import BlockResult, Method, Reconstruction
+from tesseraq_gguf.reconstruction import BlockResult, Reconstruction
 from tesseraq_gguf.residual_rotation import rotated_model
 from tesseraq_gguf.rules import read_rules, rules_of
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
-from tesseraq_gguf.type_plan import TypePlan, plan_types, within_budget
+from tesseraq_gguf.type_plan import TypePlan, check_grid, plan_plain, plan_types, within_budget
 from tesseraq_gguf.work_directory import (
     CARRIED,
     CODEBOOKS,
@@ -70,9 +63,6 @@ from tesseraq_gguf.work_directory import (
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
 
-
-_CLIPPING = 5
-"""Steps in which OmniQuant learns its clipping, for each step of a stage of TesseraQ."""
 
 _TYPES = "types"
 """Name of the note that keeps the chosen types."""
@@ -146,12 +136,9 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     """
     progress = progress or SilentProgress()
     started = time.monotonic()
-    target = tensor_type(recipe.type)
-    for outside in (recipe.embedding_type, recipe.output_type):
-        if outside in GRIDS and GRIDS[outside].ordered:
-            raise UsageError(f"{outside} is for matrices in the blocks: columns of the embedding have no order")
-    if recipe.learns:
-        _check_grid(recipe, grid_for(target.name, target.block_weights, recipe.granularity))
+    for type in recipe.candidates if recipe.budgeted else (recipe.type,):
+        if not tensor_type(type).is_float:
+            check_grid(recipe, grid_for(type, tensor_type(type).block_weights, recipe.granularity))
     check_output(recipe.out)
     source = resolve_model(recipe.model, progress.stage)
     check_output(recipe.out, source)
@@ -159,17 +146,17 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     device = resolve_device(recipe.device)
     decoder = Decoder(source, device)
     if not recipe.learns:
-        progress.stage(f"Writing {recipe.out.name} in {target.name}; nothing is learned")
+        progress.stage(f"Writing {recipe.out.name} in {recipe.type}; nothing is learned")
         write_plain(
             source,
             recipe.out,
-            target.name,
-            embedding_type=stock_type(recipe.embedding_type),
+            recipe.type,
+            types=plan_plain(recipe, source, tree).in_file(),
             say=progress.note,
             progress=progress.advance,
             tree=tree,
         )
-        return _report(recipe, len(decoder), 0, {}, started)
+        return _report(recipe, len(decoder), 0, {}, set(), started)
     with joined(recipe.calibrates) as team:
         return _convert_learned(recipe, source, decoder, team, tree, progress, started)
 
@@ -194,7 +181,8 @@ def _convert_learned(
     for name, reason in plan.fallbacks.items():
         progress.note(f"{name} {reason}")
     autocast = learning_dtype(decoder.device)
-    identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan) | _preprocessed(recipe, text)
+    identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan, decoder.embedding_name())
+    identity |= _preprocessed(recipe, text)
     with shared_work(team, lambda: WorkDirectory(_work_folder(recipe), identity, recipe.fresh)) as work:
         resumed, ranges = 0, dict[str, Range]()
         if recipe.rotate:
@@ -219,7 +207,9 @@ def _convert_learned(
             ranges |= result.ranges
             progress.block(result, len(decoder))
         if not team.first:
-            report = team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
+            report = team.from_first(
+                lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, plan.learned_in_file(), started)
+            )
             _leave(recipe)
             return report
         work = work.alone()
@@ -228,12 +218,11 @@ def _convert_learned(
         if before is not None:
             _carry(before, decoder, work, recipe.finish != "none")
         progress.stage(f"Writing and verifying {recipe.out.name}")
-        embedding = plan.embedding_type
         write_gguf(
             source,
             recipe.out,
             work.files(len(decoder), recipe.finish != "none"),
-            embedding_type=embedding if tensor_type(embedding).plain else "q8_0",
+            types=plan.in_file(),
             metadata=_metadata(recipe, tensor_type(plan.main_type(decoder)).file_type, calibration, ranges),
             say=progress.note,
             progress=progress.advance,
@@ -243,7 +232,9 @@ def _convert_learned(
             _keep_choice(recipe, plan, progress)
         if recipe.work_dir is None:
             work.remove()
-    return team.from_first(lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, started))
+    return team.from_first(
+        lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, plan.learned_in_file(), started)
+    )
 
 
 def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) -> Decoder:
@@ -314,19 +305,6 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
     return calibration
 
 
-def _check_grid(recipe: Recipe, grid: Grid) -> None:
-    """Refuse methods that move weights in steps of one scale where codes name codewords, or do not all reach as far."""
-    if recipe.method == "ptq161" and not grid.ordered:
-        raise UsageError(f"ptq161 learns the scales of ptq1_61: it is not possible in {grid.type}")
-    if recipe.rotate and grid.ordered:
-        raise UsageError(f"--rotate mixes the channels that stand out, which {grid.type} keeps apart: leave it out")
-    uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
-    if uneven and not grid.uniform:
-        raise UsageError(
-            f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced, or not equally many"
-        )
-
-
 def _codebooks(
     recipe: Recipe,
     decoder: Decoder,
@@ -366,13 +344,14 @@ def _results(
         yield from round_blocks(decoder, types, work.finished, recipe.granularity, codebooks)
         return
     stored = [work.finished(index) for index in range(len(decoder))]
-    if None not in stored:
+    finished = None not in stored
+    if finished and _types_outside(work) == outside:
         yield from (result for result in stored if result is not None)
         return
     del stored
     walk = Reconstruction(
         decoder=decoder,
-        method=_method(recipe, decoder.hidden_size),
+        method=method_of(recipe, decoder.hidden_size),
         types=types,
         seed=recipe.seed,
         autocast=autocast,
@@ -390,6 +369,9 @@ def _results(
             lambda: measure_sensitivity(decoder, _few(calibration), recipe.seed, progress.advance)
         )
         _embeddings(decoder, outside, sensitivity, codebooks, work, progress)
+        if finished:  # only the matrices outside have other types than before
+            yield from (result for index in range(len(decoder)) if (result := work.finished(index)))
+            return
         progress.stage(
             f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
         )
@@ -547,15 +529,32 @@ def _embeddings(
     work: WorkDirectory,
     progress: Progress,
 ) -> None:
-    """Round the matrices outside the blocks, unless an earlier run has."""
-    if types and work.tensors(EMBEDDINGS) is None and work.writes:
-        progress.stage(f"Rounding {' and '.join(types)}")
-        work.keep_tensors(EMBEDDINGS, round_embeddings(decoder, types, sensitivity, progress.advance, codebooks))
+    """Round the matrices outside the blocks, as far as no earlier run has rounded them to the same types."""
+    if _types_outside(work) == types or not work.writes:
+        return
+    kept = {name: tensor for name, tensor in _outside(work).items() if types.get(name) == tensor.type}
+    new = {name: type for name, type in types.items() if name not in kept}
+    if new:
+        progress.stage(f"Rounding {' and '.join(new)}")
+        kept |= round_embeddings(decoder, new, sensitivity, progress.advance, codebooks)
+    if kept:
+        work.keep_tensors(EMBEDDINGS, kept)
+    else:
+        work.forget(EMBEDDINGS)
+
+
+def _outside(work: WorkDirectory) -> dict[str, QuantizedTensor]:
+    """What is kept of embedding and output matrix."""
+    stored = work.tensors(EMBEDDINGS)
+    return stored[0] if stored else {}
+
+
+def _types_outside(work: WorkDirectory) -> dict[str, str]:
+    return {name: tensor.type for name, tensor in _outside(work).items()}
 
 
 def _dequantized_embeddings(work: WorkDirectory) -> dict[str, torch.Tensor]:
-    stored = work.tensors(EMBEDDINGS)
-    return dequantized(stored[0]) if stored else {}
+    return dequantized(_outside(work))
 
 
 def _finish(
@@ -567,11 +566,12 @@ def _finish(
     progress: Progress,
 ) -> None:
     """Run the last pass, unless an earlier run has, and tell what it bought."""
-    schedule = json.dumps(asdict(Distillation(steps=recipe.settings.finish_steps)))
+    how = asdict(Distillation(steps=recipe.settings.finish_steps))
+    schedule = json.dumps(how | {"program": learning_program(("distillation",)), "outside": _types_outside(work)})
     earlier = work.tensors(FINAL)
     if earlier is None or earlier[1]["schedule"] != schedule:
         progress.stage("Learning scales and norms of the whole model from its answers")
-        folder = work.scratch("last-pass")
+        folder = work.scratch(f"last-pass-{hashlib.sha256(schedule.encode()).hexdigest()[:8]}")
         with _memory_explained(decoder):
             distilled = Distillation(steps=recipe.settings.finish_steps).run(
                 decoder,
@@ -598,60 +598,16 @@ def _finish(
     progress.note(f"divergence from the model's answers on sequences held out: {before:.4f} -> {after:.4f}{verdict}")
 
 
-def _method(recipe: Recipe, width: int) -> Method:
-    """Put a method together from what a recipe names, for a model with so many channels."""
-    method = _named_method(recipe, width)
-    return Rotated(method) if recipe.rotate else method
-
-
-def _named_method(recipe: Recipe, width: int) -> Method:
-    if recipe.method == "ptq161":
-        return Ptq161(len(SOFT_SHARE) * recipe.settings.steps, recipe.settings.batch, recipe.parts)
-    if recipe.method in LEARNED:
-        method = _learned(recipe, width)
-        return AWQ(method) if recipe.start.startswith("awq") else method
-    # rounding to nearest only comes here with rotations, or with activations whose ranges are measured
-    start = AsItStarts(_starts(recipe)["none" if recipe.method == "rtn" else recipe.method])
-    return AWQ(start) if recipe.method.startswith("awq") else start
-
-
-def _learned(recipe: Recipe, width: int) -> Method:
-    """A method that learns the rounding, with what it begins at."""
-    settings = recipe.settings
-    steps = len(SOFT_SHARE) * settings.steps
-    start = _starts(recipe)[recipe.start]
-    if recipe.method == "lrq":
-        return lrq(steps, settings.batch, recipe.rank or max(1, width // PAPER_SHARE), start)
-    if recipe.method == "flexround":
-        return flexround(steps, settings.batch, start)
-    return TesseraQ(
-        steps=settings.steps,
-        batch=settings.batch,
-        rounding_rate=settings.rounding_rate,
-        scale_rate=settings.parameter_rate,
-        zero_rate=settings.parameter_rate,
-        initialisation=start,
-    )
-
-
-def _starts(recipe: Recipe) -> dict[str, Initialisation]:
-    """What learning can begin at, by the names that `--init` has, but for AWQ's scales, which are folded in before."""
-    return {
-        "gptq": GPTQ(),
-        "awq+gptq": GPTQ(),
-        "awq": ClipSearch(),
-        "omniquant": OmniQuant(steps=_CLIPPING * recipe.settings.steps, batch=recipe.settings.batch),
-        "none": Nearest(),
-    }
-
-
 def _identity(
-    recipe: Recipe, model: str, calibration: Calibration | None, autocast: torch.dtype, plan: TypePlan
+    recipe: Recipe, model: str, calibration: Calibration | None, autocast: torch.dtype, plan: TypePlan, embedding: str
 ) -> dict[str, object]:
-    """Everything that decides what is learned. Differences are named to the user by these keys."""
-    types = plan.types | plan.outside
+    """Everything that decides what is learned in the blocks. Differences are named to the user by these keys.
+
+    An output matrix apart from the embedding is not in it, nor is what is not learned: blocks do not depend on these.
+    """
+    feeding = {name: type for name, type in plan.outside.items() if name == embedding}
     return {
-        "program": version("tesseraq-gguf"),
+        "program": learning_program(),
         "torch": torch.__version__,
         "model": model,
         "calibration": calibration.fingerprint() if calibration else None,
@@ -663,10 +619,11 @@ def _identity(
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
         "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
         "codebooks": None if recipe.codebooks == "universal" else recipe.codebooks,
-        "type": sorted(set(types.values())),
-        "matrices": len(types),
-        "rules": [list(rule) for rule in recipe.rules] or None,
+        "types": plan.types | feeding,
+        "rules": [list(rule) for rule in recipe.rules] if recipe.budgeted else None,
         "budget": [_budget(recipe), *recipe.candidates] if recipe.budgeted else None,
+        "ends": [recipe.embedding_type, recipe.output_type] if recipe.budgeted else None,
+        "sensitivity": _SENSITIVITY_TOKENS,
         # the last pass works on blocks of any run: it may be added, or repeated with other settings
         "preset": {key: value for key, value in asdict(recipe.settings).items() if key != "finish_steps"},
         "seed": recipe.seed,
@@ -706,12 +663,14 @@ def _name(recipe: Recipe) -> str:
     return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
 
 
-def _report(recipe: Recipe, blocks: int, resumed: int, fallbacks: dict[str, str], started: float) -> ConversionReport:
+def _report(
+    recipe: Recipe, blocks: int, resumed: int, fallbacks: dict[str, str], learned: Set[str], started: float
+) -> ConversionReport:
+    """What is told of the finished file; `learned` names what was learned in its blocks."""
     seen = inspect(recipe.out)
-    inside = [t for t in seen.tensors if t.name.startswith("blk.") and recipe.learns]
-    grids = [t for t in inside if t.type in GRIDS]
+    grids = [t for t in seen.tensors if t.name in learned]
     weights = sum(math.prod(t.shape) for t in grids)
-    size = sum(t.bytes for t in grids) + sum(t.bytes for t in inside if t.name.endswith(SUFFIX))
+    size = sum(t.bytes for t in grids) + sum(t.bytes for t in seen.tensors if t.name.endswith(SUFFIX))
     return ConversionReport(
         out=recipe.out,
         bytes=seen.bytes,

@@ -36,6 +36,9 @@ STATE = "run.json"
 FINAL = "final"
 """Name of the vectors outside the blocks that the last pass learned; the pass is over when they are there."""
 
+_WORDS = {"program": "the program that learned them", "torch": "the version of torch"}
+"""What parts of an identity are called, where their key does not say it."""
+
 _T = TypeVar("_T")
 
 Identity = Mapping[str, object]
@@ -96,8 +99,9 @@ class WorkDirectory:
                 k for k in earlier.keys() | self._identity.keys() if earlier.get(k) != self._identity.get(k)
             )
             if changed:
+                differences = ", ".join(_said(key, earlier.get(key), self._identity.get(key)) for key in changed)
                 raise UsageError(
-                    f"{self.folder} holds finished blocks of a run that differs in {', '.join(changed)}. "
+                    f"{self.folder} holds finished blocks of a run that differs in {differences}. "
                     "Use --fresh to start over, or another --work-dir"
                 )
             return
@@ -216,6 +220,10 @@ class _Shared(WorkDirectory):
     def tensors(self, name: str) -> tuple[dict[str, QuantizedTensor], dict[str, str]] | None:
         return self._told(lambda own: own.tensors(name))
 
+    def forget(self, name: str) -> None:
+        if self._own:
+            self._own.forget(name)
+
     def keep_note(self, name: str, text: str) -> None:
         if self._own:
             self._own.keep_note(name, text)
@@ -248,6 +256,16 @@ def finished_block(index: int) -> str:
 
 def _block(index: int) -> str:
     return f"block-{index:04d}"
+
+
+def _said(key: str, earlier: object, now: object) -> str:
+    """Say in words what part of an identity differs."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        names = [name for name in now | earlier if earlier.get(name) != now.get(name)]
+        was, becomes = (types.get(names[0]) or "not there" for types in (earlier, now))
+        more = f", and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{key} ({names[0]} was {was}, and is {becomes} now{more})"
+    return _WORDS.get(key, key)
 
 
 def _parse(state: Path) -> dict[str, object]:

@@ -304,9 +304,9 @@ def test_only_some_matrices_learned(make_model, learn, tmp_path):
 def test_check_source_finds_nothing_wrong_and_what_is_wrong(make_model, tmp_path):
     source = make_model("llama")
     shapes = Decoder(source, torch.device("cpu")).matrix_shapes()
-    assert check_source(source, shapes) == {}
+    assert check_source(source, shapes).dropped == {}
     strange = {"model.layers.0.self_attn.q_proj.weight": (128, 128), "model.layers.0.mixer.weight": (64, 64)}
-    assert check_source(source, strange) == {
+    assert check_source(source, strange).dropped == {
         "model.layers.0.mixer.weight": "llama.cpp's converter does not know it",
     }
     unknown = tmp_path / "unknown"
@@ -406,9 +406,9 @@ def test_broken_block_files(make_model, learn, tmp_path):
     with pytest.raises(ConversionError, match="none of the learned matrices can be written"):
         write_gguf(source, tmp_path / "out.gguf", [broken])
     with pytest.raises(UsageError, match="'tsq2' can only be learned"):
-        write_gguf(source, tmp_path / "out.gguf", blocks, embedding_type="tsq2")
+        write_gguf(source, tmp_path / "out.gguf", blocks, fallback_type="tsq2")
     with pytest.raises(UsageError, match=r"'q2_k' can only be learned; .* choose one of f32, f16, bf16, q8_0"):
-        write_gguf(source, tmp_path / "out.gguf", blocks, embedding_type="q2_k")
+        write_plain(source, tmp_path / "out.gguf", "q2_k")
     assert list(tmp_path.iterdir()) == [broken]
 
 
@@ -436,7 +436,7 @@ def test_the_child_ends_with_its_parent(make_model, learn, tmp_path):
     job = {
         "task": "write", "name": "m", "folder": str(make_model("llama").folder), "gguf": None, "metadata": {},
         "out": str(tmp_path / "out.gguf"), "learned": [str(f) for f in learn(make_model("llama"))],
-        "type": "q8_0", "embedding_type": "q8_0",
+        "type": "q8_0", "types": {},
         "scratch": str(tmp_path), "llama_cpp": str(ensure_source().llama_cpp), "gguf_py": str(ensure_source().gguf_py),
     }  # fmt: skip
     (tmp_path / "job").write_text(json.dumps(job))

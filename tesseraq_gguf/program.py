@@ -1,0 +1,43 @@
+"""Which program learned a block: a hash of the sources that decide what is learned, and of no others.
+
+Command line, chat, runtime and documentation may change between two runs of the same conversion; the blocks of the
+first one still serve the second. After a change to what learns, they do not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+LEARNING = (
+    "activations", "affine", "bit_budget", "calibration", "codebooks", "column_order", "embeddings", "fusion", "grids",
+    "hidden_states", "kernel_arithmetic", "methods", "models", "parallel", "preprocessing", "quantized",
+    "rare_experts", "reconstruction", "reordering", "residual_rotation", "sensitivity",
+)  # fmt: skip
+"""Modules and packages that decide what is learned in the blocks."""
+
+_PACKERS = "packers"
+"""Package of the converter with facts about types that grids share: codebooks, and how scales are coded."""
+
+
+@cache
+def learning_program(modules: tuple[str, ...] = LEARNING) -> str:
+    """Return a hash of the sources of modules and packages, by default of those that decide what blocks learn."""
+    digest = hashlib.sha256()
+    for name, file in learning_sources(modules).items():
+        digest.update(name.encode())
+        digest.update(file.read_bytes().replace(b"\r\n", b"\n"))
+    return digest.hexdigest()[:16]
+
+
+def learning_sources(modules: tuple[str, ...] = LEARNING) -> dict[str, Path]:
+    """Return the files that `learning_program` hashes, by their place in the package."""
+    from tesseraq_gguf import converter
+
+    home, packers = Path(__file__).parent, Path(str(converter.__file__)).parent / _PACKERS
+    found: dict[str, Path] = {}
+    for place in (*(home / name for name in modules), packers):
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        found |= {str(file.relative_to(place.parent)): file for file in files}
+    return found
