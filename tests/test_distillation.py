@@ -160,6 +160,10 @@ def test_rates_rise_and_fall_and_what_is_held_out_is_not_learned_on(decoder, tok
     assert drawn[:8] != drawn[8:16]
 
 
+def test_the_schedule_unless_told_otherwise():
+    assert Distillation() == Distillation(200, 4, 2e-3, 2e-3, 2e-3, 0.1)
+
+
 @pytest.mark.parametrize(("steps", "warm_up", "rising"), [(20, 0.1, 2), (5, 0.1, 1), (3, 0.0, 1), (4, 1.0, 4)])
 def test_the_warm_up_is_a_share_of_the_steps(steps, warm_up, rising):
     pass_ = Distillation(steps=steps, warm_up=warm_up)

@@ -107,7 +107,6 @@ def f(a: int = 3, *, strict=False) -> int:
     if a and not x.abs().sum(-1) >= 2.5:
     if a and not x.abs().sum(-1) <= 5.0:
     return max(a, -b) << (c + 1)
-    return min(-b, a) << (c + 1)
     return min(a, (b)) << (c + 1)
     return min(a, -b) >> (c + 1)
     return min(a, -b) << (c - 1)

@@ -12,6 +12,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf.activations import ActivationRounding, round_tokens
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.reconstruction import BlockProblem, Reconstruction, _mean_loss
 from tesseraq_gguf.schemes import ActivationScheme
 
@@ -86,6 +87,30 @@ def test_second_moments_are_means_over_the_tokens_that_were_run(problem):
     torch.testing.assert_close(moments["up"].double(), x.T @ x / 96, rtol=1e-4, atol=1e-5)
     assert problem.tokens_of(3) == 96
     assert problem.tokens_of(300) == 256
+
+
+class Two(Team):
+    """A team of two whose other member measures what this one does."""
+
+    def __init__(self):
+        super().__init__(0, 2)
+
+    def add_up(self, tensors):
+        for tensor in tensors:
+            tensor *= 2
+
+    def widest(self, low, high):
+        return low - 1, high + 1
+
+
+def test_what_is_measured_is_measured_by_all(problem):
+    alone = problem.second_moments(8)["down"], problem.input_ranges()["up"], _mean_loss(problem, rounded(problem))
+    problem.team, problem.samples = Two(), 16
+    torch.testing.assert_close(problem.second_moments(16)["down"], alone[0])
+    assert problem.input_ranges()["up"] == pytest.approx((alone[1][0] - 1, alone[1][1] + 1))
+    assert _mean_loss(problem, rounded(problem)) == pytest.approx(alone[2], rel=1e-6)
+    # a step's samples are shared out: of every two strata one is this process'
+    assert all(len(problem.draw(4)) == 2 and int(problem.draw(4).max()) < 8 for _ in range(20))
 
 
 @dataclass

@@ -61,6 +61,7 @@ _SHAPING = {
     "sort", "norm", "diff", "take_along_axis", "expand", "moveaxis", "permute", "zeros", "ones", "empty",
 }  # fmt: skip
 """Calls whose numbers are axes and shapes: changed, they raise, and say nothing of the tests."""
+_SYMMETRIC = {"min", "max", "minimum", "maximum"}
 _SAYS_NOTHING = {"axis", "dim", "keepdim", "keepdims", "strict", "fused", "type", "frozen"}
 """Arguments whose values change no result here."""
 
@@ -106,7 +107,12 @@ def candidates(file: str, source: str) -> Iterator[tuple[str, int, int, str]]:
                 yield "constant", *span(node), repr(node.value * 2 if node.value else 1.0)
         elif isinstance(node, ast.Call):
             arguments = [a for a in node.args if not isinstance(a, ast.Starred)]
-            if len(arguments) >= 2 and len(arguments) == len(node.args) and text(node.args[0]) != text(node.args[1]):
+            if (
+                _called(node) not in _SYMMETRIC
+                and len(arguments) >= 2
+                and len(arguments) == len(node.args)
+                and text(node.args[0]) != text(node.args[1])
+            ):
                 (first, end), (begin, last) = span(node.args[0]), span(node.args[1])
                 swapped = source[begin:last] + source[end:begin] + source[first:end]
                 yield "arguments", first, last, swapped
@@ -202,6 +208,8 @@ def _told(tree: ast.AST) -> Iterator[ast.AST]:
                 continue
             if isinstance(tree, ast.Call) and _called(tree) in _SHAPING and _is_number(child):
                 continue
+            if isinstance(tree, ast.Call) and _called(tree).endswith("_like") and isinstance(child, ast.Subscript):
+                continue  # only its shape is taken
             if isinstance(child, ast.ClassDef) and any(getattr(b, "id", "") == "Protocol" for b in child.bases):
                 continue
             if isinstance(child, ast.Subscript) and _is_alias(tree, child):

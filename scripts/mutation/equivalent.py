@@ -13,10 +13,6 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "error = (flat_h * (scale[:, None] * (q - zero[:, None]) - flat_w) ** 2).mean(1)",
     ): _COMPARED,
     (
-        "tesseraq_gguf/grids/superblock.py",
-        "best_error = torch.full_like(flat_w[:, 1], torch.inf)",
-    ): "of a column only the shape is taken",
-    (
         "tesseraq_gguf/grids/ptq161.py",
         "code = (nearest + step).clamp((-1), 255).to(torch.uint8)",
     ): "-1 becomes 255, a scale of 240, which serves no group whose nearest code is 0 better",
@@ -25,8 +21,20 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "scale = torch.where((energy > 0) & (fit * sign >= SMALLEST), fit, scale)",
     ): "a fit of the smallest scale itself is as good as any beside it",
     (
-        "tesseraq_gguf/distillation.py",
-        "rising = max(round(self.steps * self.warm_up), 1)",
-    ): "the larger of two is the same in either order",
+        "tesseraq_gguf/grids/codebook.py",
+        "row.take(half).sub_(scaled).square_().mul_(importance).unflatten(1, (-1, bcq.GROUP)).mean(2) for row in near",
+    ): _COMPARED,
+    (
+        "tesseraq_gguf/grids/codebook.py",
+        "gap = rows.gather(-1, above[..., None] + 1)[..., (-1)] - lower",
+    ): "the dimension has one element",
+    (
+        "tesseraq_gguf/grids/tsq.py",
+        "code = code.to(torch.uint8)",
+    ): "wrapped around, the code next to an end is the other end, which serves no group better",
+    (
+        "tesseraq_gguf/methods/gptq.py",
+        'arrays = {key: a[(-1)] if key == "c" else torch.cat(a, 1) for key, a in found.items()}',
+    ): "all spans have the same codebooks",
 }
 """By file and the changed line as it is then, without indentation."""

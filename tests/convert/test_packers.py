@@ -209,6 +209,23 @@ def test_quantising_ptq_finds_values_that_are_there_and_the_nearest_to_others(we
             assert (errors[:, :, part].sum(axis=2) <= others[:, :, part].sum(axis=2) * (1 + 1e-6)).all()
 
 
+def test_scales_of_ptq_end_where_codes_do():
+    scales = np.array([0.0, 2.0**-40, 2.0**-24, 1.0, 240.0, 250.0, 1e6], np.float32)
+    assert ptq161.encode_scale(scales).tolist() == [0, 0, 0, 24 * 8, 255, 255, 255]
+    huge = np.linspace(-3e3, 3e3, 128, dtype=np.float32)[None]
+    arrays = ptq161.quantize(huge)
+    assert (int(arrays["s"][0, 0]), int(arrays["d"][0, 0])) == (255, 255)
+
+
+def test_a_part_whose_importances_are_all_zero_counts_evenly():
+    x = np.random.default_rng(5).standard_normal((3, 128)).astype(np.float32)
+    importance = np.full_like(x, 2.0)
+    even = ptq161.quantize(x, importance)
+    importance[0, :24] = importance[1, 24:] = 0
+    for key, array in ptq161.quantize(x, importance).items():
+        np.testing.assert_array_equal(array, even[key])
+
+
 def test_quantising_zeros_to_ptq_is_as_the_formats_page_says():
     data = packer_of("ptq1_61").pack(ptq161.quantize(np.zeros((1, 128), np.float32)))
     assert data.tobytes() == b"\0\0" + b"\x88" * 12 + b"\xff" * 13

@@ -68,6 +68,42 @@ def test_a_refit_is_at_the_means_of_what_is_nearest(arrays):
     assert error < before
 
 
+def test_the_error_of_a_refit_is_its_mean_squared_error(arrays):
+    blocks = lobcq.on_lattice(arrays).view(-1, 8)
+    chosen = torch.arange(len(blocks)) % 2
+    fitted, error = lobcq.refit(blocks, chosen, torch.linspace(-31, 31, 16).repeat(2, 1))
+    x = blocks.double() / 16 - 31
+    levels = fitted.double()[chosen]
+    nearest = (x[:, :, None] - levels[:, None, :]).square().amin(-1)
+    assert error == pytest.approx(float(nearest.mean()), rel=1e-5)
+
+
+def test_the_lattice_ends_where_codewords_do():
+    x = torch.tensor([-40.0, -31.0, -30.97, 0.0, 0.03, 30.99, 31.0, 40.0])
+    assert lobcq.on_lattice(x).tolist() == [0, 0, 0, 496, 496, 992, 992, 992]
+
+
+def test_a_level_that_serves_nothing_stays():
+    histogram = torch.zeros(993, dtype=torch.float64)
+    histogram[480], histogram[484], histogram[900] = 3.0, 1.0, 5.0  # at -1.0, -0.75 and 25.25
+    levels = torch.linspace(-30, 30, 16, dtype=torch.float64)
+    moved = lobcq.lloyd_max(histogram, levels, 10)
+    expected = levels.clone()
+    expected[7], expected[14] = -0.9375, 25.25
+    torch.testing.assert_close(moved, expected)
+
+
+def test_integers_stay_within_6_bits_and_move_while_the_error_falls():
+    histogram = torch.zeros(993, dtype=torch.float64)
+    histogram[0], histogram[992] = 10.0, 10.0
+    histogram[496 + 4 * 16] = 8.0  # at 4
+    levels = torch.tensor([-33.0, -31.2, *torch.linspace(-20, 0, 12).tolist(), 6.4, 34.0], dtype=torch.float64)
+    rounded = lobcq.round_levels(histogram, levels)
+    assert (float(rounded[0]), float(rounded[-1])) == (-31.0, 31.0)
+    assert 4.0 in rounded.tolist()
+    assert torch.equal(rounded, rounded.sort().values)
+
+
 def test_rounding_loses_little_and_repairs_some(arrays):
     found = lobcq.design(arrays, 8, 4, generator=generator())
     assert found.errors[-1] <= found.rounded_error < 1.1 * found.errors[-1]

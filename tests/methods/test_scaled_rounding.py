@@ -159,6 +159,14 @@ def test_the_same_seed_gives_the_same_codes(problem_on):
     assert all(torch.equal(first[name].arrays["q"], second[name].arrays["q"]) for name in first)
 
 
+def test_rates_and_steps_are_those_that_were_measured():
+    bits = (1, 2, 3, 4, 5, 6, 7, 8)
+    full, low = flexround(5000, 2), lrq(5000, 2, 8)
+    assert [full.rate(b) for b in bits] == [2.5e-3, 2.5e-3, 1.25e-3, 1.25e-3, 1.25e-3, 1.25e-3, 8e-5, 8e-5]
+    assert [low.rate(b) for b in bits] == [6e-4, 6e-4, 3e-4, 3e-4, 3e-4, 3e-4, 2e-5, 2e-5]
+    assert (full.steps, full.batch, full.growth, low.growth) == (5000, 2, 0.5, 0.85)
+
+
 def test_the_rate_grows_with_the_root_of_the_steps_saved():
     assert lrq(5000, 2, 8).rate(4) == pytest.approx(3e-4)
     assert lrq(5000, 2, 8).rate(3) == pytest.approx(3e-4)
