@@ -49,8 +49,23 @@ class RuntimeMissingError(TesseraqError):
     """No runtime for this version and these patches is installed; the message says how to get one."""
 
 
+class BindingsError(TesseraqError, ValueError, RuntimeError):
+    """The Python bindings were asked for what llama.cpp would end the process for, or what never ends.
+
+    It is both of what llama-cpp-python itself raises, so that programs written for that go on catching it.
+    """
+
+
+class ModelLoadError(FileFormatError, BindingsError):
+    """llama.cpp refuses a file that is a whole GGUF file, or has no memory for it."""
+
+
+class ChatTemplateError(BindingsError):
+    """A chat template cannot be read, fails on these messages, or makes nothing of them."""
+
+
 class EvaluationError(TesseraqError):
-    """The perplexity tool of the runtime failed, or the disk has no room for its logits.
+    """The perplexity tool of the runtime failed, what it found is no number, or the disk has no room for its logits.
 
     Attributes:
         log: what the tool said last.

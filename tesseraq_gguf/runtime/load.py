@@ -1,7 +1,7 @@
 """Import llama-cpp-python on our libraries.
 
 The bindings come with the runtime, from the same sdist as its libraries, so the structs of both sides always match. An
-installed llama-cpp-python is neither needed nor used.
+installed llama-cpp-python is neither needed nor used. `bindings.py` mends what they let crash.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ def load_llama_cpp(runtime: Runtime | None = None) -> ModuleType:
         _refuse_foreign(loaded, runtime)
         return loaded
 
+    from tesseraq_gguf.runtime.bindings import guard
+
     previous = os.environ.get(LIBRARY_VARIABLE)
     os.environ[LIBRARY_VARIABLE] = str(runtime.lib)
     sys.path.insert(0, str(runtime.python))
     try:
-        return importlib.import_module("llama_cpp")
+        module = importlib.import_module("llama_cpp")
+        guard(module, on_gpu=runtime.manifest.get("backend", "cpu") != "cpu")
+        return module
     except (OSError, FileNotFoundError, RuntimeError) as error:
         for name in [name for name in sys.modules if name.split(".")[0] == "llama_cpp"]:
             del sys.modules[name]
@@ -48,6 +52,22 @@ def load_llama_cpp(runtime: Runtime | None = None) -> ModuleType:
             del os.environ[LIBRARY_VARIABLE]
         else:
             os.environ[LIBRARY_VARIABLE] = previous
+
+
+def check_loads(file: Path | str) -> None:
+    """Let llama.cpp read a file without taking memory for its weights, to learn what it has against it.
+
+    Raises:
+        FileFormatError: it refuses the file; the message says why.
+        RuntimeMissingError: no runtime.
+    """
+    llama_cpp = load_llama_cpp()
+    llama_cpp.llama_backend_init()
+    llama_cpp._logger.set_verbose(False)
+    params = llama_cpp.llama_model_default_params()
+    params.no_alloc = True
+    params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    llama_cpp._internals.LlamaModel(path_model=str(file), params=params, verbose=False).close()
 
 
 def _origin(module: ModuleType) -> Path:
