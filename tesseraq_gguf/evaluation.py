@@ -6,7 +6,7 @@ log-probabilities are written to a temporary file first: 2 bytes × vocabulary f
 
 from __future__ import annotations
 
-import os
+import math
 import re
 import shutil
 import signal
@@ -20,6 +20,8 @@ from typing import Any
 from tesseraq_gguf.errors import EvaluationError, FileFormatError, UsageError
 from tesseraq_gguf.inspection import Inspection, inspect, open_gguf
 from tesseraq_gguf.runtime.locate import BUILD_COMMAND, find_runtime
+from tesseraq_gguf.runtime.log import errors_in, first_reason
+from tesseraq_gguf.runtime.threads import usable_cores
 
 Watch = Callable[[str, int, int], None]
 """Receives what runs (`reference`, `model`), chunks done, and chunks in all."""
@@ -30,6 +32,7 @@ _TAIL_LINES = 8
 
 _NUMBER = r"(-?(?:\d[\d.e+-]*|nan|inf))"
 _CHUNKS = re.compile(r"(?:calculating perplexity|computing) over (\d+) chunks")
+_NOT_FINITE = re.compile(r"\[\d+\](-?(?:nan|inf))")
 _TOO_SHORT = re.compile(r"the data file you provided tokenizes to only (\d+) tokens")
 _PERPLEXITY = re.compile(rf"Final estimate: PPL = {_NUMBER} \+/- {_NUMBER}")
 _ROW = re.compile(rf"^ *(\d+) +{_NUMBER} ± +{_NUMBER} +{_NUMBER} ± +{_NUMBER} +{_NUMBER} ± ", re.MULTILINE)
@@ -88,7 +91,7 @@ def evaluate(
         FileFormatError: a GGUF file is missing or damaged.
         UsageError: the text is missing or too short, or a number or a reference cannot be meant.
         RuntimeMissingError: the runtime is not built.
-        EvaluationError: llama-perplexity failed, or the disk has no room.
+        EvaluationError: llama-perplexity failed, a figure is not finite, or the disk has no room.
     """
     file, text = Path(file), Path(text)
     facts = check_request(file, text, ctx, chunks, reference)
@@ -176,17 +179,23 @@ class PerplexityRun:
     def perplexity(self, file: Path) -> tuple[float, float]:
         """Return perplexity and standard error."""
         said = self._execute("model", file, ["-f", str(self.text)])
-        found = _PERPLEXITY.search(said)
-        if not found:
-            raise self._failure("gave no perplexity", said)
-        return float(found[1]), float(found[2])
+        return self._final_estimate(file, said, "gave no perplexity")
 
     def save_logits(self, reference: Path, logits: Path) -> None:
         """Write the reference's log-probabilities."""
         arguments = ["-f", str(self.text), "--kl-divergence-base", str(logits)]
         said = self._execute("reference", reference, arguments, logits)
-        if not _PERPLEXITY.search(said):
-            raise self._failure("gave no perplexity for the reference", said)
+        self._final_estimate(reference, said, "gave no perplexity for the reference")
+
+    def _final_estimate(self, file: Path, said: str, failure: str) -> tuple[float, float]:
+        found = _PERPLEXITY.search(said)
+        if not found:
+            for value in _NOT_FINITE.findall(said)[-1:]:  # it keeps the final estimate to itself then
+                check_finite(file, float(value))
+            raise self._failure(failure, said)
+        perplexity, error = float(found[1]), float(found[2])
+        check_finite(file, perplexity, error)
+        return perplexity, error
 
     def compare(self, file: Path, logits: Path) -> tuple[float, float, float, float]:
         """Return perplexity, standard error, mean divergence, and agreement of the most likely token."""
@@ -195,17 +204,20 @@ class PerplexityRun:
             _SUMMARY_PERPLEXITY.search(said), _SUMMARY_DIVERGENCE.search(said), _SUMMARY_TOP.search(said),
         )  # fmt: skip
         if perplexity and divergence and top:
-            return float(perplexity[1]), float(perplexity[2]), max(0.0, float(divergence[1])), float(top[1]) / 100
-        # with few tokens it prints no summary; the last row of its table says the same, a digit shorter
-        rows, tops = _ROW.findall(said), _ROW_TOP.findall(said)
-        if not rows or not tops:
-            raise self._failure("gave no Kullback-Leibler divergence", said)
-        return float(rows[-1][1]), float(rows[-1][2]), max(0.0, float(rows[-1][5])), float(tops[-1][0]) / 100
+            figures = [float(perplexity[1]), float(perplexity[2]), float(divergence[1]), float(top[1]) / 100]
+        else:
+            # with few tokens it prints no summary; the last row of its table says the same, a digit shorter
+            rows, tops = _ROW.findall(said), _ROW_TOP.findall(said)
+            if not rows or not tops:
+                raise self._failure("gave no Kullback-Leibler divergence", said)
+            figures = [float(rows[-1][1]), float(rows[-1][2]), float(rows[-1][5]), float(tops[-1][0]) / 100]
+        check_finite(file, *figures)
+        return figures[0], figures[1], max(0.0, figures[2]), figures[3]
 
     def _execute(self, what: str, file: Path, arguments: Sequence[str], logits: Path | None = None) -> str:
         """Run the tool to its end and return all it said. It never outlives this call."""
         # one chunk at a time: logits of four, the tool's default, take gigabytes with a large vocabulary
-        command = [str(self.tool), "-m", str(file), "-c", str(self.ctx), "-b", str(self.ctx), "-t", str(_threads())]
+        command = [str(self.tool), "-m", str(file), "-c", str(self.ctx), "-b", str(self.ctx), "-t", str(usable_cores())]
         command += [*arguments, *(["--chunks", str(self.chunks)] if self.chunks else [])]
         said = bytearray()
         total = 0
@@ -258,20 +270,31 @@ class PerplexityRun:
             )
 
     def _failure(self, what: str, said: str) -> EvaluationError:
-        lines = [line.rstrip() for line in said.splitlines() if line.strip()]
-        errors = [line for line in lines if re.search(r"error|failed|unable|invalid|GGML_ASSERT", line, re.IGNORECASE)]
-        detail = (errors or lines or ["it said nothing"])[-1].strip()
-        return EvaluationError(f"{TOOL} {what}: {detail}", "\n".join(lines[-_TAIL_LINES:]))
+        if reason := first_reason(errors_in(said)):
+            return EvaluationError(f"{TOOL} {what}: {reason}")
+        lines = [line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"]
+        return EvaluationError(f"{TOOL} {what}: {lines[-1]}", "\n".join(lines[-_TAIL_LINES:]))
+
+
+def check_finite(
+    file: Path, perplexity: float, error: float = 0.0, kld: float | None = None, top1: float | None = None
+) -> None:
+    """Refuse figures that are no numbers: they measure nothing.
+
+    Raises:
+        EvaluationError: one is NaN or infinite.
+    """
+    figures = {"perplexity": perplexity, "perplexity's standard error": error, "divergence": kld, "agreement": top1}
+    for name, value in figures.items():
+        if value is not None and not math.isfinite(value):
+            raise EvaluationError(
+                f"the {name} of {file} is {value}, not a number: weights in it, or what it computes with them, are not "
+                "finite"
+            )
 
 
 def _chunks_done(said: bytearray) -> int:
     """The last chunk that was counted: `[7]12.34,` while measuring, the first number of a row while comparing."""
     tail = said[-400:].decode("utf-8", "replace")
-    counted = [*re.findall(r"\[(\d+)\]\d", tail), *re.findall(r"^ *(\d+) +\d[\d.]* ±", tail, re.MULTILINE)]
+    counted = [*re.findall(r"\[(\d+)\]-?[\dni]", tail), *re.findall(r"^ *(\d+) +\d[\d.]* ±", tail, re.MULTILINE)]
     return int(counted[-1]) if counted else 0
-
-
-def _threads() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

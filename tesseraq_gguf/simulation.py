@@ -18,7 +18,7 @@ from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.converter.verify import own_codebooks
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.evaluation import Evaluation, Watch, check_request
+from tesseraq_gguf.evaluation import Evaluation, Watch, check_finite, check_request
 from tesseraq_gguf.inspection import open_gguf
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
@@ -56,6 +56,7 @@ def simulate(
         ModelError: transformers cannot read it.
         UsageError: the text is missing or too short, a number or a reference cannot be meant, or the scheme needs
             ranges that the file has not.
+        EvaluationError: a figure is not finite.
     """
     file, text = Path(file), Path(text)
     facts = check_request(file, text, ctx, chunks, reference)
@@ -79,6 +80,7 @@ def simulate(
             teacher = Decoder(resolve_model(str(reference)), device)
             wanted = final_states(teacher, tokens, lambda *done: watch("reference", *done))
             figures = measure(hidden, tokens, student.answers(), wanted, teacher.answers())
+    check_finite(file, *figures)
     return Evaluation(*figures, facts.bytes, facts.bpw, facts.parts)
 
 
@@ -172,14 +174,19 @@ def measure(
         losses.append(-got.gather(1, tokens[chunk, positions + 1, None].to(got.device))[:, 0].double())
         if wanted is not None and teacher is not None:
             true = teacher(wanted[chunk, positions])
-            divergences.append((true.exp() * (true - got)).sum(-1).double())
+            differences = true.exp() * (true - got)
+            divergences.append(differences.where(true != -torch.inf, 0.0).sum(-1).double())
             same.append((true.argmax(-1) == got.argmax(-1)).double())
     loss = torch.cat(losses)
-    perplexity = math.exp(min(float(loss.mean()), 700.0))
+    mean = float(loss.mean())
+    perplexity = math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean
     error = perplexity * float(loss.std(correction=0)) / math.sqrt(max(1, len(loss) - 1))
     if not divergences:
         return perplexity, error, None, None
-    return perplexity, error, max(0.0, float(torch.cat(divergences).mean())), float(torch.cat(same).mean())
+    divergence = float(torch.cat(divergences).mean())
+    if divergence < 0:
+        divergence = 0.0  # by rounding
+    return perplexity, error, divergence, float(torch.cat(same).mean())
 
 
 def _scored(tokens: Tensor) -> Iterator[tuple[int, Tensor]]:

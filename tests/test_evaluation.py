@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from tesseraq_gguf import evaluation
 from tesseraq_gguf.errors import EvaluationError, RuntimeMissingError, UsageError
 from tesseraq_gguf.evaluation import evaluate
+from tesseraq_gguf.inspection import open_gguf
 
 PLAIN = """\
 perplexity: tokenizing the input ..
@@ -103,6 +105,10 @@ def test_divergence(answer, perplexity, kld, tool, tiny_gguf, text):
         ),
         ("kill -SEGV $$", "was killed by SIGSEGV"),
         ("echo 'error: no such file'; echo; exit 3", "failed with exit code 3: error: no such file"),
+        (
+            "echo '0.1 E llama_model_load: error loading model: bad type'; echo '0.2 E x: unable to load'; exit 1",
+            "failed with exit code 1: bad type",
+        ),
         ("echo hello", "gave no perplexity: hello"),
         ("true", "gave no perplexity: it said nothing"),
     ],
@@ -113,6 +119,37 @@ def test_a_failing_tool(script, message, tool, tiny_gguf, text):
         evaluate(tiny_gguf, text, ctx=64)
     assert message in str(failed.value)
     assert "\n" not in str(failed.value)
+
+
+NOTHING = "[1]nan,[2]-nan,\n0.1 E Unexpected negative standard deviation of log(prob)\n"
+NAN_SUMMARY = SUMMARY.replace("17.943210 ±   3.251300", "nan ± -nan").replace("0.012345 ±   0.000020", "nan ± nan")
+
+
+@pytest.mark.parametrize(
+    ("reference", "model", "named"),
+    [
+        (None, NOTHING, "the perplexity of tiny.gguf is nan, not a number"),
+        (None, PLAIN.replace("PPL = 23.4567", "PPL = inf"), "the perplexity of tiny.gguf is inf, not a number"),
+        (None, PLAIN.replace("1.23456", "-nan"), "the perplexity's standard error of tiny.gguf is nan"),
+        (NOTHING, SUMMARY, "the perplexity of reference.gguf is nan, not a number"),
+        (PLAIN, NAN_SUMMARY, "the perplexity of tiny.gguf is nan, not a number"),
+        (PLAIN, TABLE.replace("17.9432", "nan"), "the perplexity of tiny.gguf is nan, not a number"),
+        (PLAIN, SUMMARY.replace("0.012345 ±", "nan ±"), "the divergence of tiny.gguf is nan, not a number"),
+        (PLAIN, TABLE.replace("0.01230 ±", "-nan ±"), "the divergence of tiny.gguf is nan, not a number"),
+        (PLAIN, SUMMARY.replace("98.107 ±", "nan ±"), "the agreement of tiny.gguf is nan, not a number"),
+    ],
+)
+def test_figures_that_are_no_numbers(reference, model, named, tool, tiny_gguf, text, run, monkeypatch):
+    folder = tool('case "$*" in *--kl-divergence) cat m;; *reference.gguf*) cat r;; *) cat m;; esac')
+    (folder / "m").write_text(model)
+    (folder / "r").write_text(reference or "")
+    monkeypatch.chdir(folder)
+    for name in ("tiny.gguf", "reference.gguf"):
+        (folder / name).write_bytes(tiny_gguf.read_bytes())
+    options = ["--reference", "reference.gguf"] if reference else []
+    answer = run("eval", "tiny.gguf", "--text", text, "--ctx", 64, "--json", *options)
+    assert (answer.code, answer.out) == (1, "")
+    assert named in answer.error
 
 
 def test_a_text_that_is_too_short(tool, tiny_gguf, text):
@@ -161,6 +198,35 @@ def test_the_real_tool_finds_a_file_equal_to_itself(tiny_gguf, text):
     assert same.perplexity == pytest.approx(alone.perplexity, rel=1e-3)
     assert same.kld == pytest.approx(0, abs=1e-4)
     assert same.top1_agreement > 0.99
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize(
+    "options", [[], ["--reference", "good"], ["--simulate"], ["--simulate", "--reference", "good"]]
+)
+def test_a_broken_model_has_no_figures(options, run, tiny_gguf, text, tmp_path):
+    (norm,) = (tensor for tensor in open_gguf(tiny_gguf).tensors if tensor.name == "output_norm.weight")
+    content = bytearray(tiny_gguf.read_bytes())
+    content[norm.offset : norm.offset + norm.bytes] = np.full(norm.weights, np.nan, np.float32).tobytes()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(content)
+    options = [str(tiny_gguf) if option == "good" else option for option in options]
+    answer = run("eval", broken, "--text", text, "--ctx", 64, "--chunks", 2, "--json", *options)
+    assert (answer.code, answer.out) == (1, "")
+    if "--simulate" not in options:
+        assert "broken.gguf is nan, not a number" in answer.error
+
+
+@pytest.mark.runtime
+def test_why_llama_cpp_refuses_a_file(run, tiny_gguf, text, tmp_path):
+    file = tmp_path / "renamed.gguf"
+    file.write_bytes(tiny_gguf.read_bytes().replace(b"blk.1.attn_norm.weight", b"blk.1.attn_morn.weight"))
+    reason = "tensor 'blk.1.attn_norm.weight' not found"
+    for command in ("eval FILE --text TEXT", "chat FILE -p hi", "serve FILE --port 18080"):
+        if "serve" in command and os.name != "posix":
+            continue
+        answer = run(*command.replace("FILE", str(file)).replace("TEXT", str(text)).split())
+        assert reason in answer.error, command
 
 
 @pytest.mark.runtime

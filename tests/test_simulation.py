@@ -72,6 +72,29 @@ def test_the_second_half_of_every_chunk_counts():
 
 
 @pytest.mark.slow
+def test_what_is_no_number_stays_none():
+    """NaN is no divergence of 0, and no answer at all no perplexity of 10^304."""
+    tokens = torch.randint(0, 11, (1, 8), generator=torch.Generator().manual_seed(0))
+    hidden = torch.zeros(1, 8, 11)
+    flat = hidden.log_softmax(-1)
+
+    def constant(value):
+        return lambda states: torch.full_like(states, value)
+
+    def uniform(states):
+        return states.log_softmax(-1)
+
+    assert math.isnan(measure(hidden, tokens, constant(math.nan))[0])
+    assert measure(hidden, tokens, constant(-math.inf))[0] == math.inf
+    assert math.isnan(measure(hidden, tokens, uniform, hidden, constant(math.nan))[2])
+    assert math.isnan(measure(hidden, tokens, constant(math.nan), hidden, uniform)[2])
+    masked = flat.clone()
+    masked[..., 3] = -math.inf  # a token that the reference never says
+    masked = masked.log_softmax(-1)
+    found = measure(hidden, tokens, uniform, hidden, lambda states: masked[0, : len(states)])
+    assert found[2] == pytest.approx(math.log(11 / 10), rel=1e-5)
+
+
 def test_a_model_with_its_own_codebooks_is_read_with_them(made, text):
     """The same weights with universal and with own codebooks: both near the model, and llama.cpp agrees with torch."""
     out = made(type="bcq4_a4", method="rtn", codebooks="model")
