@@ -6,7 +6,6 @@ Nothing heavy is imported before a command needs it: `--help`, `inspect` and `ru
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
+from tesseraq_gguf.printing import printable, to_json, tolerant_streams
 from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, LEARNED, METHODS, PARTS, PRESETS
 from tesseraq_gguf.rules import read_rules, size_of
 from tesseraq_gguf.runtime.target import CROSS
@@ -64,6 +64,7 @@ class _Stopped(Exception):  # noqa: N818  (nothing went wrong)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit. Bugs, and nothing else, show a traceback."""
+    tolerant_streams()
     # before torch is imported: OpenMP threads that spin while they wait stall when the machine does anything else
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # no pool of processes for the few functions that torch.compile is given
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        sys.stdout.flush()  # a disk that is full, or a reader that left, is noticed here and not after the end
     except TesseraqError as error:
         if process_rank() and isinstance(error, UsageError):
             sys.exit(error.exit_code)  # the first process says the same
@@ -380,7 +382,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="TASK,…",
-            help="Tasks of lm-evaluation-harness: names, patterns, .yaml files, or folders of these with a slash.",
+            help="Tasks of lm-evaluation-harness: names, patterns, .yaml files, or folders of these with a slash. "
+            "A task file can run code of its own (!function): read those of strangers first.",
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask so many items of each task. By default all.")] = None,
@@ -549,11 +552,18 @@ def chat(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of an answer.")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the most likely token.")] = 0.7,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same seed and questions give the same answers.", show_default="drawn, and said"),
+    ] = None,
+    template: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) in place of the file's own.")
+    ] = None,
 ) -> None:
     """Talk to a GGUF file.
 
     The file's own chat template is used. A file without one (a base model) goes on with your text instead.
-    /exit leaves, /reset forgets what was said, Ctrl-C stops an answer.
+    /exit leaves, /reset forgets what was said, // begins a text with /, Ctrl-C stops an answer.
 
     \b
     Examples:
@@ -562,7 +572,7 @@ def chat(
     """
     from tesseraq_gguf.chat import chat as run
 
-    _with_runtime(lambda: run(file, prompt, max_tokens, temperature))
+    _with_runtime(lambda: run(file, prompt, max_tokens, temperature, seed, template))
 
 
 @app.command()
@@ -851,14 +861,14 @@ def _size(count: int) -> str:
 
 
 def _print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2, default=str))
+    print(to_json(data))
 
 
 def _print_log(error: TesseraqError) -> None:
     """Show the end of what a program of llama.cpp said before it failed."""
     if log := getattr(error, "log", ""):
         lines = log.rstrip().splitlines()[-12:]
-        Console(stderr=True, soft_wrap=True).print(Text("\n".join(lines)), style="dim")
+        Console(stderr=True, soft_wrap=True).print(Text(printable("\n".join(lines), "\n\t")), style="dim")
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -867,4 +877,4 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _print_line(text: str, style: str = "") -> None:
-    Console(stderr=True).print(Text(text, style=style), soft_wrap=True)
+    Console(stderr=True).print(Text(printable(text, "\n\t"), style=style), soft_wrap=True)

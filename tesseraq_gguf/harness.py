@@ -8,6 +8,7 @@ is what `tasks.evaluate_tasks` does, with fewer side effects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -133,7 +134,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(self, file: Path | str, watch: Watch = lambda *_: None) -> None:
         super().__init__()
-        self._llama = cast(Any, load(Path(file)))
+        # without flash attention, which rounds more: figures shall not depend on which requests come together
+        self._llama = cast(Any, load(Path(file), flash_attention=False))
         api = load_llama_cpp()
         self._adds_bos = bool(api.llama_vocab_get_add_bos(api.llama_model_get_vocab(self._llama.model)))
         self.decoder = PrefixDecoder(api, self._llama)
@@ -210,6 +212,8 @@ class RuntimeLM(TemplateLM):  # type: ignore[misc]
             starts = {index: len(tokens) - len(requests[index][2]) for index in members}
             for position, row in self.decoder.rows(tokens, min(starts.values())):
                 normaliser, likeliest = _log_sum_exp(row), int(row.argmax())
+                if math.isnan(normaliser):
+                    raise EvaluationError("the model's answers are not numbers (NaN): its file is broken")
                 for index, start in starts.items():
                     if position >= start:
                         token = requests[index][2][position - start]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tesseraq_gguf.converter.column_orders import SUFFIX
 from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
+from tesseraq_gguf.printing import printable
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -118,7 +119,7 @@ def inspect(path: Path | str) -> Inspection:
     weights = sum(t.weights for t in file.tensors if not t.name.endswith(SUFFIX))
     custom = [t.type for t in types if t.custom]
     wanted = (*_GENERAL_KEYS, *(f"{architecture}.{key}" for key in _MODEL_KEYS))
-    metadata = {key: file.get(key) for key in wanted if key in file.entries}
+    metadata = {key: _plain(file.get(key)) for key in wanted if key in file.entries}
     if isinstance(tokens := file.get("tokenizer.ggml.tokens"), ArrayValue):
         metadata["vocabulary"] = tokens.count
     metadata["chat_template"] = "tokenizer.chat_template" in file.entries
@@ -160,7 +161,7 @@ def render(inspection: Inspection, *, tensors: bool = True) -> Group:
 
     facts = Table.grid(padding=(0, 2))
     for name, value in _facts(inspection):
-        facts.add_row(Text(name, style="bold"), Text(value))
+        facts.add_row(Text(printable(name), style="bold"), Text(printable(value)))
     totals = Table("type", title="By type", title_justify="left")
     for heading in ("tensors", "weights", "bytes", "bits per weight"):
         totals.add_column(heading, justify="right")
@@ -173,7 +174,7 @@ def render(inspection: Inspection, *, tensors: bool = True) -> Group:
             listing.add_column(heading, justify="right")
         for tensor in inspection.tensors:
             shape = " × ".join(map(str, tensor.shape))
-            listing.add_row(Text(tensor.name), tensor.type, shape, f"{tensor.bytes:,}", f"{tensor.bpw:.3f}")
+            listing.add_row(Text(printable(tensor.name)), tensor.type, shape, f"{tensor.bytes:,}", f"{tensor.bpw:.3f}")
         parts += [Text(), listing]
     return Group(*parts)
 

@@ -14,8 +14,13 @@ from tesseraq_gguf.chat import CONTEXT
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.inspection import open_gguf
 from tesseraq_gguf.runtime import find_runtime
+from tesseraq_gguf.runtime.load import check_loads
+from tesseraq_gguf.runtime.threads import usable_cores, usable_processors
 
 TOOL = "llama-server"
+
+_CHANGE_WHAT_IS_READ = {"--override-kv", "--model", "-m", "--override-tensor", "-ot"}
+"""Options that say what llama-server makes of a file, or that it takes another."""
 
 
 def serve(
@@ -32,7 +37,7 @@ def serve(
         options: more options of llama-server.
 
     Raises:
-        FileFormatError: the file is missing or damaged.
+        FileFormatError: the file is missing, damaged, or refused by llama.cpp.
         UsageError: a number cannot be meant, or nothing can listen there.
         RuntimeMissingError: the runtime is not built, or has no server.
     """
@@ -41,8 +46,13 @@ def serve(
     open_gguf(file)
     _try_to_listen(host, port)
     command = [str(find_runtime().tool(TOOL)), "-m", str(file), "--host", host, "--port", str(port)]
+    if _CHANGE_WHAT_IS_READ.isdisjoint(option.partition("=")[0] for option in options):
+        check_loads(file)  # the server says in many lines what this says in one
     # one cache for all clients: each may fill it, where llama-server would give each its share
-    command += ["-c", str(ctx), "--kv-unified", *options]
+    command += ["-c", str(ctx), "--kv-unified"]
+    if len(usable_processors()) < (os.cpu_count() or 1):
+        command += ["-t", str(usable_cores())]  # it would take as many threads as the machine has cores
+    command += options
     if sys.platform == "win32":  # where a program that becomes another one leaves its terminal
         sys.exit(subprocess.call(command))
     os.execv(command[0], command)
