@@ -40,6 +40,9 @@ from tesseraq_gguf.schemes import scheme_of
 from tesseraq_gguf.simulation import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDTH = 640
+"""Width of the demo model, Gemma-3-270M."""
+
 SHOWN = {
     "cli": "tesseraq-gguf",
     "quantize": "llama-quantize",
@@ -60,7 +63,7 @@ SHOWN = {
     "mixed_text": "mixed.txt",
     "more_mixed_text": "more-mixed.txt",
     "padded_imatrix_mixed": "padded-imatrix-mixed.gguf",
-    **{f"width_{n}th": f"width/{n}" for n in RANKS},
+    **{f"width_{n}th": str(WIDTH // n) for n in RANKS},
 }
 """Names that commands have in the report."""
 

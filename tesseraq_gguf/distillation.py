@@ -202,7 +202,7 @@ class _Student:
         gradient = slope.view_as(hidden)
         for index in reversed(range(len(self._decoder))):
             block, variables = self._load(index)
-            below = torch.load(self._kept.inputs(index)).to(device).requires_grad_()
+            below = torch.load(self._kept.inputs(index), weights_only=True).to(device).requires_grad_()
             out = self._run(block, below, recorded, *variables.realise())
             out.backward(gradient)
             assert below.grad is not None
@@ -381,7 +381,7 @@ class _Variables:
         """Take back what was kept, if anything was."""
         if not file.is_file():
             return
-        kept = torch.load(file)
+        kept = torch.load(file, weights_only=True)
         self._state = kept["state"]
         for key, variable in self._variables.items():
             variable.data.copy_(kept["variables"]["|".join(key)])

@@ -212,7 +212,7 @@ def _restore(state: Path, variables: Mapping[str, Tensor], adam: Any, slower: An
     """Take back what was kept, if anything was; return the steps done."""
     if not state.is_file():
         return 0
-    kept = torch.load(state, map_location="cpu")
+    kept = torch.load(state, map_location="cpu", weights_only=True)
     for name, variable in variables.items():
         variable.data.copy_(kept["variables"][name])
     adam.load_state_dict(kept["adam"])

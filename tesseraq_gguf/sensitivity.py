@@ -98,7 +98,7 @@ def measure_sensitivity(
         weights = []
         for index in reversed(range(len(decoder))):
             weights.append(_weights(gradient))
-            block, inputs = decoder.load_block(index), torch.load(levels[index])
+            block, inputs = decoder.load_block(index), torch.load(levels[index], weights_only=True)
             below = []
             with _watched(block if witness else None) as passed:
                 for h, g in zip(inputs.split(1), gradient.split(1), strict=True):

@@ -417,16 +417,27 @@ def test_runtime_path(run):
 
 
 def _documented_commands():
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs/guides").glob("*.md"))]
-    for name in (str(page.relative_to(ROOT)) for page in pages):
-        for line in (ROOT / name).read_text().splitlines():
-            for command in re.findall(r"tesseraq-gguf (?=convert|eval|inspect|chat|runtime)[^`|)#]*", line):
-                yield pytest.param(command.strip().rstrip("."), id=f"{name}: {command.strip()}")
+    """Every command of ours on every page: in code, or at the beginning of a line, or inside `$(…)`."""
+    names = "|".join(command[0] for command in COMMANDS if command)
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cpp_kernels/README.md"]
+    seen = set()
+    for page in (*pages, *sorted((ROOT / "docs").rglob("*.md"))):
+        name = str(page.relative_to(ROOT))
+        for command in re.findall(rf"tesseraq-gguf (?:{names})\b[^`|)#\n]*", page.read_text(encoding="utf-8")):
+            command = command.strip().rstrip(".")
+            if (name, command) not in seen:
+                yield pytest.param(command, id=f"{name}: {command}")
+            seen.add((name, command))
+
+
+def test_documented_commands_are_found():
+    found = {str(each.values[0]).split()[1] for each in _documented_commands()}
+    assert found == {command[0] for command in COMMANDS if command}
 
 
 @pytest.mark.parametrize("command", list(_documented_commands()))
 def test_commands_in_the_documents_exist(command):
-    arguments = shlex.split(command.split(" > ")[0])[1:]
+    arguments = shlex.split(re.split(r" (?:>|2>|&&|;) ", command)[0])[1:]
     node = typer.main.get_command(cli.app)
     context = node.context_class(node, info_name="tesseraq-gguf")
     while hasattr(node, "commands") and arguments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,12 @@ def test_a_full_disk_is_one_line_that_names_the_folder(tmp_path: Path, monkeypat
     with pytest.raises(ConversionError, match=line), temporary_sibling(tmp_path / "t.safetensors") as partial:
         write_tensors({"a": torch.ones(4)}, partial, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_torch_reads_back_is_data_and_no_code() -> None:
+    """A pickle may call anything; older releases of torch obey it unless they are told not to."""
+    root = Path(__file__).parent.parent
+    for folder in ("tesseraq_gguf", "convert", "scripts"):
+        for file in [*(root / folder).rglob("*.py")]:
+            calls = re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", file.read_text(encoding="utf-8"))
+            assert all("weights_only=True" in call for call in calls), file
