@@ -26,6 +26,7 @@ from torch import Tensor
 from tesseraq_gguf.column_order import InputStatistics, likeness, order_of, score
 from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.sensitivity import Passed
@@ -154,13 +155,20 @@ class CostMeter:
     bottom: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def block(self, block: LoadedBlock, passed: Passed) -> None:
-        """Take a block with what its matrices were fed and felt."""
+        """Take a block with what its matrices were fed and felt.
+
+        Raises:
+            NotFiniteError: a cost is not finite: none could be told from another.
+        """
         for name, module in block.matrices().items():
             full_name = f"{block.prefix}{name}.weight"
             if full_name in self.candidates and name in passed:
                 fed, felt = passed[name]
                 types = self.candidates[full_name]
-                self.costs[full_name] = costs_of(module.weight.detach(), fed, felt, types, self.granularity)
+                costs = costs_of(module.weight.detach(), fed, felt, types, self.granularity)
+                numbers = torch.tensor(list(costs.values()))
+                check_finite({full_name: numbers}, "the costs of its types", TAKE_ANOTHER)
+                self.costs[full_name] = costs
 
     def ends(self, final: Tensor, bottom: Tensor) -> None:
         """Keep final hidden states and the gradient below the first block."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,10 @@ _CHARACTERS_PER_TOKEN = 8
 _FEWEST = 4
 """Fewer sequences than this are no calibration."""
 
+_HELD_OUT = 1 / 16
+_FEWEST_HELD_OUT = 4
+"""Sequences that are held out: a share of those that are learned on, and no fewer than so many."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -35,7 +40,7 @@ class Calibration:
     Attributes:
         name: where the text came from.
         tokens: int64 [samples, length].
-        held_out: sequences that nothing is learned on, of the same length, if any are kept apart.
+        held_out: sequences that nothing is learned on, of the same length, if any were held out.
     """
 
     name: str
@@ -43,35 +48,50 @@ class Calibration:
     held_out: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def fingerprint(self) -> str:
-        """Return a hash of the tokens."""
-        return hashlib.sha256(self.tokens.numpy().tobytes()).hexdigest()[:16]
+        """Return a hash of the tokens: of those held out as well, which decide what is kept."""
+        everything = self.tokens.numpy().tobytes() + self.held_out.numpy().tobytes()
+        return hashlib.sha256(everything).hexdigest()[:16]
 
 
-def load_calibration(source: ModelSource, text: str | None, samples: int, length: int, seed: int) -> Calibration:
-    """Cut a text into sequences and draw `samples` of them.
+def held_out_for(samples: int) -> int:
+    """Return how many sequences are held out beside so many that are learned on."""
+    return max(_FEWEST_HELD_OUT, math.ceil(samples * _HELD_OUT))
+
+
+def load_calibration(
+    source: ModelSource, text: str | None, samples: int, length: int, seed: int, held_out: int = 0
+) -> Calibration:
+    """Cut a text into sequences and draw `samples` of them, and others to hold out.
 
     The text is tokenised whole, cut into pieces without overlap, each opened by the beginning-of-sequence token if the
-    model has the habit; which pieces are taken depends on the seed alone. A text with fewer pieces gives all it has.
+    model has the habit; which pieces are taken depends on the seed alone. A text with fewer pieces gives all it has,
+    in the same proportion: at least one to learn on and, if any are wanted, one to hold out.
 
     Args:
         source: the model, for its tokenizer.
         text: a file, a name in `DATASETS`, or None for the built-in text.
-        samples: sequences wanted.
+        samples: sequences wanted to learn on.
         length: tokens of a sequence.
         seed: of the draw.
+        held_out: sequences wanted beside them.
 
     Raises:
         CalibrationError: missing, unreadable, empty, or too short a text.
     """
     name = text or BUILT_IN
-    pieces = _pieces(source, _read(text, samples * length * _CHARACTERS_PER_TOKEN), length)
-    if len(pieces) < min(samples, _FEWEST):
+    wanted = samples + held_out
+    pieces = _pieces(source, _read(text, wanted * length * _CHARACTERS_PER_TOKEN), length)
+    fewest = max(min(samples, _FEWEST), 2 if held_out else 1)
+    if len(pieces) < fewest:
         raise CalibrationError(
             f"the calibration text {name} is too short: it fills {len(pieces)} sequences of {length} tokens, "
-            f"and at least {min(samples, _FEWEST)} are needed. Give a longer text or a smaller --seqlen"
+            f"and at least {fewest} are needed. Give a longer text or a smaller --seqlen"
         )
     order = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))
-    return Calibration(Path(name).name, pieces[order[:samples]])
+    drawn = pieces[order[:wanted]]
+    apart = min(max(1, round(len(drawn) * held_out / wanted)), len(drawn) - 1) if held_out else 0
+    learned_on = len(drawn) - apart
+    return Calibration(Path(name).name, drawn[:learned_on], drawn[learned_on:])
 
 
 def _read(text: str | None, enough: int) -> str:

@@ -362,6 +362,16 @@ def convert(
         return
     learned = f", {report.block_bits_per_weight:.2f} in the learned matrices" if report.block_bits_per_weight else ""
     print(f"{report.out}: {_size(report.bytes)}, {report.bits_per_weight:.2f} bits per weight{learned}")
+    if report.divergence is not None:
+        print(
+            f"Divergence from the original, on {report.held_out:,} tokens held out: "
+            f"{report.divergence:.4f} nats per token"
+        )
+    if report.kept_start:
+        print(
+            f"Learning was undone in {report.kept_start} of {report.blocks} blocks: "
+            "it ended worse than it began on the sequences held out. More --samples would help"
+        )
     print(f"Runs on: {report.runs_on}")
 
 

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.affine import Affine
+from tesseraq_gguf.errors import NotFiniteError
+from tesseraq_gguf.finite import check_finite, finite
 from tesseraq_gguf.grids import Arrays, grid_of
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.paths import temporary_sibling
@@ -37,6 +39,9 @@ LearnedBlock = dict[str, QuantizedTensor]
 """What was learned for a block, by checkpoint name."""
 
 _FINAL = "final"
+
+_LEAVE_OUT = "Leave --finish out, or give more bits to the blocks (--type, --tensor-type)"
+"""What to do about a model that the pass cannot learn."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,9 @@ class Distillation:
                 it was stopped is gone on with: it must be of the same blocks, tokens and seed.
             report: called with (steps done, steps in all).
             embeddings: learned embedding and output matrix, dequantised, by checkpoint name, where there are any.
+
+        Raises:
+            NotFiniteError: the model's answers, or gradients on the way down, are not finite.
         """
         kept = _Kept(folder, asdict(self))
         student = _Student(decoder, blocks, autocast, kept, embeddings or {})
@@ -112,6 +120,8 @@ class Distillation:
         before = kept.before
         if before is None:
             before = student.divergence(start[held], teacher[held], recorded)
+            if not math.isfinite(before):
+                raise NotFiniteError(f"the quantised model's divergence from its original is {before}. {_LEAVE_OUT}")
             kept.begin(before)
         report(kept.steps, self.steps)
         queue = torch.empty(0, dtype=torch.int64)
@@ -196,6 +206,8 @@ class _Student:
             with torch.no_grad():
                 hidden = self._run(block, hidden, recorded, *variables.realise())
         final = self._load_final()
+        if not finite(hidden):
+            raise NotFiniteError(f"the quantised model's final hidden states are not finite. {_LEAVE_OUT}")
         _, slope, to_norm = self._slope(hidden.flatten(0, 1), teacher.flatten(0, 1), final.realise()[1])
         final.descend_vectors(to_norm, rates)
         final.save(self._kept.next(_FINAL))
@@ -207,6 +219,7 @@ class _Student:
             out.backward(gradient)
             assert below.grad is not None
             gradient = below.grad
+            check_finite(variables.gradients(block.prefix), "the gradients of the last pass", _LEAVE_OUT)
             variables.descend(rates)
             variables.save(self._kept.next(str(index)))
         self._kept.step_done()
@@ -351,6 +364,15 @@ class _Variables:
             q = grid.levels(tensor)
             weights[name.removesuffix(".weight")] = Affine.apply(q, scale, zero).flatten(-2)
         return weights, {n: v + self._size[n] * self._variables[n, "norm"] for n, v in self._vectors.items()}
+
+    def gradients(self, prefix: str) -> dict[str, Tensor]:
+        """Gradients of what moves, by checkpoint name of the parameter that it belongs to."""
+        of = ((n, v.grad) for (n, _), v in self._variables.items())
+        found: dict[str, list[Tensor]] = {}
+        for name, gradient in of:
+            if gradient is not None:
+                found.setdefault(prefix + name, []).append(gradient.flatten())
+        return {name: torch.cat(parts) for name, parts in found.items()}
 
     def descend_vectors(self, gradients: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
         """Take a step along gradients of the vectors."""

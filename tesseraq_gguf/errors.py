@@ -25,6 +25,10 @@ class CalibrationError(TesseraqError):
     """The calibration text is missing, empty or too short."""
 
 
+class NotFiniteError(TesseraqError):
+    """Weights, activations, or what is learned from them are not finite; the message names block and matrix."""
+
+
 class FileFormatError(TesseraqError):
     """A GGUF file is missing, truncated, corrupt, or of a type that the reader does not know."""
 

@@ -16,8 +16,9 @@ from typing import Protocol
 
 import torch
 
+from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.bit_budget import CostMeter
-from tesseraq_gguf.calibration import Calibration, load_calibration
+from tesseraq_gguf.calibration import Calibration, held_out_for, load_calibration
 from tesseraq_gguf.codebooks import model_codebooks
 from tesseraq_gguf.converter.column_orders import SUFFIX
 from tesseraq_gguf.converter.packers import bcq
@@ -25,6 +26,7 @@ from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.converter.writer import Metadata, check_output, write_gguf, write_plain
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.distillation import Distillation
+from tesseraq_gguf.divergence import Quantised, divergence
 from tesseraq_gguf.embeddings import dequantized, round_embeddings
 from tesseraq_gguf.errors import TesseraqError, UsageError
 from tesseraq_gguf.grids import grid_for
@@ -33,6 +35,7 @@ from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.methods.table import method_of
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
+from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import expert_of
 from tesseraq_gguf.parallel import Team, joined
 from tesseraq_gguf.paths import temporary_sibling
@@ -73,9 +76,6 @@ _ROTATED = "rotated"
 _CODEBOOK_TOKENS = 2048
 """Calibration tokens that a model's own codebooks are designed from, beside its weights."""
 
-_HELD_OUT = 1 / 16
-"""Sequences that are held out for the last pass to prove itself on, for each that is learned on."""
-
 
 class Progress(Reporter, Protocol):
     """Receives what a conversion tells: stages and notes of `Reporter`, steps within a block, and finished blocks."""
@@ -111,6 +111,10 @@ class ConversionReport:
         seconds: time this run took.
         fallbacks: matrices of the blocks that were not learned, with the reason.
         runs_on: where the file runs.
+        divergence: mean Kullback-Leibler divergence of its answers from the original's, in nats per token, on sequences
+            that nothing was learned on; None where nothing was calibrated.
+        held_out: tokens of these sequences.
+        kept_start: blocks in which learning ended worse than it began on these sequences, and was undone.
     """
 
     out: Path
@@ -122,6 +126,9 @@ class ConversionReport:
     seconds: float
     fallbacks: dict[str, str]
     runs_on: str
+    divergence: float | None = None
+    held_out: int = 0
+    kept_start: int = 0
 
 
 def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionReport:
@@ -184,7 +191,8 @@ def _convert_learned(
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan, decoder.embedding_name())
     identity |= _preprocessed(recipe, text)
     with shared_work(team, lambda: WorkDirectory(_work_folder(recipe), identity, recipe.fresh)) as work:
-        resumed, ranges = 0, dict[str, Range]()
+        original = decoder
+        resumed, kept_start, ranges = 0, 0, dict[str, Range]()
         if recipe.rotate:
             decoder = _rotate(recipe, decoder, team, progress)
             if decoder.source != source:
@@ -202,6 +210,7 @@ def _convert_learned(
             if not result.resumed:
                 work.keep(result)
             resumed += result.resumed
+            kept_start += result.verdict is not None and result.verdict.kept_start
             if result.rare:
                 progress.note(_rare(result))
             ranges |= result.ranges
@@ -217,6 +226,12 @@ def _convert_learned(
             _finish(recipe, decoder, calibration, autocast, work, progress)
         if before is not None:
             _carry(before, decoder, work, recipe.finish != "none")
+        distance = None
+        if calibration:
+            progress.stage("Measuring the model's answers on sequences held out")
+            model = _quantised(recipe, decoder, work, ranges, codebooks)
+            with _memory_explained(decoder):
+                distance = divergence(original, model, calibration.held_out, autocast, progress.advance)
         progress.stage(f"Writing and verifying {recipe.out.name}")
         write_gguf(
             source,
@@ -233,7 +248,12 @@ def _convert_learned(
         if recipe.work_dir is None:
             work.remove()
     return team.from_first(
-        lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, plan.learned_in_file(), started)
+        lambda: replace(
+            _report(recipe, len(decoder), resumed, plan.fallbacks, plan.learned_in_file(), started),
+            divergence=distance,
+            held_out=calibration.held_out.numel() if calibration else 0,
+            kept_start=kept_start,
+        )
     )
 
 
@@ -291,16 +311,15 @@ def _calibration(recipe: Recipe, source: ModelSource, progress: Progress) -> Cal
         return None
     settings = recipe.settings
     progress.stage("Reading the calibration text")
-    more = math.ceil(settings.samples * _HELD_OUT) if recipe.finish != "none" else 0
-    calibration = load_calibration(source, recipe.calibration, settings.samples + more, settings.length, recipe.seed)
-    if more:
-        apart = max(1, round(len(calibration.tokens) * more / (settings.samples + more)))
-        kept, held_out = calibration.tokens[:-apart], calibration.tokens[-apart:]
-        calibration = replace(calibration, tokens=kept, held_out=held_out)
-    if len(calibration.tokens) < settings.samples:
+    wanted = held_out_for(settings.samples)
+    calibration = load_calibration(
+        source, recipe.calibration, settings.samples, settings.length, recipe.seed, held_out=wanted
+    )
+    here, apart = len(calibration.tokens), len(calibration.held_out)
+    if here < settings.samples:
         progress.note(
-            f"the calibration text gives {len(calibration.tokens)} sequences of {settings.length} tokens, "
-            f"fewer than the {settings.samples} asked for"
+            f"the calibration text gives {here + apart} sequences of {settings.length} tokens, fewer than the "
+            f"{settings.samples + wanted} asked for: {here} are learned on, {apart} held out"
         )
     return calibration
 
@@ -361,7 +380,7 @@ def _results(
         codebooks=codebooks,
         salient="peak" if recipe.method == "ptq161" else "error",
         team=team,
-        empty=_place(recipe, decoder, team.share(calibration.tokens), progress).empty,
+        empty=_place(recipe, decoder, calibration, team, progress).empty,
     )
     with _memory_explained(decoder):
         progress.stage("Measuring which channels the model's answer depends on")
@@ -376,7 +395,11 @@ def _results(
             f"Learning {len(types)} matrices in {len(decoder)} blocks with {recipe.method} on {decoder.device}"
         )
         yield from walk.run(
-            calibration.tokens, sensitivity.blocks, work.finished, lambda: _dequantized_embeddings(work)
+            calibration.tokens,
+            sensitivity.blocks,
+            work.finished,
+            lambda: _dequantized_embeddings(work),
+            calibration.held_out,
         )
 
 
@@ -384,9 +407,10 @@ def _work_folder(recipe: Recipe) -> Path:
     return recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
 
 
-def _place(recipe: Recipe, decoder: Decoder, tokens: torch.Tensor, progress: Progress) -> Place:
+def _place(recipe: Recipe, decoder: Decoder, calibration: Calibration, team: Team, progress: Progress) -> Place:
     """Where the hidden states of the two chains are kept."""
-    size = 2 * tokens.numel() * decoder.hidden_size * torch.float32.itemsize
+    tokens = sum(team.share(sequences).numel() for sequences in (calibration.tokens, calibration.held_out))
+    size = 2 * tokens * decoder.hidden_size * torch.float32.itemsize
     place = choose_place(size, decoder.device, recipe.memory_budget, _work_folder(recipe))
     if place.name == "disk":
         progress.note(f"{size / 1e9:.1f} GB of activations are kept in {place.folder}: a larger budget would be faster")
@@ -555,6 +579,25 @@ def _types_outside(work: WorkDirectory) -> dict[str, str]:
 
 def _dequantized_embeddings(work: WorkDirectory) -> dict[str, torch.Tensor]:
     return dequantized(_outside(work))
+
+
+def _quantised(
+    recipe: Recipe, decoder: Decoder, work: WorkDirectory, ranges: Mapping[str, Range], codebooks: torch.Tensor | None
+) -> Quantised:
+    """The model as the file will have it."""
+    finish, scheme = recipe.finish != "none", recipe.scheme
+    final = work.tensors(FINAL) if finish else None
+
+    def rounding(block: LoadedBlock) -> ActivationRounding | None:
+        return ActivationRounding(scheme, block.by_module(ranges), codebooks) if scheme.rounds else None
+
+    return Quantised(
+        decoder,
+        lambda index: work.block(index, finish),
+        _dequantized_embeddings(work),
+        final[0] if final else {},
+        rounding,
+    )
 
 
 def _finish(

@@ -5,6 +5,8 @@ The full-precision chain gives each block's target, the chain through the blocks
     Y = F(X_fp, W)      the method minimises the distance of F(X_q, Ŵ) to Y
     X_fp <- Y           X_q <- F(X_q, Ŵ)
 
+Sequences that are held out go along on both chains; methods that learn are judged by them (`held_out.py`).
+
 The engine knows no method and no file format. A finished block leaves as `QuantizedTensor`s in a `BlockResult`; a
 block that an earlier run finished comes back through `finished` and is only run, not learned.
 """
@@ -12,6 +14,7 @@ block that an earlier run finished comes back through `finished` and is only run
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +26,10 @@ from torch import Tensor
 
 from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.column_order import Score
+from tesseraq_gguf.errors import NotFiniteError
+from tesseraq_gguf.finite import TAKE_ANOTHER, check_finite, finite, origin
 from tesseraq_gguf.grids import Grid, grid_for
+from tesseraq_gguf.held_out import HeldOut, Verdict
 from tesseraq_gguf.hidden_states import Empty
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.parallel import Team
@@ -41,6 +47,9 @@ Weights = Mapping[str, Tensor]
 
 _REPORTED_SAMPLES = 32
 """Losses told to the user are means over so many samples: what they cost should not be felt."""
+
+_MORE_BITS = "Give its matrices a type of more bits (--tensor-type), or take another --method"
+"""What to do about a block that is finite until it is quantised."""
 
 
 @dataclass
@@ -62,6 +71,8 @@ class BlockProblem:
         rounding: rounds activations of the quantised chain; None leaves them.
         team: the processes that learn together; inputs and targets are this one's share.
         samples: samples of all processes together; None means that these are all.
+        held_out: sequences that nothing is learned on, for methods that learn to be judged by; None judges none.
+        verdict: how learning ended on these, once a method has (`held_out.better`).
     """
 
     block: LoadedBlock
@@ -77,6 +88,12 @@ class BlockProblem:
     rounding: ActivationRounding | None = None
     team: Team = field(default_factory=Team)
     samples: int | None = None
+    held_out: HeldOut | None = None
+    verdict: Verdict | None = None
+
+    def full_name(self, name: str) -> str:
+        """Return the checkpoint name of a matrix of the block, by its module name."""
+        return f"{self.block.prefix}{name}.weight"
 
     def matrices(self) -> dict[str, Tensor]:
         """Return the full-precision weights to learn, float32 [out, in], by module name."""
@@ -137,7 +154,10 @@ class BlockProblem:
             ranges[name] = min(before[0], float(low)), max(before[1], float(high))
 
         self.observe(self.samples or len(self.inputs), see)
-        return {name: self.team.widest(*ends) for name, ends in ranges.items()}
+        ranges = {name: self.team.widest(*ends) for name, ends in ranges.items()}
+        named = {self.full_name(name): torch.tensor(ends) for name, ends in ranges.items()}
+        check_finite(named, "the ends of what it is fed", TAKE_ANOTHER)
+        return ranges
 
     def tokens_of(self, samples: int) -> int:
         """Return how many tokens the first `samples` samples have, at most, over all processes."""
@@ -170,6 +190,9 @@ class BlockProblem:
         """Return mean x·xᵀ of the inputs of each matrix on the quantised chain, float32 [in, in] by module name.
 
         Matrices with the same input share one tensor. At most the first `samples` samples are run.
+
+        Raises:
+            NotFiniteError: some of them overflow.
         """
         sums: dict[str, Tensor] = {}
         latest: dict[str, Tensor] = {}
@@ -188,6 +211,8 @@ class BlockProblem:
         self.team.add_up(sums.values())
         for moment in sums.values():
             moment /= tokens
+        named = {self.full_name(name): moment for name, moment in sums.items()}
+        check_finite(named, "the second moments of what it is fed", TAKE_ANOTHER)
         return {name: sums[leader[name]] for name in self.grids}
 
 
@@ -215,6 +240,7 @@ class BlockResult:
         resumed: True if an earlier run had learned it.
         ranges: static ranges of what the matrices are fed, by checkpoint name, where the scheme has them.
         rare: matrices of experts that calibration hardly visited, by checkpoint name: they were rounded, not learned.
+        verdict: how learning ended on the sequences held out; None where nothing was learned or none are held out.
     """
 
     index: int
@@ -225,6 +251,7 @@ class BlockResult:
     resumed: bool = False
     ranges: Mapping[str, Range] = field(default_factory=dict)
     rare: tuple[str, ...] = ()
+    verdict: Verdict | None = None
 
 
 @dataclass
@@ -265,6 +292,7 @@ class Reconstruction:
         sensitivity: Sequence[Tensor],
         finished: Finished,
         embeddings: Callable[[], Mapping[str, Tensor]] = dict,
+        held_out: Tensor | None = None,
     ) -> Iterator[BlockResult]:
         """Learn block after block.
 
@@ -274,25 +302,36 @@ class Reconstruction:
                 and in all others.
             finished: gives what an earlier run learned.
             embeddings: gives matrices outside the blocks that are quantised, dequantised, by checkpoint name.
+            held_out: tokens that nothing is learned on, int64 [sequences, length], of all processes.
 
         Yields:
             One result per block, in order. The caller keeps it before asking for the next.
+
+        Raises:
+            NotFiniteError: a block of the model, or what was learned for it, overflows.
         """
-        samples, tokens = len(tokens), self.team.share(tokens)
+        samples, apart = len(tokens), 0 if held_out is None else len(held_out)
+        tokens = self.team.share(tokens)
+        here = len(tokens)
+        if held_out is not None:
+            tokens = torch.cat([tokens, self.team.share(held_out)])
         full, recorded = self.decoder.stem(tokens, empty=self.empty)
         outside = embeddings()
         quantised = self.decoder.stem(tokens, outside, self.empty)[0] if outside else self.empty(full.shape).copy_(full)
         del outside
         for index in range(len(self.decoder)):
             started = time.monotonic()
-            problem = self._problem(index, full, quantised, sensitivity[index], recorded)
+            problem = self._problem(index, full[:here], quantised[:here], sensitivity[index], recorded)
             problem.samples = samples
+            if apart:
+                problem.held_out = HeldOut(quantised[here:], full[here:], apart)
             # the target replaces the full-precision input in place: two activation caches, whatever the depth
             result = finished(index)
             ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
             watch = InputWatch()
             with watch.watching(problem.block, ordered), counted(problem) as visits:
-                _run_in_place(full, problem.forward, problem.device)
+                _run_in_place(full[:here], problem.forward, problem, TAKE_ANOTHER)
+            _run_in_place(full[here:], problem.forward, problem, TAKE_ANOTHER)
             if result is None:
                 if ordered:
                     self._reorder(problem, watch)
@@ -303,15 +342,19 @@ class Reconstruction:
                 learned = _of_the_first(problem, self._learn(problem, visits))
                 weights = _dequantized(problem, learned)
                 after = _mean_loss(problem, weights)
-                named = {f"{problem.block.prefix}{name}.weight": r for name, r in ranges.items()}
+                if not math.isfinite(after):
+                    raise _overflow(problem, partial(problem.quantised, weights=weights), problem.inputs, _MORE_BITS)
+                named = {problem.full_name(name): r for name, r in ranges.items()}
                 tensors = leaving(problem.block, problem.grids, learned)
-                rare = tuple(f"{problem.block.prefix}{name}.weight" for name in rarely(visits))
+                rare = tuple(map(problem.full_name, rarely(visits)))
                 seconds = time.monotonic() - started
-                result = BlockResult(index, tensors, before, after, seconds, ranges=named, rare=rare)
+                result = BlockResult(
+                    index, tensors, before, after, seconds, ranges=named, rare=rare, verdict=problem.verdict
+                )
             else:
                 weights = problem.block.adopt(result.tensors)
                 self._round(problem, problem.block.by_module(result.ranges))
-            _run_in_place(quantised, partial(problem.quantised, weights=weights), problem.device)
+            _run_in_place(quantised, partial(problem.quantised, weights=weights), problem, _MORE_BITS)
             del problem, weights
             yield result
 
@@ -396,10 +439,32 @@ def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> 
 
 
 @torch.no_grad()
-def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], device: torch.device) -> None:
-    """Replace activations [samples, length, hidden] by what `run` makes of them, sample by sample."""
-    for sample in range(len(activations)):
-        activations[sample].copy_(run(activations[sample : sample + 1].to(device))[0])
+def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], problem: BlockProblem, advice: str) -> None:
+    """Replace activations [samples, length, hidden] by what `run` makes of them, sample by sample.
+
+    Raises:
+        NotFiniteError: that is not finite; the message ends with the advice.
+    """
+    for index in range(len(activations)):
+        sample = activations[index : index + 1]
+        out = run(sample.to(problem.device))
+        if not finite(out):
+            raise _overflow(problem, run, sample, advice)
+        sample.copy_(out)
+
+
+@torch.no_grad()
+def _overflow(
+    problem: BlockProblem, run: Callable[[Tensor], Tensor], activations: Tensor, advice: str
+) -> NotFiniteError:
+    """The error for activations [samples, length, hidden] of which `run` makes what is not finite, or too large."""
+
+    def run_all() -> None:
+        for sample in activations.split(1):
+            run(sample.to(problem.device))
+
+    where = origin(problem.block, run_all)
+    return NotFiniteError(f"block {problem.block.index + 1}: its output overflows, {where}. {advice}")
 
 
 @torch.no_grad()

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from tesseraq_gguf.errors import NotFiniteError
+from tesseraq_gguf.finite import TAKE_ANOTHER, check_finite, finite, origin
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 
 _FLOOR = 1e-4
@@ -79,6 +81,9 @@ def measure_sensitivity(
         seed: of the drawn answers.
         report: called with (blocks done, blocks in all).
         witness: sees blocks and ends of the model; None sees nothing.
+
+    Raises:
+        NotFiniteError: the model overflows, on the way up or down.
     """
     hidden, recorded = decoder.stem(tokens)
     total = 2 * len(decoder)
@@ -92,12 +97,19 @@ def measure_sensitivity(
                 hidden = torch.cat(
                     [block.run(h.to(decoder.device), recorded.arguments[index]).cpu() for h in hidden.split(1)]
                 )
+            if not finite(hidden):
+                below, given = torch.load(level, weights_only=True), recorded.arguments[index]
+                where = _origin(decoder, block, below, given)
+                raise NotFiniteError(f"block {index + 1} of the model overflows, {where}. {TAKE_ANOTHER}")
             report(index + 1, total)
         moment = decoder.head.moment(hidden)
+        check_finite({decoder.output_name(): moment}, "the second moments of what it is fed", TAKE_ANOTHER)
         gradient = decoder.head.answer_gradient(hidden, decoder.output_weight(), torch.Generator().manual_seed(seed))
         weights = []
         for index in reversed(range(len(decoder))):
             weights.append(_weights(gradient))
+            if not finite(weights[-1]):
+                raise NotFiniteError(f"what the answers feel after block {index + 1} is not finite. {TAKE_ANOTHER}")
             block, inputs = decoder.load_block(index), torch.load(levels[index], weights_only=True)
             below = []
             with _watched(block if witness else None) as passed:
@@ -112,7 +124,14 @@ def measure_sensitivity(
             report(total - index, total)
     if witness:
         witness.ends(hidden, gradient)
-    return Sensitivity(weights[::-1], _weights(gradient)[1].cpu(), moment.cpu())
+    embedding = _weights(gradient)[1].cpu()
+    check_finite({decoder.embedding_name(): embedding}, "the sensitivities of its channels", TAKE_ANOTHER)
+    return Sensitivity(weights[::-1], embedding, moment.cpu())
+
+
+@torch.no_grad()
+def _origin(decoder: Decoder, block: LoadedBlock, hidden: Tensor, arguments: dict[str, Any]) -> str:
+    return origin(block, lambda: [block.run(h.to(decoder.device), arguments) for h in hidden.split(1)])
 
 
 @contextmanager
@@ -140,5 +159,6 @@ def _watched(block: LoadedBlock | None) -> Iterator[dict[str, tuple[list[Tensor]
 
 def _weights(gradient: Tensor) -> Tensor:
     energy = gradient.square().mean(0)
-    scale = energy[1:].mean().clamp_min(1e-30)
-    return (torch.stack([energy[0], energy[1:].mean(0)]) / scale).clamp_min(_FLOOR)
+    others = energy[1:] if len(energy) > 1 else energy  # a single token is like all that might follow
+    scale = others.mean().clamp_min(1e-30)
+    return (torch.stack([energy[0], others.mean(0)]) / scale).clamp_min(_FLOOR)

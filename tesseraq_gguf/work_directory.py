@@ -10,12 +10,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.held_out import Verdict
 from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.quantized import QuantizedTensor, load_tensors, save_tensors
@@ -126,6 +128,8 @@ class WorkDirectory:
         notes = {"loss_before": json.dumps(result.loss_before), "loss_after": json.dumps(result.loss_after)}
         if result.ranges:
             notes["ranges"] = json.dumps(result.ranges)
+        if result.verdict:
+            notes["verdict"] = json.dumps(asdict(result.verdict))
         save_tensors(self._file(_block(result.index)), result.tensors, notes)
 
     def finished(self, index: int) -> BlockResult | None:
@@ -136,7 +140,8 @@ class WorkDirectory:
         tensors, notes = load_tensors(file)
         before, after = json.loads(notes["loss_before"]), json.loads(notes["loss_after"])
         ranges = {name: (low, high) for name, (low, high) in json.loads(notes.get("ranges", "{}")).items()}
-        return BlockResult(index, tensors, before, after, seconds=0.0, resumed=True, ranges=ranges)
+        verdict = Verdict(**json.loads(notes["verdict"])) if "verdict" in notes else None
+        return BlockResult(index, tensors, before, after, 0.0, resumed=True, ranges=ranges, verdict=verdict)
 
     def block(self, index: int, finish: bool = False) -> dict[str, QuantizedTensor]:
         """Return what was learned for a finished block, or what a last pass over it left."""

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tesseraq_gguf.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.methods.start import Start
 from tesseraq_gguf.models.folding import Fold, folds
 from tesseraq_gguf.quantized import QuantizedTensor
@@ -62,6 +63,9 @@ class AWQ:
 
         Returns:
             α by the producer's name.
+
+        Raises:
+            NotFiniteError: errors overflow, so none could be told from another.
         """
         sample = problem.inputs[:1].to(problem.device)
         found = folds(problem.block, problem.arguments, sample, problem.grids.keys())
@@ -82,6 +86,7 @@ class AWQ:
                         losses[point] += self._rounded_loss(problem, name, columns, moments[name], fed[name])
             if fed is not None:  # every process has tokens of its own, and all must choose the same
                 problem.team.add_up([losses])
+            check_finite({problem.full_name(fold.consumers[0]): losses}, "the errors of scaling it", TAKE_ANOTHER)
             chosen[fold.producer] = alpha = self._alphas()[int(losses.argmin())]
             if alpha:
                 fold.apply(problem.block, scales(fold, means, alpha))

@@ -12,14 +12,27 @@ first, in all spans: the others can take what they err by.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tesseraq_gguf.errors import NotFiniteError
+from tesseraq_gguf.finite import TAKE_ANOTHER, finite
 from tesseraq_gguf.grids import Grid
 from tesseraq_gguf.methods.start import Start
 from tesseraq_gguf.reconstruction import BlockProblem
+
+_GROWTH = 10.0
+_ATTEMPTS = 8
+_LEAST_DAMPING = 1e-5
+"""Damping grows by a factor, so many times at most and from no less than a share, until H has a Cholesky factor. A
+matrix of second moments has one long before that: 10 times its mean diagonal outweighs all that float32 lost of it.
+"""
+
+_LARGEST_EXPONENT = 126
+"""Of a power of two that float32 holds with its inverse."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +51,13 @@ class GPTQ:
         """Round each matrix of the block against the second moments of its inputs, by module name."""
         moments = problem.second_moments(self.samples)
         return {
-            name: compensate(w, moments[name], problem.grids[name], self.damping)
+            name: compensate(w, moments[name], problem.grids[name], self.damping, problem.full_name(name))
             for name, w in problem.matrices().items()
         }
 
 
 @torch.no_grad()
-def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> Start:
+def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float, name: str = "a matrix") -> Start:
     """GPTQ on one matrix.
 
     Args:
@@ -52,10 +65,16 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> St
         moment: mean x·xᵀ, float32 [in, in].
         grid: the values a weight may take.
         damping: share of the mean diagonal added to the diagonal.
+        name: what errors call the matrix.
 
     Returns:
         Codes and parameters, and each weight as the errors of the columns before it had moved it when it was rounded.
+
+    Raises:
+        NotFiniteError: weights or moments are not finite, or too large for what is fed forward to stay so.
     """
+    if not finite(moment):
+        raise NotFiniteError(f"{name}: the second moments of what it is fed are not finite. {TAKE_ANOTHER}")
     visited = _visits(grid, weight.shape[1]).to(weight.device)
     w, moved = weight[:, visited], len(grid.parts) > 1
     upper = _inverse_factor(moment[visited][:, visited] if moved else moment, damping)
@@ -66,6 +85,8 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float) -> St
     for part, _ in grid.parts:
         for start in range(stop, stop + weight.shape[1] // grid.span * part.span, part.span):
             columns = slice(start, start + part.span)
+            if not finite(w[:, columns]):
+                raise NotFiniteError(f"{name}: its weights are not finite when they are rounded. {TAKE_ANOTHER}")
             rounder = part.rounder(part.search(w[:, columns], importance[columns]))
             block, factor = w[:, columns].T.contiguous(), upper[columns, columns]
             errors = torch.empty_like(block)
@@ -93,14 +114,21 @@ def _visits(grid: Grid, columns: int) -> Tensor:
 
 
 def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped inverse of a second-moment matrix [n, n]; damping grows until it exists."""
-    diagonal = moment.diagonal()
-    mean = diagonal.mean().clamp_min(1e-12)
-    while True:
-        damped = moment + torch.eye(len(moment), device=moment.device) * mean * damping
-        lower, failed = torch.linalg.cholesky_ex(damped)
+    """Upper Cholesky factor of the damped inverse of a second-moment matrix [n, n]; damping grows until it exists.
+
+    It is that of the matrix in units of a power of four near its largest entry, which GPTQ does not feel, to the bit:
+    so numbers are in the middle of what float32 can hold, however small or large activations are.
+    """
+    _, exponent = math.frexp(float(moment.diagonal().amax()))
+    moment = moment * 2.0 ** -max(-_LARGEST_EXPONENT, min(_LARGEST_EXPONENT, exponent // 2 * 2))
+    mean = moment.diagonal().mean()
+    mean = torch.where(mean > 0, mean, 1.0)  # nothing was fed: all columns are alike
+    eye = torch.eye(len(moment), device=moment.device)
+    for attempt in range(_ATTEMPTS):
+        share = max(damping, _LEAST_DAMPING) * _GROWTH**attempt if attempt else damping
+        lower, failed = torch.linalg.cholesky_ex(moment + eye * mean * share)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
                 return upper
-        damping *= 10
+    raise ValueError("no factor: this is no matrix of second moments")

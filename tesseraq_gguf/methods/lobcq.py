@@ -177,8 +177,7 @@ def round_levels(histogram: Tensor, levels: Tensor) -> Tensor:
     """Integers from -31 to 31 near levels, float64 [16] ascending: rounded, then moved by one while the error falls."""
     levels = levels.round().clamp(-LARGEST, LARGEST)
     best = _error(histogram, levels)
-    moving = True
-    while moving:
+    for _ in range(LEVELS * 2 * LARGEST):  # no level can move further
         moving = False
         for index in range(LEVELS):
             for step in (-1, 1):
@@ -188,6 +187,8 @@ def round_levels(histogram: Tensor, levels: Tensor) -> Tensor:
                 error = _error(histogram, other)
                 if error < best:
                     levels, best, moving = other, error, True
+        if not moving:
+            break
     return levels
 
 

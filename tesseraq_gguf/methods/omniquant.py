@@ -23,7 +23,9 @@ from torch import Tensor
 from tesseraq_gguf.grids import Arrays, Grid
 from tesseraq_gguf.grids.grid import through
 from tesseraq_gguf.grids.search import SMALLEST
+from tesseraq_gguf.held_out import better
 from tesseraq_gguf.methods.awq import ClipSearch
+from tesseraq_gguf.methods.descent import Descent
 from tesseraq_gguf.methods.start import Initialisation, Start
 from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.reconstruction import BlockProblem
@@ -47,10 +49,8 @@ class OmniQuant:
 
     def start(self, problem: BlockProblem) -> dict[str, Start]:
         """Return a start for every matrix of the problem, by module name."""
-        begun = self.ranges.start(problem)
-        clipped = {
-            name: ClippedMatrix(w, begun[name].tensor, problem.grids[name]) for name, w in problem.matrices().items()
-        }
+        begun = {name: start.tensor for name, start in self.ranges.start(problem).items()}
+        clipped = {name: ClippedMatrix(w, begun[name], problem.grids[name]) for name, w in problem.matrices().items()}
         # what a range's end moves by is counted in codes: with more of them, the same rate would move it further
         groups = [
             {"params": list(m.factors.values()), "lr": self.rate * 3 / problem.grids[name].highest}
@@ -58,15 +58,15 @@ class OmniQuant:
         ]
         adam = torch.optim.Adam(groups, fused=True)
         slower = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / self.steps)
+        descent = Descent(problem, adam)
         for step in range(self.steps):
-            loss = problem.loss({name: m.weight() for name, m in clipped.items()}, problem.draw(self.batch))
-            adam.zero_grad()
-            loss.backward()
-            problem.average_gradients(f for m in clipped.values() for f in m.factors.values())
-            adam.step()
+            weights = {name: m.weight() for name, m in clipped.items()}
+            descent.step(problem.loss(weights, problem.draw(self.batch)), weights)
             slower.step()
             problem.report(step + 1, self.steps)
-        return {name: Start(matrix.finish(), matrix.original) for name, matrix in clipped.items()}
+        descent.end(lambda: {name: m.weight() for name, m in clipped.items()})
+        kept = better(problem, begun, {name: matrix.finish() for name, matrix in clipped.items()})
+        return {name: Start(tensor, clipped[name].original) for name, tensor in kept.items()}
 
 
 class ClippedMatrix:

@@ -35,6 +35,8 @@ from torch import Tensor
 
 from tesseraq_gguf.affine import Affine
 from tesseraq_gguf.grids import Grid
+from tesseraq_gguf.held_out import better
+from tesseraq_gguf.methods.descent import Descent
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.models.folding import Fold, folds
 from tesseraq_gguf.quantized import QuantizedTensor
@@ -42,6 +44,9 @@ from tesseraq_gguf.reconstruction import BlockProblem
 
 _LEAST_COSINE = 1e-6
 """Below it, a cosine's logarithm has no gradient: tokens that point elsewhere entirely must not break the others."""
+
+_LEAST_ENERGY = 1e-30
+"""Of a token, or of all: a target of zeros is divided by it."""
 
 PAPER_STEPS = 2560
 """Steps that the paper's rates are for: 20 epochs of 128 sequences."""
@@ -90,19 +95,17 @@ class Ptq161:
         ]
         adam = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0, fused=True)
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
+        descent = Descent(problem, adam)
         for step in range(self.steps):
             weights = {name: m.weight() for name, m in matrices.items()}
             loss = self.loss(problem, weights, _vectors(problem, columns), problem.draw(self.batch))
-            adam.zero_grad()
-            loss.backward()
-            problem.average_gradients([*scales, *(log for _, log in columns)])
-            adam.step()
+            descent.step(loss, weights)
             slower.step()
             problem.report(step + 1, self.steps)
+        descent.end(lambda: {name: m.weight() for name, m in matrices.items()})
+        learned = {name: matrix.finish() for name, matrix in matrices.items()}
         with torch.no_grad():
-            for name, value in _vectors(problem, columns).items():
-                problem.block.replace(name, value)
-        return {name: matrix.finish() for name, matrix in matrices.items()}
+            return better(problem, start, learned, _vectors(problem, columns))
 
     def loss(
         self, problem: BlockProblem, weights: Mapping[str, Tensor], vectors: Mapping[str, Tensor], samples: Tensor
@@ -121,7 +124,7 @@ class Ptq161:
     def _distance(self, out: Tensor, target: Tensor, metric: Tensor) -> Tensor:
         error = energy(out - target, out - target, metric).mean()
         if self.relative:
-            error = error / energy(target, target, metric).mean()
+            error = error / energy(target, target, metric).mean().clamp_min(_LEAST_ENERGY)
         return error + minus_log_cosine(out, target, metric).mean() if self.parts == "cosine" else error
 
 
@@ -138,7 +141,9 @@ def energy(a: Tensor, b: Tensor, metric: Tensor) -> Tensor:
 
 def minus_log_cosine(a: Tensor, b: Tensor, metric: Tensor) -> Tensor:
     """-log of the cosine between tokens, [batch, length]; arguments as of `energy`."""
-    cosine = energy(a, b, metric) / (energy(a, a, metric) * energy(b, b, metric)).sqrt().clamp_min(1e-30)
+    # clamped before the root: that of 0 has no gradient, and tokens without a direction must not break the others
+    lengths = [energy(x, x, metric).clamp_min(_LEAST_ENERGY).sqrt() for x in (a, b)]
+    cosine = energy(a, b, metric) / (lengths[0] * lengths[1])
     return -cosine.clamp_min(_LEAST_COSINE).log()
 
 

@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from tesseraq_gguf.fusion import fused
 from tesseraq_gguf.grids import Grid
+from tesseraq_gguf.held_out import better
+from tesseraq_gguf.methods.descent import Descent
 from tesseraq_gguf.methods.start import NEAREST, Initialisation, Start
 from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.reconstruction import BlockProblem
@@ -70,26 +72,27 @@ class ScaledRounding:
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Learn all matrices of the block together against the block's output."""
+        starts = self.initialisation.start(problem)
+        begun = {name: start.tensor for name, start in starts.items()}
         matrices = {
             name: ScaledMatrix(
                 start, problem.grids[name], self.divisor(start.weight, problem.generator), problem.autocast
             )
-            for name, start in self.initialisation.start(problem).items()
+            for name, start in starts.items()
         }
         adam = torch.optim.Adam(
             [{"params": m.variables, "lr": self.rate(problem.grids[name].bits)} for name, m in matrices.items()],
             fused=True,
         )
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
+        descent = Descent(problem, adam)
         for step in range(self.steps):
-            loss = problem.loss({name: m.weight() for name, m in matrices.items()}, problem.draw(self.batch))
-            adam.zero_grad()
-            loss.backward()
-            problem.average_gradients(v for m in matrices.values() for v in m.variables)
-            adam.step()
+            weights = {name: m.weight() for name, m in matrices.items()}
+            descent.step(problem.loss(weights, problem.draw(self.batch)), weights)
             slower.step()
             problem.report(step + 1, self.steps)
-        return {name: matrix.finish() for name, matrix in matrices.items()}
+        descent.end(lambda: {name: m.weight() for name, m in matrices.items()})
+        return better(problem, begun, {name: matrix.finish() for name, matrix in matrices.items()})
 
     def rate(self, bits: int) -> float:
         """Learning rate at first, for codes of so many bits."""

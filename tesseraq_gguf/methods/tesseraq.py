@@ -34,6 +34,8 @@ from torch.autograd.function import once_differentiable
 
 from tesseraq_gguf.fusion import fused
 from tesseraq_gguf.grids import Arrays, Grid
+from tesseraq_gguf.held_out import better
+from tesseraq_gguf.methods.descent import Descent
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.start import Initialisation, Start
 from tesseraq_gguf.quantized import QuantizedTensor
@@ -82,9 +84,10 @@ class TesseraQ:
 
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Learn all matrices of the block together against the block's output."""
-        soft = {
-            name: SoftMatrix(start, problem.grids[name]) for name, start in self.initialisation.start(problem).items()
-        }
+        starts = self.initialisation.start(problem)
+        begun = {name: start.tensor for name, start in starts.items()}
+        soft = {name: SoftMatrix(start, problem.grids[name]) for name, start in starts.items()}
+        del starts  # weights that rounding errors have moved: no longer needed
         total = len(self.soft_shares) * self.steps
         for stage, share in enumerate(self.soft_shares):
             for matrix in soft.values():
@@ -94,12 +97,9 @@ class TesseraQ:
                 if stage == self.settle_zeros:
                     matrix.settle_zero()
             self._stage(problem, soft, stage * self.steps, total)
-        return {name: matrix.finish() for name, matrix in soft.items()}
+        return better(problem, begun, {name: matrix.finish() for name, matrix in soft.items()})
 
     def _stage(self, problem: BlockProblem, soft: dict[str, SoftMatrix], done: int, total: int) -> None:
-        roundings = [m.rounding for m in soft.values()]
-        scales = [m.tuning for m in soft.values() if m.tuning.requires_grad]
-        zeros = [m.zero for m in soft.values() if m.zero.requires_grad]
         groups: list[dict[str, Any]] = []
         for share in sorted({m.parameter_share for m in soft.values()}):
             alike = [m for m in soft.values() if m.parameter_share == share]
@@ -112,15 +112,12 @@ class TesseraQ:
                 },
                 {"params": [m.zero for m in alike if m.zero.requires_grad], "lr": self.zero_rate * share},
             ]
-        adam = torch.optim.Adam([g for g in groups if g["params"]], fused=True)
+        descent = Descent(problem, torch.optim.Adam([g for g in groups if g["params"]], fused=True))
         for step in range(self.steps):
             weights = {name: m.weight(problem.autocast) for name, m in soft.items()}
-            loss = problem.loss(weights, problem.draw(self.batch))
-            adam.zero_grad()
-            loss.backward()
-            problem.average_gradients([*roundings, *scales, *zeros])
-            adam.step()
+            descent.step(problem.loss(weights, problem.draw(self.batch)), weights)
             problem.report(done + step + 1, total)
+        descent.end(lambda: {name: m.weight(problem.autocast) for name, m in soft.items()})
 
 
 class SoftMatrix:
