@@ -24,7 +24,8 @@ Visits = Counter[str]
 """How many tokens expert matrices were fed, by module name."""
 
 RARE = 32
-"""Calibration tokens below which an expert is not learned."""
+"""Calibration tokens below which an expert is not learned, and on which the second moments of its inputs are measured
+at least."""
 
 _SAMPLES = 32
 """Samples that E[x²] is measured on, at most."""
@@ -48,6 +49,22 @@ def counted(problem: BlockProblem) -> Iterator[Visits]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def on_both_chains(problem: BlockProblem, full: Visits) -> Visits:
+    """Count visits on the quantised chain too, whose choice of experts may be another; the smaller count of each.
+
+    What only one chain feeds cannot be learned: there is no input, or a target that knows nothing of it.
+
+    Args:
+        problem: the block.
+        full: visits on the full-precision chain.
+    """
+    if not full:
+        return full
+    with counted(problem) as quantised:
+        problem.observe(problem.samples or len(problem.inputs), lambda *_: None)
+    return Visits({name: min(count, quantised[name]) for name, count in full.items()})
 
 
 def rarely(visits: Visits) -> list[str]:

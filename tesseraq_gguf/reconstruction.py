@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,9 +33,10 @@ from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.held_out import HeldOut, Verdict
 from tesseraq_gguf.hidden_states import Empty
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor, column_order, plain_vector
-from tesseraq_gguf.rare_experts import Visits, counted, rarely, round_rare
+from tesseraq_gguf.rare_experts import RARE, Visits, counted, on_both_chains, rarely, round_rare
 from tesseraq_gguf.reordering import InputWatch, plan_moves
 from tesseraq_gguf.schemes import ActivationScheme, Range
 
@@ -164,32 +166,52 @@ class BlockProblem:
         return min(samples, self.samples or len(self.inputs)) * self.inputs.shape[1]
 
     @torch.no_grad()
-    def observe(self, samples: int, see: Callable[[str, Tensor], None]) -> None:
+    def observe(self, samples: int, see: Callable[[str, Tensor], None], least: int = 0) -> dict[str, int]:
         """Run the block as it is on the quantised chain and show what its matrices are fed.
 
         Args:
             samples: how many samples are run, at most, by all processes together.
             see: called with the name of a matrix to learn and its input, [1, length, in], once for every sample. Where
                 matrices have the same input, it is the same object.
+            least: tokens that matrices of experts must be fed: those that were fed fewer are shown further samples.
+
+        Returns:
+            How many tokens the samples have that each matrix was shown, by module name.
         """
         modules = self.block.matrices()
+        shown, fed = set(self.grids), Counter[str]()
+        tokens = dict.fromkeys(self.grids, self.tokens_of(samples))
+
+        def show(name: str, x: Tensor) -> None:
+            fed[name] += x.shape[:-1].numel()
+            if name in shown:
+                see(name, x)
 
         def hook(name: str) -> Callable[..., None]:
-            return lambda _module, args: see(name, args[0])
+            return lambda _module, args: show(name, args[0])
 
         handles = [modules[name].register_forward_pre_hook(hook(name)) for name in self.grids]
+        first = self.team.count(samples)
         try:
-            for sample in self.inputs[: self.team.count(samples)].split(1):
+            for index, sample in enumerate(self.inputs.split(1)):
+                if index >= first:
+                    shown = {name for name in self.grids if stack_of(name) and fed[name] < least}
+                    if not shown:
+                        break
+                    for name in shown:
+                        tokens[name] += sample.shape[1]
                 with self.precision():
                     self.forward(sample.to(self.device))
         finally:
             for handle in handles:
                 handle.remove()
+        return tokens
 
     def second_moments(self, samples: int) -> dict[str, Tensor]:
         """Return mean x·xᵀ of the inputs of each matrix on the quantised chain, float32 [in, in] by module name.
 
-        Matrices with the same input share one tensor. At most the first `samples` samples are run.
+        Matrices with the same input share one tensor. At most the first `samples` samples are run, and as many more as
+        experts need that come late.
 
         Raises:
             NotFiniteError: some of them overflow.
@@ -206,11 +228,10 @@ class BlockProblem:
                 with torch.autocast(self.device.type, enabled=False):
                     sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
-        self.observe(samples, add)
-        tokens = self.tokens_of(samples)
+        tokens = self.observe(samples, add, RARE)
         self.team.add_up(sums.values())
-        for moment in sums.values():
-            moment /= tokens
+        for name, moment in sums.items():
+            moment /= tokens[name]
         named = {self.full_name(name): moment for name, moment in sums.items()}
         check_finite(named, "the second moments of what it is fed", TAKE_ANOTHER)
         return {name: sums[leader[name]] for name in self.grids}
@@ -338,6 +359,7 @@ class Reconstruction:
                 ranges = problem.input_ranges() if self.activations.static else {}
                 self._round(problem, ranges)
                 before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
+                visits = on_both_chains(problem, visits)
                 # processes have the same variables in every step; what leaves is the first one's to the bit
                 learned = _of_the_first(problem, self._learn(problem, visits))
                 weights = _dequantized(problem, learned)

@@ -48,7 +48,7 @@ class Sensitivity:
 
 Passed = Mapping[str, "tuple[Tensor, Tensor]"]
 """What a block's matrices were fed and felt, by module name: inputs [tokens, in], and the gradient of the answers'
-log-probability with respect to outputs [tokens, out]."""
+log-probability with respect to outputs [tokens, out]. Experts that no token came to are not among them."""
 
 
 class Witness(Protocol):
@@ -119,7 +119,7 @@ def measure_sensitivity(
                     below.append(torch.autograd.grad(out, h, g.to(decoder.device))[0].cpu())
             gradient = torch.cat(below)
             if witness:
-                witness.block(block, {name: (torch.cat(fed), torch.cat(felt)) for name, (fed, felt) in passed.items()})
+                witness.block(block, {n: (torch.cat(fed), torch.cat(felt)) for n, (fed, felt) in passed.items() if fed})
             del passed
             report(total - index, total)
     if witness:

@@ -10,18 +10,28 @@ import torch
 from tiny_models import TEXT, make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
+from tesseraq_gguf.bit_budget import CostMeter
 from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation import evaluate
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.inspection import inspect
+from tesseraq_gguf.methods.awq import AWQ, ClipSearch
+from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.lrq import lrq
+from tesseraq_gguf.methods.omniquant import OmniQuant
+from tesseraq_gguf.methods.rotated import Rotated
 from tesseraq_gguf.methods.start import AsItStarts
+from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.pipeline import SilentProgress
 from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.rare_experts import RARE
 from tesseraq_gguf.reconstruction import Reconstruction
+from tesseraq_gguf.schemes import ActivationScheme, scheme_of
+from tesseraq_gguf.sensitivity import measure_sensitivity
 from tesseraq_gguf.simulation import chunks_of, final_states, measure
 
 CPU = torch.device("cpu")
@@ -84,6 +94,143 @@ def test_rare_experts_are_rounded_and_named(walk):
             nearest = grid.dequantize(grid.quantize(weight))
             assert float((got - weight).norm()) < 1.2 * float((nearest - weight).norm())
             assert not torch.equal(got, nearest)  # squares of what the others are fed were weights
+
+
+LATE = 64.0
+"""What channel 0 is raised by in sequences that the rigged router takes for late ones."""
+BEGINNING = {"samples": 2}
+"""Statistics are measured on the first two sequences, where these suffice."""
+METHODS = {
+    "gptq": AsItStarts(GPTQ(**BEGINNING)),
+    "clip search": AsItStarts(ClipSearch(**BEGINNING)),
+    "awq": AWQ(AsItStarts(ClipSearch(**BEGINNING)), points=3, **BEGINNING),
+    "omniquant": AsItStarts(OmniQuant(steps=2, batch=2, ranges=ClipSearch(**BEGINNING))),
+    "tesseraq": TesseraQ(steps=1, batch=2, initialisation=ClipSearch(**BEGINNING)),
+    "lrq": lrq(2, 2, 4, ClipSearch(**BEGINNING)),
+    "flexround": flexround(2, 2, GPTQ(**BEGINNING)),
+    "rotated": Rotated(AWQ(AsItStarts(GPTQ(**BEGINNING)), points=3, **BEGINNING)),
+}
+
+
+@pytest.fixture
+def rigged(make_model, monkeypatch):  # noqa: F811
+    """Return a function that learns a mixture one expert of which is chosen in late sequences alone, and by all there.
+
+    It takes a method, and which of six sequences are late on the full-precision chain and on the quantised one. The
+    latter begins at an embedding of its own, which is how the two stems are told apart.
+    """
+    load, stem = Decoder.load_block, Decoder.stem
+    late: dict[bool, tuple[int, ...]] = {}
+
+    def marked(self, tokens, embeddings=None, empty=torch.empty):
+        hidden, recorded = stem(self, tokens, embeddings, empty)
+        for sequence in late[bool(embeddings)]:
+            hidden[sequence, :, 0] += LATE
+        return hidden, recorded
+
+    def biased(self, index, hollow=()):
+        block = load(self, index, hollow)
+        mark = {}
+
+        def enter(_module, args):
+            mark["late"] = bool(args[0][..., 0].mean() > LATE / 2)
+
+        def choose(_module, _args, out):
+            logits, weights, chosen = out
+            other = torch.where(chosen == NEVER, (NEVER + 1) % 4, chosen)
+            other[:, 0] = NEVER if mark["late"] else other[:, 0]
+            return logits, weights, other
+
+        block.module.register_forward_pre_hook(enter)
+        block.module.mlp.gate.register_forward_hook(choose)
+        return block
+
+    monkeypatch.setattr(Decoder, "load_block", biased)
+    monkeypatch.setattr(Decoder, "stem", marked)
+
+    def learn(method, full, quantised, activations=None):
+        late.update({False: full, True: quantised})
+        decoder = Decoder(make_model("qwen3-moe"), CPU)
+        name = decoder.embedding_name()
+        engine = Reconstruction(
+            decoder, method, dict.fromkeys(decoder.matrix_shapes(), "tsq3"), seed=0, autocast=torch.float32,
+            activations=activations or ActivationScheme(),
+        )  # fmt: skip
+        sensitivity = [torch.ones(2, decoder.hidden_size)] * 2
+        given = {name: decoder.matrix(name)}
+        return decoder, list(engine.run(TOKENS, sensitivity, lambda _: None, lambda: given))
+
+    return learn
+
+
+def _late_matrices(decoder, index):
+    return {f"{decoder.block_prefix(index)}mlp.experts.{NEVER}.{kind}_proj.weight" for kind in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [*((name, "none") for name in METHODS), ("awq", "a8"), ("gptq", "a8-static")]
+)
+def test_an_expert_that_comes_late_is_learned(name, scheme, rigged):
+    decoder, results = rigged(METHODS[name], (4, 5), (4, 5), scheme_of(scheme, None))
+    for result in results:
+        assert result.rare == ()
+        assert result.tensors.keys() >= set(decoder.matrix_shapes()) & {
+            n for n in decoder.matrix_shapes() if n.startswith(decoder.block_prefix(result.index))
+        }
+        for matrix in _late_matrices(decoder, result.index):
+            learned = grid_of("tsq3").dequantize(result.tensors[matrix])
+            weight = decoder.matrix(matrix)
+            assert float((learned - weight).square().sum() / weight.square().sum()) < 0.1
+
+
+class Moments:
+    """A method that measures second moments of the first sequences, and rounds."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
+
+    def learn(self, problem) -> dict[str, QuantizedTensor]:
+        expected = {}
+        for name, module in problem.block.matrices().items():
+            seen = []
+            handle = module.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0].flatten(0, -2)))
+            for sequence in range(len(problem.inputs)):
+                if sequence >= 2 and (not stack_of(name) or sum(map(len, seen)) >= RARE):
+                    break
+                problem.forward(problem.inputs[sequence : sequence + 1])
+                tokens = (sequence + 1) * problem.inputs.shape[1]
+            handle.remove()
+            expected[name] = torch.cat(seen).T @ torch.cat(seen) / tokens
+        self.found.append((problem.second_moments(2), expected))
+        return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
+
+
+def test_moments_of_a_late_expert_are_measured_where_it_is(rigged):
+    method = Moments()
+    rigged(method, (4, 5), (4, 5))
+    for found, expected in method.found:
+        assert found.keys() == expected.keys()
+        for name, moment in expected.items():
+            torch.testing.assert_close(found[name], moment, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("full", "quantised"), [((4, 5), ()), ((), (4, 5)), ((), ())])
+def test_an_expert_of_one_chain_alone_is_rounded_and_named(name, full, quantised, rigged):
+    decoder, results = rigged(METHODS[name], full, quantised)
+    for result in results:
+        assert set(result.rare) == _late_matrices(decoder, result.index)
+        assert set(result.rare) <= result.tensors.keys()
+
+
+def test_an_expert_that_no_token_comes_to_has_no_costs(rigged, make_model):  # noqa: F811
+    """And does not stop the pass that measures them."""
+    rigged(METHODS["gptq"], (), ())
+    decoder = Decoder(make_model("qwen3-moe"), CPU)
+    meter = CostMeter({name: ["tsq3"] for name in decoder.matrix_shapes()}, "group")
+    measure_sensitivity(decoder, TOKENS, 0, witness=meter)
+    missing = decoder.matrix_shapes().keys() - meter.costs.keys()
+    assert missing == _late_matrices(decoder, 0) | _late_matrices(decoder, 1)
 
 
 def test_a_mixture_reaches_llama_cpp(make_model, tmp_path):  # noqa: F811

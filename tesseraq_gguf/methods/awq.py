@@ -28,6 +28,7 @@ from tesseraq_gguf.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.methods.start import Start
 from tesseraq_gguf.models.folding import Fold, folds
 from tesseraq_gguf.quantized import QuantizedTensor
+from tesseraq_gguf.rare_experts import RARE
 from tesseraq_gguf.reconstruction import BlockProblem, Method
 
 _SMALLEST = 1e-4
@@ -120,7 +121,7 @@ class AWQ:
         samples = max(1, min(self.samples, self.tokens // problem.inputs.shape[1]))
         widths = {name: problem.block.matrices()[name].in_features for name in problem.grids}
         seen = {name: [torch.empty(0, width, device=problem.device)] for name, width in widths.items()}
-        problem.observe(samples, lambda name, x: seen[name].append(x.flatten(0, -2).float()))
+        problem.observe(samples, lambda name, x: seen[name].append(x.flatten(0, -2).float()), RARE)
         return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
@@ -155,10 +156,9 @@ def _mean_magnitudes(problem: BlockProblem, samples: int) -> dict[str, Tensor]:
     def add(name: str, x: Tensor) -> None:
         sums[name] += x.flatten(0, -2).float().abs().sum(0)
 
-    problem.observe(samples, add)
+    tokens = problem.observe(samples, add, RARE)
     problem.team.add_up(sums.values())
-    tokens = problem.tokens_of(samples)
-    return {name: total / tokens for name, total in sums.items()}
+    return {name: total / tokens[name] for name, total in sums.items()}
 
 
 @dataclass(frozen=True)
