@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.converter.packers import bcq
+from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.methods.lobcq import Design, block_arrays, design
 from tesseraq_gguf.models.decoder import Decoder
 
@@ -94,7 +96,18 @@ def model_codebooks(decoder: Decoder, tokens: Tensor | None, seed: int) -> Tenso
         decoder: the full-precision model.
         tokens: what it is run on, int64 [samples, length]; None designs from weights alone.
         seed: of draws and starts.
+
+    Raises:
+        NotFiniteError: a matrix, or what it is fed, is not finite.
+        ModelError: there is nothing but zeros to design from.
     """
     generator = torch.Generator().manual_seed(seed)
-    arrays = torch.cat([d.arrays for d in draw(decoder, tokens, bcq.BLOCK, _ARRAYS, generator)])
+    drawn = []
+    for d in draw(decoder, tokens, bcq.BLOCK, _ARRAYS, generator):
+        what = "its numbers" if d.kind == "weight" else "what it is fed"
+        check_finite({f"{decoder.block_prefix(d.block)}{d.name}.weight": d.arrays}, f"{what}, scaled,", TAKE_ANOTHER)
+        drawn.append(d.arrays)
+    arrays = torch.cat(drawn)
+    if not len(arrays):
+        raise ModelError(f"{decoder.source.name}: its matrices are all zeros: use --codebooks universal")
     return best_design(arrays, bcq.CODEBOOKS, _STARTS, generator).codebooks
