@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
+from tesseraq_gguf.options import FINISHES, INITIALISATIONS, METHODS, ON_COMMAND_LINE, PARTS
 from tesseraq_gguf.printing import printable, to_json, tolerant_streams
-from tesseraq_gguf.recipe import AUTO, CANDIDATES, FINISHES, INITIALISATIONS, LEARNED, METHODS, PARTS, PRESETS
-from tesseraq_gguf.rules import read_rules, size_of
+from tesseraq_gguf.recipe import CANDIDATES, PRESETS
+from tesseraq_gguf.rules import read_rules
 from tesseraq_gguf.runtime.target import CROSS
 from tesseraq_gguf.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
 from tesseraq_gguf.torchrun import rank as process_rank
@@ -74,6 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `kill` must not leave temporary files behind either
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    speaks = ON_COMMAND_LINE.set(True)
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
         sys.stdout.flush()  # a disk that is full, or a reader that left, is noticed here and not after the end
@@ -99,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             raise
         where = f" at {error.filename}" if error.filename else ""
         _fail(f"the disk is full{where}. Free some room, or give another place", TesseraqError.exit_code)
+    finally:
+        ON_COMMAND_LINE.reset(speaks)
     if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
         _print_line("stopped")
     sys.exit(code if isinstance(code, int) else 0)
@@ -150,7 +154,8 @@ def convert(
         typer.Option(
             "--tensor-type",
             metavar="REGEX=TYPE",
-            help="Give matrices whose name in the checkpoint matches another type; may be given often, the last wins.",
+            help="Give matrices whose name in the checkpoint matches another type, float types among them; may be given "
+            "often, the last wins. One that matches nothing in the blocks is for embedding or output matrix.",
         ),
     ] = None,
     tensor_types: Annotated[
@@ -299,48 +304,14 @@ def convert(
       tesseraq-gguf convert demo down.gguf --type tsq2 --tensor-type mlp.down_proj=tsq3
       tesseraq-gguf convert demo reference.gguf --type f16
     """
-    from tesseraq_gguf.converter.tensor_types import tensor_type as type_named
+    from tesseraq_gguf.options import FIELDS, refuse_conflicts
     from tesseraq_gguf.progress import ConvertProgress
     from tesseraq_gguf.recipe import Recipe
 
-    budget = target_bpw is not None or target_size is not None
-    calibrates = budget or rotate or activations.endswith("-static")
-    _refuse_conflicts(context, type, method, calibrates=calibrates, budget=budget)
-    default = "q8_0" if target_size is None else AUTO
-    embedding = embedding_type or (default if _learns(type) else type)
-    recipe = Recipe(
-        model=model,
-        out=out,
-        type=type,
-        rules=_rules(tensor_types, tensor_type or []),
-        target_bpw=target_bpw,
-        target_size=None if target_size is None else size_of(target_size),
-        candidates=tuple(type_named(name.strip()).name for name in candidates.split(",")),
-        method=method,
-        init=init,
-        rotate=rotate,
-        finish=finish,
-        finish_steps=finish_steps,
-        rank=rank,
-        parts=parts,
-        preprocess=preprocess,
-        preprocess_steps=preprocess_steps,
-        granularity=granularity,
-        activations=activations,
-        kv_bits=kv_bits,
-        codebooks=codebooks,
-        preset=preset,
-        calibration=calibration,
-        samples=samples,
-        seqlen=seqlen,
-        device=device,
-        memory_budget=None if memory_budget is None else size_of(memory_budget),
-        embedding_type=embedding if embedding == AUTO else type_named(embedding).name,
-        output_type=type_named(output_type).name if output_type else None,
-        work_dir=work_dir,
-        fresh=fresh,
-        seed=seed,
-    )
+    given = {name: context.params[name] for name in _given(context) if name in FIELDS}
+    rules = _rules(tensor_types, tensor_type or [])
+    recipe = Recipe(**given | ({"rules": rules} if rules else {}))
+    refuse_conflicts(recipe, given.keys())  # also those that were given as they are by default
     try:
         if process_rank():
             from tesseraq_gguf.pipeline import convert as run
@@ -758,13 +729,6 @@ def _print_tasks(results: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _learns(type: str) -> bool:
-    """Whether something is learned in a type: only floats hold a model as it is."""
-    from tesseraq_gguf.converter.tensor_types import tensor_type
-
-    return tensor_type(type).name not in ("f32", "f16", "bf16")
-
-
 def _rules(file: Path | None, given: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """Rules REGEX=TYPE of a file, then those given; the last that matches wins."""
     try:
@@ -773,56 +737,6 @@ def _rules(file: Path | None, given: Sequence[str]) -> tuple[tuple[str, str], ..
         reason = getattr(error, "strerror", None) or "it is no text"
         raise UsageError(f"the rules {file} cannot be read: {reason}") from None
     return read_rules([*lines, *given])
-
-
-def _refuse_conflicts(context: typer.Context, type: str, method: str, calibrates: bool, budget: bool) -> None:
-    """Refuse options that the chosen type or method would ignore.
-
-    Args:
-        context: of the command.
-        type: the type of the blocks' matrices.
-        method: how they are learned.
-        calibrates: whether there is something to measure on calibration text, whatever the method.
-        budget: whether types are chosen within one.
-    """
-    given = _given(context)
-    learning = ["init", "finish", "rank", "preset", "calibration", "samples", "seqlen", "memory_budget"]
-    if not _learns(type):
-        ignored = [
-            "method",
-            *learning,
-            "granularity",
-            "codebooks",
-            "preprocess",
-            "rotate",
-            "activations",
-            "kv_bits",
-            "output_type",
-            "work_dir",
-            "fresh",
-            "seed",
-            "device",
-        ]
-        reason = f"--type {type} learns nothing"
-    elif method == "rtn":
-        ignored, reason = learning, "--method rtn uses no calibration"
-        if calibrates:
-            ignored, reason = ["init", "finish", "rank", "preset"], "--method rtn learns nothing"
-    elif method not in LEARNED:
-        ignored, reason = ["init", "rank"], f"--method {method} knows one way"
-    else:
-        ignored, reason = ["rank"] if method != "lrq" else [], "--rank is lrq's alone"
-    if "candidates" in given and not budget:
-        raise UsageError("--candidates are for --target-bpw and --target-size: there is no target")
-    if "type" in given and budget:
-        raise UsageError("--type gives all matrices one type, a target chooses among --candidates: give one of them")
-    if "codebooks" in given and _learns(type) and not type.lower().startswith("bcq"):
-        raise UsageError(f"--codebooks would be ignored: {type.lower()} has none")
-    if "parts" in given and method != "ptq161":
-        raise UsageError("--parts are ptq161's alone: --parts has no meaning there")
-    for name in ignored:
-        if name in given:
-            raise UsageError(f"{reason}: --{name.replace('_', '-')} has no meaning there")
 
 
 def _with_runtime(action: Callable[[], _T]) -> _T:

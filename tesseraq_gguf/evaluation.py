@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tesseraq_gguf import options
 from tesseraq_gguf.errors import EvaluationError, FileFormatError, UsageError
 from tesseraq_gguf.inspection import Inspection, inspect, open_gguf
 from tesseraq_gguf.runtime.locate import BUILD_COMMAND, find_runtime
@@ -93,7 +94,7 @@ def evaluate(
         RuntimeMissingError: the runtime is not built.
         EvaluationError: llama-perplexity failed, a figure is not finite, or the disk has no room.
     """
-    file, text = Path(file), Path(text)
+    file, text = options.path("file", file), options.path("text", text)
     facts = check_request(file, text, ctx, chunks, reference)
     vocabulary = vocabulary_size(file)
     run = PerplexityRun(find_runtime().tool(TOOL), text, ctx, chunks, vocabulary, watch)
@@ -115,13 +116,12 @@ def check_request(file: Path, text: Path, ctx: int, chunks: int | None, referenc
         FileFormatError: a GGUF file is missing or damaged.
         UsageError: the text cannot be read, or a number or a reference cannot be meant.
     """
-    if ctx < _SMALLEST_CONTEXT:
-        raise UsageError(f"--ctx must be at least {_SMALLEST_CONTEXT} tokens, not {ctx}")
-    if chunks is not None and chunks < 1:
-        raise UsageError(f"--chunks must be at least 1, not {chunks}")
+    options.integer("ctx", ctx, _SMALLEST_CONTEXT, "tokens")
+    if chunks is not None:
+        options.integer("chunks", chunks, 1)
     facts = inspect(file)
     vocabulary = vocabulary_size(file)
-    if reference is not None and (other := vocabulary_size(Path(reference))) != vocabulary:
+    if reference is not None and (other := vocabulary_size(options.path("reference", reference))) != vocabulary:
         raise UsageError(
             f"{reference} cannot be the reference of {file}: its vocabulary has {other:,} tokens, not {vocabulary:,}"
         )

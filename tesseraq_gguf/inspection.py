@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tesseraq_gguf import options
 from tesseraq_gguf.converter.column_orders import SUFFIX
 from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
@@ -112,8 +113,9 @@ def inspect(path: Path | str) -> Inspection:
 
     Raises:
         FileFormatError: missing, not GGUF, truncated, corrupt, or with tensors of an unknown type.
+        UsageError: `path` is no path.
     """
-    file = open_gguf(path)
+    file = open_gguf(options.path("file", path))
     architecture = str(file.get("general.architecture", "unknown"))
     types = _totals(file.tensors)
     weights = sum(t.weights for t in file.tensors if not t.name.endswith(SUFFIX))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tesseraq_gguf import options
 from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.devices import learning_dtype, resolve_device
 from tesseraq_gguf.errors import ModelError, UsageError
@@ -62,16 +63,16 @@ def write_text(
         UsageError: a number that makes no sense, or a file that cannot be written there.
         ModelError: the model cannot be loaded, or has no token to begin with, or the device's memory is too small.
     """
-    if length < 2:
-        raise UsageError(f"--seqlen must be at least 2, got {length}")
-    if tokens < length:
+    options.integer("seqlen" if options.ON_COMMAND_LINE.get() else "length", length, 2)
+    options.integer("seed", seed)
+    if options.integer("tokens", tokens) < length:
         raise UsageError(f"--tokens must be at least {length}, one document of --seqlen tokens, got {tokens}")
-    out = Path(out).expanduser()
+    model, out = options.text("model", model), options.path("out", out).expanduser()
     if out.is_dir():
         raise UsageError(f"{out} is a folder. Give the name of the text file to write")
     if not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent} to write into")
-    where = resolve_device(device)
+    where = resolve_device(options.device("device", device))
     source = resolve_model(model, say)
     Decoder(source, where)  # takes no memory, and refuses the models that `convert` refuses
     say("Loading the whole model")

@@ -37,13 +37,14 @@ from tesseraq_gguf.methods.table import method_of
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import expert_of
+from tesseraq_gguf.options import LEARNED
 from tesseraq_gguf.parallel import Team, joined
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.preprocessing import STEPS, Preprocessing, check_installed
 from tesseraq_gguf.program import learning_program
 from tesseraq_gguf.quantized import QuantizedTensor, plain_vector
 from tesseraq_gguf.rare_experts import RARE
-from tesseraq_gguf.recipe import LEARNED, Recipe
+from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import BlockResult, Reconstruction
 from tesseraq_gguf.residual_rotation import rotated_model
 from tesseraq_gguf.rules import read_rules, rules_of
@@ -141,11 +142,13 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         recipe: what to make.
         progress: told what happens.
     """
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"convert takes a Recipe, such as Recipe('demo', 'out.gguf'), not {type(recipe).__name__}")
     progress = progress or SilentProgress()
     started = time.monotonic()
-    for type in recipe.candidates if recipe.budgeted else (recipe.type,):
-        if not tensor_type(type).is_float:
-            check_grid(recipe, grid_for(type, tensor_type(type).block_weights, recipe.granularity))
+    for wanted in map(tensor_type, recipe.candidates if recipe.budgeted else (recipe.type,)):
+        if not wanted.is_float:
+            check_grid(recipe, grid_for(wanted.name, wanted.block_weights, recipe.granularity))
     check_output(recipe.out)
     source = resolve_model(recipe.model, progress.stage)
     check_output(recipe.out, source)

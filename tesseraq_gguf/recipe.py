@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.converter.tensor_types import tensor_type
+from tesseraq_gguf.options import AUTO, FIELDS, refuse_conflicts
 from tesseraq_gguf.schemes import ActivationScheme, scheme_of
-
-METHODS = ("tesseraq", "ptq161", "lrq", "flexround", "awq+gptq", "gptq", "awq", "omniquant", "rtn")
-"""Methods by name: those that learn the rounding, then those to compare with."""
-
-LEARNED = ("tesseraq", "lrq", "flexround")
-"""Those that learn the rounding, from a start."""
-
-INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
-"""What they can begin at; `auto` is the one that serves best (`Recipe.start`), and LRQ's and FlexRound's papers have
-`none`."""
-
-FINISHES = ("none", "distill")
-"""Last passes over the whole model."""
-
-GRANULARITIES = ("group", "channel")
-"""What shares a scale and a zero-point."""
-
-
-AUTO = "auto"
-"""Type of an embedding that is chosen within `target_size`."""
 
 CANDIDATES = ("tsq2", "tsq3", "tsq4")
 """Types that a budget is spent on unless others are named."""
-
-PARTS = ("mask", "scales", "cosine")
-"""Parts of PTQ1.61, each with all before it: the mask alone, learned scales, the cosine in their loss."""
-
-CODEBOOKS = ("universal", "model")
-"""Where types with codebooks have them from."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +53,23 @@ types of 2 bits, those of more take shares of them (`methods.tesseraq.parameter_
 class Recipe:
     """One conversion.
 
+    Paths are given as strings or paths, names in any case, sizes in bytes or as text such as `"1G"`, rules as pairs, as
+    a dict or as lines `REGEX=TYPE`. Whole numbers are ints of Python or numpy: a float is refused, even 32.0. Whatever
+    would be ignored is refused as well. The fields of a recipe that was made are what is said here.
+
     Attributes:
         model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
         out: the GGUF file to write.
         type: tensor type of the matrices in the decoder blocks; a float type means that nothing is learned.
         rules: pairs (regular expression, type); the last one that matches a matrix's checkpoint name gives it its type.
+            Rules that match nothing in the blocks may name the embedding or the output matrix.
         target_bpw: bits per weight that the blocks' matrices may have; their types are then chosen.
         target_size: bytes that the file may have; types of the blocks' matrices and the embedding are then chosen.
         candidates: types to choose from.
-        method: how codes are learned, one of `METHODS`.
-        init: what learned rounding begins at, one of `INITIALISATIONS`.
+        method: how codes are learned, one of `options.METHODS`.
+        init: what learned rounding begins at, one of `options.INITIALISATIONS`.
         rotate: mix channels by Hadamard matrices before anything is learned, where that folds into the weights.
-        finish: the last pass over the whole model, one of `FINISHES`.
+        finish: the last pass over the whole model, one of `options.FINISHES`.
         finish_steps: its steps; None takes the preset's.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
@@ -105,7 +85,8 @@ class Recipe:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         memory_budget: bytes of the device's memory that activations kept from block to block may take; what does not
             fit is kept elsewhere. None takes a part of what is free.
-        embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size`.
+        embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size`. None becomes `AUTO` if there is
+            one, `type` where nothing is learned, and q8_0 else.
         output_type: tensor type of the output matrix; None means that of the embedding.
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
         fresh: throw finished blocks of an earlier run away.
@@ -139,7 +120,7 @@ class Recipe:
     seqlen: int | None = None
     device: str = "auto"
     memory_budget: int | None = None
-    embedding_type: str = "q8_0"
+    embedding_type: str = None  # type: ignore[assignment]  # a recipe that was made has one
     output_type: str | None = None
     work_dir: Path | None = None
     fresh: bool = False
@@ -147,39 +128,18 @@ class Recipe:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        """Check names and numbers.
+        """Normalise all fields, and refuse what cannot be meant.
 
         Raises:
-            UsageError: an unknown preset or method, or a number that cannot be meant.
+            UsageError: a field is of another kind, unknown or out of range, or would be ignored.
         """
-        object.__setattr__(self, "out", Path(self.out))
-        _check("preset", self.preset, tuple(PRESETS))
-        _check("method", self.method, METHODS)
-        _check("initialisation", self.init, INITIALISATIONS)
-        _check("finish", self.finish, FINISHES)
-        _check("granularity", self.granularity, GRANULARITIES)
-        _check("part of PTQ1.61", self.parts, PARTS)
-        if self.target_bpw is not None and self.target_size is not None:
-            raise UsageError("--target-bpw and --target-size are two budgets: give one")
-        if self.target_bpw is not None and not self.target_bpw > 0:
-            raise UsageError(f"--target-bpw must be more than 0, not {self.target_bpw:g}")
-        if self.embedding_type == AUTO and self.target_size is None:
-            raise UsageError("the type of the embedding can be chosen with --target-size only: name one")
-        if self.scheme.rounds and self.finish != "none":
-            raise UsageError("--finish learns with activations as they are: it is not possible with rounded ones")
-        _check("kind of codebooks", self.codebooks, CODEBOOKS)
-        if self.granularity == "channel" and self.finish != "none":
-            raise UsageError("--finish moves the scale of every group: it is not possible with --granularity channel")
-        if self.finish_steps is not None and (self.finish == "none" or self.finish_steps < 1):
-            raise UsageError("--finish-steps must be at least 1, and go with --finish distill")
-        if self.rank is not None and self.rank < 1:
-            raise UsageError(f"--rank must be at least 1, not {self.rank}")
-        if self.preprocess_steps is not None and (self.preprocess is None or self.preprocess_steps < 1):
-            raise UsageError("--preprocess-steps must be at least 1, and go with --preprocess TEXT")
-        if self.samples is not None and self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, not {self.samples}")
-        if self.seqlen is not None and self.seqlen < 8:
-            raise UsageError(f"--seqlen must be at least 8 tokens, not {self.seqlen}")
+        for name, read in FIELDS.items():
+            object.__setattr__(self, name, read(name, getattr(self, name)))
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.embedding_type is None:
+            unnamed = AUTO if self.target_size is not None else "q8_0" if self.learns else self.type
+            object.__setattr__(self, "embedding_type", unnamed)
+        refuse_conflicts(self, given)
 
     @property
     def settings(self) -> Preset:
@@ -217,16 +177,9 @@ class Recipe:
     @property
     def learns(self) -> bool:
         """Whether anything is learned or rounded block by block: True for types with a grid."""
-        from tesseraq_gguf.grids import GRIDS
-
-        return self.type.lower() in GRIDS
+        return not tensor_type(self.type).is_float
 
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
         return self.learns and (self.method != "rtn" or self.scheme.static or self.rotate or self.budgeted)
-
-
-def _check(what: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise UsageError(f"unknown {what} '{name}'. There are: {', '.join(known)}")

@@ -22,7 +22,7 @@ def read_rules(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
         pattern, equals, type = line.rpartition("=")
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UsageError(f"'{line}': {pattern} is no regular expression: {error}") from None
         if not equals or not pattern:
             raise UsageError(f"'{line}' is not of the form REGEX=TYPE, such as mlp.down_proj=tsq3")
@@ -51,6 +51,6 @@ def size_of(text: str) -> int:
         UsageError: it is none.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if not found or found[2] not in _UNITS or float(found[1]) == 0:
+    if not found or found[2] not in _UNITS or not 0 < float(found[1]) * _UNITS[found[2]] < 2**63:
         raise UsageError(f"'{text}' is no size: give bytes, or a number with K, M, G, KiB, MiB or GiB")
     return int(float(found[1]) * _UNITS[found[2]])

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tesseraq_gguf import options
 from tesseraq_gguf.activations import ActivationRounding
 from tesseraq_gguf.calibration import tokens_of
 from tesseraq_gguf.converter.verify import own_codebooks
@@ -58,7 +59,7 @@ def simulate(
             ranges that the file has not.
         EvaluationError: a figure is not finite.
     """
-    file, text = Path(file), Path(text)
+    file, text = options.path("file", file), options.path("text", text)
     facts = check_request(file, text, ctx, chunks, reference)
     scheme, ranges = _scheme(file, scheme)
     device = device or torch.device("cpu")

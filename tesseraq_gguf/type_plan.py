@@ -20,7 +20,8 @@ from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
 from tesseraq_gguf.grids import Grid, grid_for
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
-from tesseraq_gguf.recipe import AUTO, Recipe
+from tesseraq_gguf.options import AUTO, spelled, without_order
+from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
 
 _EMBEDDING_CANDIDATES = ("q8_0",)
@@ -31,10 +32,6 @@ _WITHOUT_ORDER = "tsq2"
 
 _FALLBACK = "q8_0"
 """Type of matrices that are not learned, where it fits their rows."""
-
-_TIED = "this model's output matrix is its embedding: give --embedding-type alone"
-
-WITHOUT_PLACES = "{type} is for matrices in the blocks: columns of the embedding have no order"
 
 _UNORDERED = "is not learned and gets a stock type: experts cannot have an order of columns"
 
@@ -200,7 +197,7 @@ def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePla
     ends = {OUTPUT: places.pop(OUTPUT)} if OUTPUT in places else {}
     ruled = rule_types(recipe.rules, inside, list(dict.fromkeys([*places.values(), *ends.values()])))
     if recipe.output_type is not None and not ends:
-        raise UsageError(_TIED)
+        raise _tied()
     asked = dict.fromkeys(places.values(), recipe.embedding_type)
     asked |= dict.fromkeys(ends.values(), recipe.output_type or recipe.embedding_type)
     plain = {
@@ -218,7 +215,9 @@ def check_grid(recipe: Recipe, grid: Grid) -> None:
     if recipe.method == "ptq161" and not grid.ordered:
         raise UsageError(f"ptq161 learns the scales of ptq1_61: it is not possible in {grid.type}")
     if recipe.rotate and grid.ordered:
-        raise UsageError(f"--rotate mixes the channels that stand out, which {grid.type} keeps apart: leave it out")
+        raise UsageError(
+            f"{spelled('rotate')} mixes the channels that stand out, which {grid.type} keeps apart: leave it out"
+        )
     uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
     if uneven and not grid.uniform:
         raise UsageError(
@@ -242,9 +241,9 @@ def rule_types(rules: Sequence[tuple[str, str]], inside: Iterable[str], ends: Se
         if not matched and not outside:
             tied = f", and the output matrix is the embedding, {ends[0]}" if len(ends) == 1 else ""
             example = f", such as {inside[0]}" if inside else ""
-            raise UsageError(f"--tensor-type {pattern}={type} matches no matrix of the model{example}{tied}")
+            raise UsageError(f"{spelled('rules')} {pattern}={type} matches no matrix of the model{example}{tied}")
         if outside and type in ORDERED_TYPES:
-            raise UsageError(f"--tensor-type {pattern}={type}: {WITHOUT_PLACES.format(type=type)}")
+            raise UsageError(f"{spelled('rules')} {pattern}={type}: {without_order(type)}")
         found |= dict.fromkeys(matched or outside, type)
     return found
 
@@ -276,9 +275,13 @@ def _left_alone(target: str, matrix: FileMatrix, embedding: str) -> str:
     return matrix.own if matrix.own and 8 * matrix.own_bytes <= bits * matrix.weights else found
 
 
+def _tied() -> UsageError:
+    return UsageError(f"this model's output matrix is its embedding: give {spelled('embedding_type')} alone")
+
+
 def _nothing_learned(recipe: Recipe, source: ModelSource, plain: Iterable[str]) -> TesseraqError:
     if list(plain):
-        return UsageError("the rules leave nothing to learn. To write the model as it is, give --type f16")
+        return UsageError("the rules leave nothing to learn. To write the model as it is, give type f16")
     return ModelError(f"{source.name}: no matrix of its blocks can be learned in {recipe.type}")
 
 
@@ -413,9 +416,11 @@ def _asked_outside(recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str]
     """Types asked for embedding and output matrix."""
     embedding, output = ends[0], ends[-1]
     if embedding == output and recipe.output_type not in (None, recipe.embedding_type):
-        raise UsageError(_TIED)
+        raise _tied()
     if embedding != output and recipe.output_type and ruled.get(output, recipe.output_type) != recipe.output_type:
-        raise UsageError(f"--output-type {recipe.output_type} and a rule for {output} are two: give one of them")
+        raise UsageError(
+            f"{spelled('output_type')} {recipe.output_type} and a rule for {output} are two: give one of them"
+        )
     first = "q8_0" if recipe.embedding_type == AUTO else recipe.embedding_type
     asked = {output: recipe.output_type or first} | {embedding: first}
     return asked | {name: ruled[name] for name in asked if name in ruled}

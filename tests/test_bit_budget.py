@@ -16,8 +16,9 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.inspection import inspect
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.options import AUTO
 from tesseraq_gguf.pipeline import convert
-from tesseraq_gguf.recipe import AUTO, Recipe
+from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.sensitivity import measure_sensitivity
 
 CPU = torch.device("cpu")

@@ -36,7 +36,7 @@ def made(make_model, text, tmp_path_factory):  # noqa: F811
         out = folder / ("-".join(f"{k}={v}" for k, v in options.items()).replace("/", "_") + ".gguf")
         if not out.exists():
             common = {"calibration": str(text), "samples": 6, "seqlen": 32, "preset": "fast"}
-            if options.get("type") == "f32":
+            if options.get("type") == "f32" or options.get("method") == "rtn":
                 common = {}
             embedding = "f32" if options.get("type") == "f32" else "q8_0"
             convert(Recipe(str(source.folder), out, embedding_type=embedding, **common, **options))

@@ -11,7 +11,8 @@ from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.rotated import Rotated
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation, Nearest
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
-from tesseraq_gguf.recipe import LEARNED, Recipe
+from tesseraq_gguf.options import LEARNED
+from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import Method
 
 _CLIPPING = 5
