@@ -154,7 +154,7 @@ def convert(
         typer.Option(
             "--tensor-type",
             metavar="REGEX=TYPE",
-            help="Give matrices whose name in the checkpoint matches another type, float types among them; may be given "
+            help="Give matrices whose name in the checkpoint matches another type, a float type perhaps; may be given "
             "often, the last wins. One that matches nothing in the blocks is for embedding or output matrix.",
         ),
     ] = None,

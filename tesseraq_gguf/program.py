@@ -11,9 +11,9 @@ from functools import cache
 from pathlib import Path
 
 LEARNING = (
-    "activations", "affine", "bit_budget", "calibration", "codebooks", "column_order", "embeddings", "fusion", "grids",
-    "hidden_states", "kernel_arithmetic", "methods", "models", "parallel", "preprocessing", "quantized",
-    "rare_experts", "reconstruction", "reordering", "residual_rotation", "sensitivity",
+    "activations", "affine", "bit_budget", "calibration", "codebooks", "column_order", "embeddings", "finite", "fusion",
+    "grids", "held_out", "hidden_states", "kernel_arithmetic", "methods", "models", "parallel", "preprocessing",
+    "quantized", "rare_experts", "reconstruction", "reordering", "residual_rotation", "sensitivity",
 )  # fmt: skip
 """Modules and packages that decide what is learned in the blocks."""
 
