@@ -266,39 +266,46 @@ def talk(conversation: Conversation, read: Callable[[str], str]) -> None:
         conversation: whom to talk to.
         read: like `input`: takes the prompt sign, returns a line, raises EOFError at the end.
     """
-    terminal = sys.stdin.isatty()
     while True:
         try:
-            line = _text(read("> " if terminal else ""), "the input").strip()
-        except EOFError:
-            return
+            if not _take_turn(conversation, read):
+                return
         except KeyboardInterrupt:
             _tell(f"\n{EXIT} leaves.")
-            continue
-        except UsageError as error:
-            if not terminal:
-                raise
+
+
+def _take_turn(conversation: Conversation, read: Callable[[str], str]) -> bool:
+    """Read a line and do what it says. Returns whether there is to be another."""
+    terminal = sys.stdin.isatty()
+    try:
+        line = _text(read("> " if terminal else ""), "the input").strip()
+    except EOFError:
+        return False
+    except UsageError as error:
+        if not terminal:
+            raise
+        _tell(str(error))
+        return True
+    if line == EXIT:
+        return False
+    if line == RESET:
+        conversation.reset()
+        _tell("Forgotten.")
+    elif line.startswith("/") and not line.startswith("//"):
+        _tell(
+            f"unknown command {printable(line.split()[0])}; there are {EXIT} and {RESET}. "
+            "A text that begins with / is said with two of them: //"
+        )
+    elif line:
+        try:
+            _print_answer(conversation, line[1:] if line.startswith("//") else line)
+        except ContextFullError as error:
             _tell(str(error))
-            continue
-        if line == EXIT:
-            return
-        if line == RESET:
-            conversation.reset()
-            _tell("Forgotten.")
-        elif line.startswith("/") and not line.startswith("//"):
-            _tell(
-                f"unknown command {printable(line.split()[0])}; there are {EXIT} and {RESET}. "
-                "A text that begins with / is said with two of them: //"
-            )
-        elif line:
-            try:
-                _print_answer(conversation, line[1:] if line.startswith("//") else line)
-            except ContextFullError as error:
-                _tell(str(error))
-            except ChatTemplateError as error:
-                if not conversation.messages:
-                    raise  # it works with nothing
-                _tell(str(error))
+        except ChatTemplateError as error:
+            if not conversation.messages:
+                raise  # it works with nothing
+            _tell(str(error))
+    return True
 
 
 def _print_answer(conversation: Conversation, line: str) -> bool:

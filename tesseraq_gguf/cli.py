@@ -724,7 +724,9 @@ def _print_tasks(results: list[dict[str, Any]]) -> None:
         error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
         shots = "" if row["shots"] is None else str(row["shots"])
         name = "" if row["task"] == before else row["task"]
-        table.add_row(Text(name), Text(metric), f"{row['value']:.4f}", error, f"{row['items']:,}", shots)
+        table.add_row(
+            Text(printable(name)), Text(printable(metric)), f"{row['value']:.4f}", error, f"{row['items']:,}", shots
+        )
         before = row["task"]
     Console().print(table)
 

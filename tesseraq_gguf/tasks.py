@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import io
 import logging
+import math
 import numbers
 import random
 import re
@@ -233,7 +234,7 @@ def _results(found: dict[str, Any]) -> Iterator[TaskResult]:
                 metric=metric,
                 filter=kind,
                 value=float(value),
-                stderr=float(error) if isinstance(error, numbers.Real) else None,
+                stderr=float(error) if isinstance(error, numbers.Real) and math.isfinite(error) else None,
                 items=int(figures.get("sample_len", 0)),
                 shots=found["n-shot"].get(task),
             )

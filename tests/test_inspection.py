@@ -279,6 +279,33 @@ def test_names_that_are_no_names_cannot_disturb_a_terminal(tmp_path):
         assert len(str(caught.value)) < 400 + len(str(path))
 
 
+def test_what_a_file_says_of_itself_cannot_disturb_a_terminal_or_a_reader_of_json(run, tmp_path):
+    nasty = "red \x1b[31m\x07 🦙\r\nsecond \u202e line"
+    entries = [
+        _entry("general.architecture", 8, _text(nasty)),
+        _entry("general.name", 8, struct.pack("<Q", 3) + b"\xff\xfe\xc3"),
+        _entry("general.file_type", 6, struct.pack("<f", float("nan"))),
+        _entry(f"{nasty}.block_count", 9, struct.pack("<IQ", 8, 0)),
+        _entry("tesseraq.nan", 6, struct.pack("<f", float("nan"))),
+        _entry("tesseraq.inf", 12, struct.pack("<d", float("-inf"))),
+        _entry(f"tesseraq.{nasty}", 8, _text(nasty)),
+        _entry("tesseraq.surrogate", 8, struct.pack("<Q", 3) + b"\xed\xa0\x80"),
+    ]
+    path = _file(tmp_path / "m.gguf", entries=entries, tensors=[(f"a{nasty}"[:40], (8,), 0, 32)])
+    answer = run("inspect", path)
+    assert answer.code == 0
+    assert all(c == "\n" or ord(c) > 31 for c in answer.out)
+    assert "\u202e" not in answer.out
+    assert r"red \x1b[31m\x07 🦙\r\nsecond \u202e line" in answer.out
+
+    def refuse(constant):
+        pytest.fail(f"not JSON: {constant}")
+
+    data = json.loads(run("inspect", path, "--json").out, parse_constant=refuse)
+    assert data["architecture"] == nasty
+    assert (data["tesseraq"]["nan"], data["tesseraq"]["inf"]) == ("NaN", "-Infinity")
+
+
 def test_needs_no_runtime_and_no_torch(tmp_path):
     path = _file(tmp_path / "m.gguf")
     code = (

@@ -24,6 +24,7 @@ import numpy as np
 from tesseraq_gguf.errors import BindingsError, ChatTemplateError, ModelLoadError
 from tesseraq_gguf.printing import printable
 from tesseraq_gguf.runtime.log import first_reason
+from tesseraq_gguf.runtime.threads import usable_cores
 
 _ERROR, _CONTINUED = 4, 5  # GGML_LOG_LEVEL_* of ggml.h; the bindings' own table is one off
 _NO_REASON = "it gives no reason"
@@ -380,6 +381,8 @@ def _guard_llama(llama: Any, context: Any, api: Any) -> None:
             raise ModelLoadError(f"no file at {path}")
         context._automatic_flash = flash_attn is None
         try:
+            for threads in ("n_threads", "n_threads_batch"):
+                named[threads] = named.get(threads) or usable_cores()
             begin(self, path, flash_attn=bool(flash_attn), **named)
         finally:
             context._automatic_flash = False

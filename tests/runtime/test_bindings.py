@@ -201,6 +201,14 @@ def test_no_memory_for_a_context(new: Callable[..., Any], monkeypatch: pytest.Mo
         new()
 
 
+def test_threads_are_those_that_chat_takes(tiny_gguf: Path) -> None:
+    from tesseraq_gguf.runtime import Llama
+    from tesseraq_gguf.runtime.threads import usable_cores
+
+    llama = Llama(str(tiny_gguf), n_ctx=256, verbose=False)
+    assert llama.n_threads == llama.n_threads_batch == usable_cores()
+
+
 def test_nothing_to_compute(new: Callable[..., Any]) -> None:
     llama = new()
     with pytest.raises(BindingsError, match="nothing to go on from"):
