@@ -60,3 +60,17 @@ def test_a_search_leaves_no_more_than_it_did(tensor_type):
         left.append(float(error.sum() / (importance * weight.double() ** 2).sum()))
     for kind, now, before in zip(KINDS, left, LEFT[tensor_type], strict=True):
         assert now < 1.0005 * before, kind
+
+
+@pytest.mark.parametrize("tensor_type", GRIDS)
+def test_outliers_that_hardly_matter_leave_integers_in_their_range(tensor_type):
+    """What everything else asks for, a group of large weights cannot have, and no integer may overflow over it."""
+    grid = grid_of(tensor_type)
+    weight, importance = matrix("normal")[0], torch.ones(768)
+    for start in (0, 272, 640):
+        weight[:, start : start + 16] *= 60
+        importance[start : start + 16] = 1e-6
+    tensor = grid.quantize(weight, importance)
+    arrays = {key: array.numpy() for key, array in tensor.arrays.items()}
+    stored = packer_of(tensor_type).unpack(packer_of(tensor_type).pack(arrays))  # raises for what is out of range
+    assert all((stored[key] == arrays[key]).all() for key in arrays)

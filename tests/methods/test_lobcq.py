@@ -44,6 +44,15 @@ def test_the_error_never_rises(arrays, start, block, count):
     assert bool((found.codebooks.int().diff(dim=1) >= 0).all())
 
 
+def test_a_design_ends_when_the_error_falls_no_further(arrays):
+    found = lobcq.design(arrays, 8, 4, tolerance=0.01, steps=50, generator=generator())
+    falls = [1 - now / before for before, now in zip(found.errors[1::2], found.errors[3::2], strict=False)]
+    assert all(fall >= 0.0099 for fall in falls[:-1])
+    assert falls[-1] < 0.0101
+    assert 4 <= len(found.errors) < 100
+    assert len(lobcq.design(arrays, 8, 4, tolerance=0.0, steps=3, generator=generator()).errors) == 6
+
+
 def test_a_block_gets_the_codebook_that_serves_it_best(arrays):
     codebooks = torch.randint(-31, 32, (6, 16), generator=generator()).float().sort(1).values
     blocks = lobcq.on_lattice(arrays[:40]).view(-1, 8)
