@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.calibration import load_calibration, tokens_of
+from tesseraq_gguf.calibration import held_out_for, load_calibration, tokens_of
 from tesseraq_gguf.errors import CalibrationError
 from tesseraq_gguf.models import ModelSource
 
@@ -35,6 +36,42 @@ def test_the_seed_draws(make_model, long_text):  # noqa: F811
     first, again, other = (load_calibration(source, str(long_text), 8, 24, seed=s) for s in (1, 1, 2))
     assert torch.equal(first.tokens, again.tokens)
     assert first.fingerprint() == again.fingerprint() != other.fingerprint()
+
+
+def test_sequences_held_out_are_others(make_model, long_text):  # noqa: F811
+    source = make_model("llama")
+    alone = load_calibration(source, str(long_text), 8, 24, seed=1)
+    found = load_calibration(source, str(long_text), 8, 24, seed=1, held_out=held_out_for(8))
+    assert torch.equal(found.tokens, alone.tokens)  # holding out takes nothing away
+    assert alone.held_out.shape == (0, 24)
+    assert found.held_out.shape == (4, 24)
+    assert found.fingerprint() != alone.fingerprint()
+    again = {tuple(row.tolist()) for row in load_calibration(source, str(long_text), 12, 24, seed=1).tokens}
+    assert {tuple(row.tolist()) for row in torch.cat([found.tokens, found.held_out])} == again
+
+
+@pytest.mark.parametrize(("samples", "wanted"), [(1, 4), (8, 4), (64, 4), (65, 5), (128, 8), (512, 32)])
+def test_a_sixteenth_is_held_out_and_four_at_least(samples, wanted):
+    assert held_out_for(samples) == wanted
+
+
+@pytest.mark.parametrize(
+    ("pieces", "samples", "parts"),
+    [(12, 8, (8, 4)), (9, 8, (6, 3)), (4, 8, (3, 1)), (4, 512, (3, 1)), (3, 2, (1, 2)), (2, 1, (1, 1)), (5, 1, (1, 4))],
+)
+def test_a_short_text_is_shared(pieces, samples, parts, monkeypatch):
+    text = torch.arange(pieces * 8).view(pieces, 8)
+    monkeypatch.setattr("tesseraq_gguf.calibration._pieces", lambda *_: text)
+    found = load_calibration(Mock(), None, samples, 8, 0, held_out=held_out_for(samples))
+    assert (len(found.tokens), len(found.held_out)) == parts
+    assert sorted(torch.cat([found.tokens, found.held_out])[:, 0].tolist()) == text[:, 0].tolist()
+
+
+def test_one_sequence_leaves_none_to_hold_out(monkeypatch):
+    monkeypatch.setattr("tesseraq_gguf.calibration._pieces", lambda *_: torch.zeros(1, 8, dtype=torch.int64))
+    assert len(load_calibration(Mock(), None, 1, 8, 0).tokens) == 1
+    with pytest.raises(CalibrationError, match="at least 2 are needed"):
+        load_calibration(Mock(), None, 1, 8, 0, held_out=4)
 
 
 def test_the_built_in_text_needs_nothing(make_model):  # noqa: F811

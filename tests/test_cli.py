@@ -391,7 +391,36 @@ def test_convert_prints_nothing_but_json(run, tmp_path, monkeypatch):
     assert "a note" in answer.err
     (recipe,) = seen
     assert (recipe.preset, recipe.samples, recipe.seed, recipe.embedding_type) == ("fast", 4, 7, "q8_0")
-    assert "2.25 in the learned matrices" in run("convert", "demo", out).out
+    assert report["divergence"] is None
+    said = run("convert", "demo", out).out
+    assert "2.25 in the learned matrices" in said
+    assert "Divergence" not in said
+    assert "undone" not in said
+
+
+def test_convert_ends_with_what_was_held_out(run, monkeypatch, tmp_path):
+    def fake(recipe, progress):
+        return ConversionReport(
+            recipe.out,
+            1000,
+            4.5,
+            2.25,
+            18,
+            0,
+            3.0,
+            {},
+            "any llama.cpp",
+            divergence=0.12345,
+            held_out=2048,
+            kept_start=3,
+        )
+
+    monkeypatch.setattr("tesseraq_gguf.pipeline.convert", fake)
+    lines = run("convert", "demo", tmp_path / "out.gguf").out.splitlines()
+    assert lines[1] == "Divergence from the original, on 2,048 tokens held out: 0.1235 nats per token"
+    assert lines[2].startswith("Learning was undone in 3 of 18 blocks: it ended worse than it began")
+    report = json.loads(run("convert", "demo", tmp_path / "out.gguf", "--json").out)
+    assert (report["divergence"], report["held_out"], report["kept_start"]) == (0.12345, 2048, 3)
 
 
 def test_a_reference_is_all_of_one_type(run, tiny_model, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
+from tesseraq_gguf.calibration import load_calibration
 from tesseraq_gguf.converter.column_orders import orders_of
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.converter.packers import bcq
@@ -75,6 +77,32 @@ def test_learning_lowers_the_loss_of_every_block(kind, method, named, make_model
     assert seen.tesseraq["method"] == named
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf"]  # the work directory is gone
     assert _digests(source.folder) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"activations": "a4"}, {"finish": "distill"}], ids=["plain", "a4", "distill"])
+def test_it_ends_with_the_divergence_on_what_is_held_out(options, make_model, long_text, tmp_path):  # noqa: F811
+    """What the report says is what the file's blocks give, in another run of the same model."""
+    source, told = make_model("llama"), Listener()
+    recipe = _recipe(source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work", finish_steps=None, **options)
+    report = convert(recipe, told)
+    assert report.held_out == 4 * 32
+    assert report.kept_start == sum(r.verdict.kept_start for r in told.results)
+    assert all(r.verdict.kept <= r.verdict.start for r in told.results)
+    resumed = convert(recipe, again := Listener())
+    assert (resumed.divergence, resumed.kept_start) == (report.divergence, report.kept_start)
+    assert [r.verdict for r in again.results] == [r.verdict for r in told.results]
+    if options.get("finish"):
+        before, after = map(float, re.findall(r"(\d\.\d+)", next(n for n in told.notes if "->" in n)))
+        assert report.divergence == pytest.approx(min(before, after), abs=2e-4)
+    if options:
+        return
+    apart = load_calibration(source, str(long_text), 8, 32, 0, held_out=4).held_out
+    model, original = (
+        Decoder(expand(tmp_path / "out.gguf", tmp_path / "back"), torch.device("cpu")),
+        Decoder(source, torch.device("cpu")),
+    )
+    p, q = (d.answers()(final_states(d, apart).flatten(0, 1)) for d in (original, model))
+    assert report.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.1)
 
 
 def test_a_killed_run_resumed_gives_the_same_file(make_model, long_text, tmp_path):  # noqa: F811

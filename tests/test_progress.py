@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from tesseraq_gguf.held_out import Verdict
 from tesseraq_gguf.progress import ConvertProgress, TimeLeft, block_line
 from tesseraq_gguf.reconstruction import BlockResult
 
@@ -18,6 +19,14 @@ from tesseraq_gguf.reconstruction import BlockResult
         (BlockResult(17, {}, 0.5, 0.25, 1.0, resumed=True), "block 18/18  loss 0.5 → 0.25 (50 %)  from an earlier run"),
         (BlockResult(0, {}, None, None, 0.6), "block  1/18  1 s"),
         (BlockResult(0, {}, 0.0, 0.0, 0.6), "block  1/18  loss 0 → 0  1 s"),
+        (
+            BlockResult(0, {}, 100.0, 10.0, 5.0, verdict=Verdict(15.0, 12.5, False)),
+            "block  1/18  loss 100 → 10 (10 %)  held out 12.5  5 s",
+        ),
+        (
+            BlockResult(0, {}, 100.0, 20.0, 5.0, verdict=Verdict(15.0, 17.5, True)),
+            "block  1/18  loss 100 → 20 (20 %)  held out 15, which learning made 17.5: undone  5 s",
+        ),
     ],
 )
 def test_block_line(result, line):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.held_out import Verdict
 from tesseraq_gguf.quantized import QuantizedTensor
 from tesseraq_gguf.reconstruction import BlockResult
 from tesseraq_gguf.work_directory import WorkDirectory
@@ -24,6 +25,7 @@ def _result(index: int) -> BlockResult:
         1.25,
         1.0,
         ranges={f"layers.{index}.w": (-0.1, 3.0)},
+        verdict=Verdict(2.0, 2.25, True) if index else None,
     )
 
 
@@ -37,6 +39,8 @@ def test_blocks_come_back_as_they_were(tmp_path):
         tensors = found.tensors
         assert (found.index, found.loss_before, found.loss_after, found.resumed) == (1, 2.5, 1.25, True)
         assert found.ranges == {"layers.1.w": (-0.1, 3.0)}
+        assert found.verdict == Verdict(2.0, 2.25, True)
+        assert work.finished(0).verdict is None
         assert tensors.keys() == {"layers.1.w"}
         for name, array in _result(1).tensors["layers.1.w"].arrays.items():
             assert torch.equal(tensors["layers.1.w"].arrays[name], array)
