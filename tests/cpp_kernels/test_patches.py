@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -79,3 +81,61 @@ def test_patches_are_hooks(pristine: Path) -> None:
             assert not Path(name).is_relative_to(KERNELS)
         added = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
         assert added <= 15 * len(custom), f"{patch.name} adds {added} lines"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """`scripts/patches.py`."""
+    if not shutil.which("git"):
+        pytest.skip("needs git")
+    path = Path(__file__).parents[2] / "scripts" / "patches.py"
+    spec = importlib.util.spec_from_file_location("patches", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_series_is_what_its_commits_are_written_as(script: ModuleType, tmp_path: Path) -> None:
+    """Unpacked and written, every patch has the same bytes, and the same name."""
+    tree, folder = tmp_path / "llama.cpp", tmp_path / "patches"
+    script.unpack(tree, cache.patch_files())
+    folder.mkdir()
+    (folder / "0099-of-another-time.patch").write_text("is deleted")
+    script.write(tree, folder)
+    expected = {path.name: path.read_bytes() for path in cache.patch_files()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+    # our sources are in the tree, and in no patch
+    assert (tree / KERNELS / "tsq.h").is_file()
+
+    (tree / "README.md").write_text("changed")
+    with pytest.raises(script.PatchError, match="changes that are in no commit"):
+        script.write(tree, folder)
+    with pytest.raises(script.PatchError, match="commit your changes"):
+        script.unpack(tree, cache.patch_files())
+    script.git(tree, "commit", "--quiet", "--all", "--message", "no name")
+    with pytest.raises(script.PatchError, match="'no name', not 'name: what it is for'"):
+        script.write(tree, folder)
+
+
+def test_unpacking_goes_on_after_a_patch_that_was_mended(script: ModuleType, tmp_path: Path) -> None:
+    tree = tmp_path / "llama.cpp"
+    build, gguf = (
+        next(path for path in cache.patch_files() if path.name.endswith(name))
+        for name in ("-build.patch", "-gguf.patch")
+    )
+    bad = tmp_path / "0002-gguf.patch"
+    bad.write_text(gguf.read_text().replace("// check that tensor type", "// check that the type"))
+    with pytest.raises(script.PatchError, match=r"0002-gguf.patch does not apply: mend what is in \*.rej"):
+        script.unpack(tree, [build, bad])
+    with pytest.raises(script.PatchError, match="mend what they say and delete them"):
+        script.unpack(tree, [build, bad])
+    (rejected,) = tree.rglob("*.rej")
+    assert "ggml_type_name(info.t.type) == nullptr" in rejected.read_text()
+    rejected.unlink()
+    (tree / "README.md").write_text("mended by hand")
+    script.unpack(tree, [build, bad])
+    written = script.write(tree, tmp_path / "patches")
+    assert [path.name for path in written] == ["0001-build.patch", "0002-gguf.patch"]
+    assert written[0].read_bytes() == build.read_bytes()
+    assert "+mended by hand" in written[1].read_text()
