@@ -25,7 +25,7 @@ void quantize_row_bcq4(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, in
 int bcq_encode_generic(const float * GGML_RESTRICT x, int8_t * GGML_RESTRICT q, float * GGML_RESTRICT d) {
     float amax = 0.0f;
     for (int j = 0; j < QK_BCQ; j++) {
-        amax = fmaxf(amax, fabsf(x[j]));
+        amax = tsq_max_magnitude(amax, x[j]);
     }
     float id4;
     *d = bcq_activation_scale(amax, &id4);

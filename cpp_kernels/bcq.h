@@ -73,11 +73,11 @@ static inline void bcq_decode(const block_bcq4 * GGML_RESTRICT x, int8_t * GGML_
 }
 
 // Scale of 64 activations whose largest magnitude is amax, and what brings them to quarters of it. It has three bits of mantissa as
-// that of weights, and all exponents of a float, since no file has to hold it.
+// that of weights, and all exponents of a float, since no file has to hold it. NaN as tsq_activation_scale has it.
 static inline float bcq_activation_scale(float amax, float * id4) {
-    if (!(amax > TSQ_MIN_AMAX)) {
+    if (!(amax > TSQ_MIN_AMAX && amax <= FLT_MAX)) {
         *id4 = 0.0f;
-        return 0.0f;
+        return amax <= TSQ_MIN_AMAX ? 0.0f : NAN;
     }
     float d = amax/BCQ_MAX_CODE;
     uint32_t bits;

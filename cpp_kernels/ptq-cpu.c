@@ -26,10 +26,10 @@ void quantize_row_ptq1_61(const float * GGML_RESTRICT x, void * GGML_RESTRICT y,
 static void ptq_round_part_generic(const float * GGML_RESTRICT x, int n, int lack, int8_t * GGML_RESTRICT q, float * d, int32_t * s) {
     float amax = 0.0f;
     for (int j = 0; j < n; j++) {
-        amax = fmaxf(amax, fabsf(x[j]));
+        amax = tsq_max_magnitude(amax, x[j]);
     }
-    const float id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
-    *d = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
+    float id;
+    *d = tsq_activation_scale(amax, &id);
 
     int sum = 0;
     for (int j = 0; j < n; j++) {

@@ -45,10 +45,10 @@ void quantize_row_q8_tsq_generic(const float * GGML_RESTRICT x, void * GGML_REST
         for (int b = 0; b < m; b++, x += QK_TSQ) {
             float amax = 0.0f;
             for (int j = 0; j < QK_TSQ; j++) {
-                amax = fmaxf(amax, fabsf(x[j]));
+                amax = tsq_max_magnitude(amax, x[j]);
             }
-            const float d  = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
-            const float id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+            float id;
+            const float d = tsq_activation_scale(amax, &id);
 
             int sum = 0;
             for (int j = 0; j < QK_TSQ; j++) {

@@ -128,10 +128,10 @@ void tsq_quantize_panel_generic(const float * GGML_RESTRICT x, void * GGML_RESTR
     for (int64_t i = 0; i < nb; i++, x += QK_TSQ, out += w*TSQ_PANEL_BLOCK_SIZE) {
         float amax = 0.0f;
         for (int j = 0; j < QK_TSQ; j++) {
-            amax = fmaxf(amax, fabsf(x[j]));
+            amax = tsq_max_magnitude(amax, x[j]);
         }
-        const float d  = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
-        const float id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+        float id;
+        const float d = tsq_activation_scale(amax, &id);
 
         int sum = 0;
         for (int j = 0; j < QK_TSQ; j++) {

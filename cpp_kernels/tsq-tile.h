@@ -26,7 +26,7 @@ template <int nbits, int w> static void tsq_tile(const uint8_t * dz, const uint8
 // write the sums: s[c][r]
 template <int w> static void tsq_store(float * const * s, const vfloat * acc);
 
-// largest magnitude of 64 numbers
+// largest magnitude of 64 numbers, NaN if one of them is
 static float tsq_amax(const float * x);
 
 // 64 numbers times id, rounded to int8; returns their sum
@@ -168,9 +168,8 @@ void tsq_quantize_panel(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, i
     uint8_t * out = (uint8_t *) y;
 
     for (int64_t i = 0; i < nb; i++, x += QK_TSQ, out += w*TSQ_PANEL_BLOCK_SIZE) {
-        const float amax = tsq_amax(x);
-        const float d    = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
-        const float id   = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+        float id;
+        const float d = tsq_activation_scale(tsq_amax(x), &id);
 
         int8_t q[QK_TSQ];
         const int sum = tsq_round(x, id, q);

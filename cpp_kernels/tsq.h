@@ -6,6 +6,8 @@
 #include "ggml.h"
 
 #include <assert.h>
+#include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -108,6 +110,19 @@ static inline void tsq_unpack(const uint8_t * GGML_RESTRICT codes, int nbits, ui
 
 // blocks of activations whose largest magnitude is less are zeros: its reciprocal may be infinite
 #define TSQ_MIN_AMAX 1e-36f
+
+// the larger of a magnitude and that of x; what is NaN once stays NaN, where fmaxf would drop it
+static inline float tsq_max_magnitude(float amax, float x) {
+    const float a = fabsf(x);
+    return a <= amax || amax != amax ? amax : a;
+}
+
+// Scale of activations whose largest magnitude is amax, and what brings them to 8 bits. Activations that are not all finite have
+// the scale NaN, and with it every product: a broken model must not look like one that multiplies zeros.
+static inline float tsq_activation_scale(float amax, float * id) {
+    *id = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+    return amax <= TSQ_MIN_AMAX ? 0.0f : amax <= FLT_MAX ? amax/127.0f : NAN;
+}
 
 // Quantization
 GGML_API void quantize_row_tsq2_ref(const float * GGML_RESTRICT x, block_tsq2 * GGML_RESTRICT y, int64_t k);

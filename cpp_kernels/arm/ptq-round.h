@@ -11,16 +11,16 @@ static inline int32x4_t ptq_round_4(const float * GGML_RESTRICT x, float id) {
     return vcvtnq_s32_f32(vmaxnmq_f32(vmulq_n_f32(vld1q_f32(x), id), vdupq_n_f32(-128.0f)));
 }
 
-// a part of a block, n numbers, a multiple of 8, gets one scale and one sum; NaN does not count as a magnitude, as vmaxnm has it
+// a part of a block, n numbers, a multiple of 8, gets one scale and one sum; the largest magnitude is NaN if one number is, as vmax has it
 static inline void ptq_round_part(const float * GGML_RESTRICT x, int n, int lack, int8_t * GGML_RESTRICT q, float * d, int32_t * s) {
     float32x4_t m0 = vdupq_n_f32(0.0f);
     float32x4_t m1 = m0;
     for (int j = 0; j < n; j += 8) {
-        m0 = vmaxnmq_f32(m0, vabsq_f32(vld1q_f32(x + j)));
-        m1 = vmaxnmq_f32(m1, vabsq_f32(vld1q_f32(x + j + 4)));
+        m0 = vmaxq_f32(m0, vabsq_f32(vld1q_f32(x + j)));
+        m1 = vmaxq_f32(m1, vabsq_f32(vld1q_f32(x + j + 4)));
     }
-    const float amax = vmaxnmvq_f32(vmaxnmq_f32(m0, m1));
-    const float id   = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+    float id;
+    *d = tsq_activation_scale(vmaxvq_f32(vmaxq_f32(m0, m1)), &id);
 
     int16x8_t sum = vdupq_n_s16(0);
     for (int j = 0; j < n; j += 8) {
@@ -29,7 +29,6 @@ static inline void ptq_round_part(const float * GGML_RESTRICT x, int n, int lack
         vst1_s8(q + j, b);
         sum = vaddw_s8(sum, b);
     }
-    *d = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
     *s = lack*vaddlvq_s16(sum);
 }
 

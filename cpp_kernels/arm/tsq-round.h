@@ -6,19 +6,19 @@
 
 #include <arm_neon.h>
 
-// largest magnitude of 64 numbers; NaN does not count, as vmaxnm has it. Four maxima, since each waits for the one before.
+// Largest magnitude of 64 numbers, NaN if one of them is, as vmax has it (vmaxnm drops it). Four maxima, since each waits for the one before.
 static inline float tsq_amax(const float * GGML_RESTRICT x) {
     float32x4_t m0 = vdupq_n_f32(0.0f);
     float32x4_t m1 = m0;
     float32x4_t m2 = m0;
     float32x4_t m3 = m0;
     for (int j = 0; j < QK_TSQ; j += 16) {
-        m0 = vmaxnmq_f32(m0, vabsq_f32(vld1q_f32(x + j +  0)));
-        m1 = vmaxnmq_f32(m1, vabsq_f32(vld1q_f32(x + j +  4)));
-        m2 = vmaxnmq_f32(m2, vabsq_f32(vld1q_f32(x + j +  8)));
-        m3 = vmaxnmq_f32(m3, vabsq_f32(vld1q_f32(x + j + 12)));
+        m0 = vmaxq_f32(m0, vabsq_f32(vld1q_f32(x + j +  0)));
+        m1 = vmaxq_f32(m1, vabsq_f32(vld1q_f32(x + j +  4)));
+        m2 = vmaxq_f32(m2, vabsq_f32(vld1q_f32(x + j +  8)));
+        m3 = vmaxq_f32(m3, vabsq_f32(vld1q_f32(x + j + 12)));
     }
-    return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(m0, m1), vmaxnmq_f32(m2, m3)));
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(m0, m1), vmaxq_f32(m2, m3)));
 }
 
 // 4 numbers times id, rounded; NaN becomes -128

@@ -147,9 +147,8 @@ void quantize_row_q8_tsq(const float * GGML_RESTRICT x, void * GGML_RESTRICT y, 
         const int m = nb - i < Q8_TSQ_GROUP ? (int) (nb - i) : Q8_TSQ_GROUP;
 
         for (int b = 0; b < m; b++, x += QK_TSQ) {
-            const float amax = tsq_amax(x);
-            const float d    = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
-            const float id   = amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f;
+            float id;
+            const float d = tsq_activation_scale(tsq_amax(x), &id);
 
             const int     sum  = tsq_round(x, id, (int8_t *) group + 8*m + b*QK_TSQ);
             const int16_t s[2] = { (int16_t) -sum, (int16_t) sum };

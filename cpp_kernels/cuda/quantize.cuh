@@ -1,12 +1,23 @@
 #pragma once
 
-// Activations of BCQ4_A4: in codewords, where those of all other types are rounded to 8 bits. Included by upstream's quantize.cu.
+// Activations of BCQ4_A4: in codewords, where those of all other types are rounded to 8 bits; and what makes those of all types NaN where
+// one is not finite. Included by upstream's quantize.cu.
 // They come out in the layouts of Q8_1, so kernels multiply them as they do 8 bits.
 
 #include "tesseraq/cuda/bcq.cuh"
 #include "tesseraq/cuda/bcq-unit.cuh"
 
 #define BCQ_ENCODE_WARPS 4 // to a thread block
+
+// the larger of two magnitudes: as floats are ordered by their bits, NaN above infinity, where fmaxf would drop it
+static __device__ __forceinline__ float tesseraq_larger(float a, float b) {
+    return __uint_as_float(max(__float_as_uint(a), __float_as_uint(b)));
+}
+
+// the scale of activations with this sum, which is not finite if one of them is not
+static __device__ __forceinline__ float tesseraq_finite_scale(float d, float sum) {
+    return (__float_as_uint(sum) & 0x7F800000u) == 0x7F800000u ? __uint_as_float(0x7FC00000u) : d;
+}
 
 // a number in quarters of the scale, in a byte
 static __device__ __forceinline__ uint32_t bcq_quarters(float x) {
@@ -22,12 +33,18 @@ static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, 
 
     const float v    = x ? x[2*lane]     : 0.0f;
     const float w    = x ? x[2*lane + 1] : 0.0f;
-    const float amax = warp_reduce_max<WARP_SIZE>(fmaxf(fabsf(v), fabsf(w)));
+    float amax = tesseraq_larger(fabsf(v), fabsf(w));
+#pragma unroll
+    for (int offset = WARP_SIZE/2; offset > 0; offset >>= 1) {
+        amax = tesseraq_larger(amax, __shfl_xor_sync(0xFFFFFFFF, amax, offset, WARP_SIZE));
+    }
 
     // bcq_activation_scale, with divisions that round as those of the CPU do
     float id4 = 0.0f;
     d = 0.0f;
-    if (amax > TSQ_MIN_AMAX) {
+    if (__float_as_uint(amax) >= 0x7F800000u) {
+        d   = __uint_as_float(0x7FC00000u);
+    } else if (amax > TSQ_MIN_AMAX) {
         d   = __uint_as_float((__float_as_uint(__fdiv_rn(amax, BCQ_MAX_CODE)) + (1u << 19)) & 0xFFF00000u);
         id4 = __fdiv_rn(4.0f, d);
     }

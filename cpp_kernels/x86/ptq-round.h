@@ -6,25 +6,25 @@
 
 #include <immintrin.h>
 
-// largest magnitude of n numbers, a multiple of 16 and 8 more; NaN does not count, which is up to the order of the operands of max
+// largest magnitude of n numbers, a multiple of 16 and 8 more, NaN if one of them is: see tsq_amax
 static inline float ptq_amax(const float * GGML_RESTRICT x, int n) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + n - 8)), _mm256_setzero_ps());
+    const __m256i sign = _mm256_set1_epi32(INT32_MIN);
+    __m256i m = _mm256_andnot_si256(sign, _mm256_loadu_si256((const __m256i *) (x + n - 8)));
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-    __m512 mm = _mm512_setzero_ps();
+    __m512i mm = _mm512_setzero_si512();
     for (int j = 0; j + 16 <= n; j += 16) {
-        mm = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + j)), mm);
+        mm = _mm512_max_epi32(_mm512_andnot_si512(_mm512_set1_epi32(INT32_MIN), _mm512_loadu_si512(x + j)), mm);
     }
-    m = _mm256_max_ps(_mm256_max_ps(_mm512_castps512_ps256(mm), _mm512_extractf32x8_ps(mm, 1)), m);
+    m = _mm256_max_epi32(_mm256_max_epi32(_mm512_castsi512_si256(mm), _mm512_extracti64x4_epi64(mm, 1)), m);
 #else
     for (int j = 0; j + 8 < n; j += 8) {
-        m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + j)), m);
+        m = _mm256_max_epi32(_mm256_andnot_si256(sign, _mm256_loadu_si256((const __m256i *) (x + j))), m);
     }
 #endif
-    __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
-    h = _mm_max_ss(h, _mm_movehdup_ps(h));
-    return _mm_cvtss_f32(h);
+    __m128i h = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4E));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0xB1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(h));
 }
 
 // n numbers times id, rounded to int8; returns their sum
@@ -55,10 +55,9 @@ static inline int ptq_round_to(const float * GGML_RESTRICT x, int n, float id, i
 
 // a part of a block gets one scale and one sum
 static inline void ptq_round_part(const float * GGML_RESTRICT x, int n, int lack, int8_t * GGML_RESTRICT q, float * d, int32_t * s) {
-    const float amax = ptq_amax(x, n);
-
-    *d = amax > TSQ_MIN_AMAX ? amax/127.0f : 0.0f;
-    *s = lack*ptq_round_to(x, n, amax > TSQ_MIN_AMAX ? 127.0f/amax : 0.0f, q);
+    float id;
+    *d = tsq_activation_scale(ptq_amax(x, n), &id);
+    *s = lack*ptq_round_to(x, n, id, q);
 }
 
 static inline void ptq_round(const float * GGML_RESTRICT x, int8_t * GGML_RESTRICT q, float * GGML_RESTRICT d, int32_t * GGML_RESTRICT s) {

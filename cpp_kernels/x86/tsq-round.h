@@ -6,25 +6,26 @@
 
 #include <immintrin.h>
 
-// largest magnitude of 64 numbers; NaN does not count, which is up to the order of the operands of max
+// Largest magnitude of 64 numbers, NaN if one of them is. Without their signs floats are in the order of their bits, NaN above
+// infinity; the maximum of floats would drop NaN.
 static inline float tsq_amax(const float * GGML_RESTRICT x) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
-    __m512 mm = _mm512_setzero_ps();
+    __m512i mm = _mm512_setzero_si512();
     for (int j = 0; j < QK_TSQ; j += 16) {
-        mm = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + j)), mm);
+        mm = _mm512_max_epi32(_mm512_andnot_si512(_mm512_set1_epi32(INT32_MIN), _mm512_loadu_si512(x + j)), mm);
     }
-    const __m256 m = _mm256_max_ps(_mm512_castps512_ps256(mm), _mm512_extractf32x8_ps(mm, 1));
+    const __m256i m = _mm256_max_epi32(_mm512_castsi512_si256(mm), _mm512_extracti64x4_epi64(mm, 1));
 #else
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 m = _mm256_setzero_ps();
+    const __m256i sign = _mm256_set1_epi32(INT32_MIN);
+    __m256i m = _mm256_setzero_si256();
     for (int j = 0; j < QK_TSQ; j += 8) {
-        m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + j)), m);
+        m = _mm256_max_epi32(_mm256_andnot_si256(sign, _mm256_loadu_si256((const __m256i *) (x + j))), m);
     }
 #endif
-    __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
-    h = _mm_max_ss(h, _mm_movehdup_ps(h));
-    return _mm_cvtss_f32(h);
+    __m128i h = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4E));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0xB1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(h));
 }
 
 // 64 numbers times id, rounded to int8; returns their sum

@@ -1,6 +1,6 @@
 // Fuzz target: any bytes are rows of TSQ, BCQ and PTQ1_61 blocks. Dequantization, dot products, repacking and the products of repacked rows must
-// neither read nor write outside of what they are given, must give finite numbers where those exist, and SIMD must agree with
-// plain arithmetic. For libFuzzer (scripts/fuzz), or with fuzz_main.cpp as a program of its own.
+// neither read nor write outside of what they are given, must give finite numbers where those exist, and NaN where an activation is not
+// finite, and SIMD must agree with plain arithmetic. For libFuzzer (scripts/fuzz), or with fuzz_main.cpp as a program of its own.
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
@@ -401,6 +401,59 @@ static void check_gemm(const type & t, input & in, const memory & rows, int nrow
     }
 }
 
+// Activations of which number `at` is not finite: the product of a row is NaN. In a panel they are column `broken`, and the products with the
+// other columns are what they are without it.
+static void check_not_finite(const type & t, input & in, int nb, int w, int at, float value, bool at_end) {
+    const int n = nb*t.block;
+
+    memory x(n*sizeof(float), at_end);
+    make_floats(in, n, false, x.as<float>());
+    x.as<float>()[at] = value;
+
+    memory row((size_t) nb*t.bytes, at_end);
+    in.bytes(row.as(), row.size());
+    memory y((size_t) nb*t.activations(), at_end);
+    for (from_float_t from_float : t.from_float) {
+        from_float(x.as<float>(), y.as(), n);
+        for (vec_dot_t vec_dot : t.vec_dot) {
+            memory s(sizeof(float), at_end);
+            vec_dot(n, s.as<float>(), 0, row.as(), 0, y.as(), 0, 1);
+            CHECK(std::isnan(*s.as<float>()), "%s, %d blocks, activation %d is %g: %g\n", t.name, nb, at, value, *s.as<float>());
+        }
+    }
+
+    const int nrows  = t.nrows > 0 ? t.nrows : 3;
+    const int broken = at % w;
+    memory rows((size_t) nrows*nb*t.bytes, at_end), repacked(rows.size(), at_end);
+    in.bytes(rows.as(), rows.size());
+    t.repack(nrows, nb, rows.as(), repacked.as());
+    memory columns((size_t) w*n*sizeof(float), at_end);
+    make_floats(in, w*n, false, columns.as<float>());
+
+    memory panel((size_t) nb*w*t.activations(), at_end);
+    memory before((size_t) w*nrows*sizeof(float), at_end), after(before.size(), at_end);
+    for (int k = 0; k <= (t.nrows > 0); k++) {
+        for (const memory * out : { &before, &after }) {
+            float * s[TSQ_NCOLS];
+            for (int c = 0; c < w; c++) {
+                const bool is_broken = out == &after && c == broken;
+                t.quantize_panel[k](is_broken ? x.as<float>() : columns.as<float>() + (size_t) c*n, panel.as(), nb, w, c);
+                s[c] = out->as<float>() + c*nrows;
+            }
+            if (k == 0) {
+                t.gemm_generic(n, s, repacked.as(), panel.as(), w, nrows);
+            } else {
+                t.gemm(n, s, repacked.as(), panel.as(), w);
+            }
+        }
+        for (int i = 0; i < w*nrows; i++) {
+            const float b = before.as<float>()[i], a = after.as<float>()[i];
+            CHECK(i/nrows == broken ? std::isnan(a) : a == b, "%s, %d blocks, column %d of %d, where %d is broken: %g, without it %g\n",
+                  t.name, nb, i/nrows, w, broken, a, b);
+        }
+    }
+}
+
 // whatever the weights and their importance are, there is a block for them
 static void check_quantize(const type & t, input & in, bool any, bool at_end) {
     memory x(t.block*sizeof(float), at_end);
@@ -455,6 +508,10 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
     if (data[4] & 4) {
         check_quantize(t, in, any, at_end);
+    }
+    if (data[4] & 8) {
+        const float values[] = { NAN, -NAN, INFINITY, -INFINITY };
+        check_not_finite(t, in, nb, w, (data[3] | data[2] << 8) % (nb*t.block), values[data[4] >> 4 & 3], at_end);
     }
     return 0;
 }

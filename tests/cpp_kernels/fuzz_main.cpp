@@ -1,5 +1,5 @@
 // The fuzz target on a fixed sequence of inputs, for compilers without libFuzzer: random ones, and such as hold the same byte
-// everywhere; then every type with every number of columns, and many numbers of blocks.
+// everywhere; then every type with every number of columns, and many numbers of blocks; and one activation that is not finite, anywhere.
 //   fuzz_main COUNT
 
 #include <cstdint>
@@ -46,6 +46,12 @@ int main(int argc, char ** argv) {
             for (uint8_t w = 0; w < 12; w++) {
                 run({ type, (uint8_t) (nb + w % 2), w, (uint8_t) rng(), (uint8_t) (rng() % 4) }, 1000, -1);
             }
+        }
+    }
+    for (uint8_t type = 0; type < NTYPES; type++) {
+        for (int at = 0; at < 128; at++) {
+            const uint8_t nb = at % 4 == 3 ? 17 : at % 2; // blocks less one
+            run({ type, nb, (uint8_t) rng(), (uint8_t) at, (uint8_t) (8 | rng() % 4 << 4 | rng() % 2 << 1) }, 400, -1);
         }
     }
     for (int i = 0; i < atoi(argv[1]); i++) {

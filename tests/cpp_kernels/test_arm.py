@@ -37,7 +37,9 @@ def processor(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def run(source: SourceTree, program: Path, command: list[str], units: list[str], processor: str) -> str:
+def run(
+    source: SourceTree, program: Path, command: list[str], units: list[str], processor: str, *arguments: str
+) -> str:
     """Compile a program of this folder with units of our sources, and run it."""
     architecture, cpu = PROCESSORS[processor]
     src = source.llama_cpp / "ggml" / "src"
@@ -45,7 +47,7 @@ def run(source: SourceTree, program: Path, command: list[str], units: list[str],
     sources = [*HERE.glob(f"{program.name}.c*"), *(src / "tesseraq" / unit for unit in units)]
     flags = [*OPTIONS, *WARNINGS, f"-march={architecture}", *include]
     subprocess.run([*command, *flags, *map(str, sources), "-lstdc++", "-lm", "-o", str(program)], check=True)
-    result = subprocess.run([EMULATOR, "-cpu", cpu, str(program)], capture_output=True, text=True)
+    result = subprocess.run([EMULATOR, "-cpu", cpu, str(program), *arguments], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

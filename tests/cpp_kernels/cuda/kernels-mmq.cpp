@@ -100,24 +100,16 @@ static void check_tile(const tested_type & t, bool any_scale, random_t & random)
 
 // ------------------------------------------------------------ a product
 
-// The sums that stand beside the activations are from before their rounding, so this is close to the product with the activations as
-// they were, and not exactly anything simpler.
 template <ggml_type type, bool fallback>
-static void check_product(const tested_type & t, int64_t nrows, int64_t ncols_x, int64_t ncols_dst, random_t & random) {
+static std::vector<float> product(const tested_type & t, const matrix & m, const std::vector<float> & y, int64_t nrows, int64_t ncols_dst) {
     const ggml_cuda_mmq_config config = ggml_cuda_mmq_get_config(type, J, fallback, __CUDA_ARCH__);
-    const matrix m(t, nrows, ncols_x, random);
-    const int64_t padded = GGML_PAD(ncols_x, MATRIX_ROW_PADDING);
+    const int64_t ncols_x = m.ncols;
+    const int64_t padded  = GGML_PAD(ncols_x, MATRIX_ROW_PADDING);
 
     // as upstream allocates rows: up to a multiple of MATRIX_ROW_PADDING, with zeros
     std::vector<uint8_t> x = m.data;
     x.resize(x.size() + (padded - ncols_x)/QK*t.block_size);
 
-    std::normal_distribution<float> distribution(0.25f);
-    std::vector<float> y(ncols_x*ncols_dst);
-    for (float & value : y) {
-        value = distribution(random);
-    }
-    const std::vector<float> a = as_multiplied(t, y);
     std::vector<block_q8_1_mmq> q(ncols_dst*padded/QK8_1_MMQ + J);
     quantize_mmq_q8_1_cuda(y.data(), nullptr, q.data(), t.type, ncols_x, ncols_x, ncols_x*ncols_dst, ncols_x*ncols_dst,
         padded, ncols_dst, 1, 1, nullptr);
@@ -131,6 +123,21 @@ static void check_product(const tested_type & t, int64_t nrows, int64_t ncols_x,
         (const char *) x.data(), (const int *) q.data(), nullptr, nullptr, dst.data(), nullptr, nullptr,
         init_fastdiv_values(m.blocks()), (int) nrows, (int) ncols_dst, (int) m.blocks(), (int) ncols_dst, (int) nrows,
         one, one, 0, 0, 0, one, one, 0, 0, 0, init_fastdiv_values(ntx));
+    return dst;
+}
+
+// The sums that stand beside the activations are from before their rounding, so this is close to the product with the activations as
+// they were, and not exactly anything simpler.
+template <ggml_type type, bool fallback>
+static void check_product(const tested_type & t, int64_t nrows, int64_t ncols_x, int64_t ncols_dst, random_t & random) {
+    const matrix m(t, nrows, ncols_x, random);
+    std::normal_distribution<float> distribution(0.25f);
+    std::vector<float> y(ncols_x*ncols_dst);
+    for (float & value : y) {
+        value = distribution(random);
+    }
+    const std::vector<float> a   = as_multiplied(t, y);
+    const std::vector<float> dst = product<type, fallback>(t, m, y, nrows, ncols_dst);
 
     double error = 0.0;
     double power = 0.0;
@@ -149,6 +156,17 @@ static void check_product(const tested_type & t, int64_t nrows, int64_t ncols_x,
             std::to_string(ncols_dst) + " columns: relative squared error " + std::to_string(error/power));
     }
     printf("%s: %d rows, %d weights, %d columns: relative squared error %.2e\n", t.name, (int) nrows, (int) ncols_x, (int) ncols_dst, error/power);
+
+    // one activation that is not finite makes the products of its column NaN, and no others
+    const size_t at = random() % y.size();
+    y[at] = random() % 2 ? NAN : INFINITY;
+    const std::vector<float> broken = product<type, fallback>(t, m, y, nrows, ncols_dst);
+    for (size_t i = 0; i < dst.size(); ++i) {
+        if (i/nrows == at/ncols_x ? !std::isnan(broken[i]) : broken[i] != dst[i]) {
+            fail(std::string(t.name) + ": activation " + std::to_string(at) + " is " + std::to_string(y[at]) + ", product " +
+                std::to_string(i) + " is " + std::to_string(broken[i]) + ", without it " + std::to_string(dst[i]));
+        }
+    }
 }
 
 template <ggml_type type>

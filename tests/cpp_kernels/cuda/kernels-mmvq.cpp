@@ -63,6 +63,25 @@ static void check(const tested_type & t, int64_t nrows, int64_t ncols_x, int nco
     }
 }
 
+// one activation that is not finite makes every product NaN
+static void check_not_finite(const tested_type & t, float value, random_t & random) {
+    const int64_t nrows = 4, ncols = 9*t.qk;
+    const matrix m(t, nrows, ncols, random);
+    std::vector<float> x = normal(ncols, random);
+    x[random() % ncols] = value;
+    const int64_t stride = GGML_PAD(ncols, MATRIX_ROW_PADDING)/QK8_1;
+    std::vector<block_q8_1> q(stride);
+    quantize_row_q8_1_cuda(x.data(), nullptr, q.data(), t.type, ncols, ncols, ncols, ncols, stride*QK8_1, 1, 1, 1, nullptr);
+    std::vector<float> dst(nrows, 0.0f);
+    mul_mat_vec_q_switch_type(m.data.data(), t.type, q.data(), nullptr, {}, dst.data(), ncols, nrows, 1,
+        m.blocks(), stride, nrows, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 0, nullptr);
+    for (int64_t i = 0; i < nrows; ++i) {
+        if (!std::isnan(dst[i])) {
+            fail(std::string(t.name) + ": one activation is " + std::to_string(value) + ", the product of row " + std::to_string(i) + " is " + std::to_string(dst[i]));
+        }
+    }
+}
+
 // a matrix times one column, the gate times it, silu of the second times the first, in one kernel
 static void check_fused(const tested_type & t, random_t & random) {
     const int64_t nrows = 6;
@@ -118,6 +137,8 @@ void check_mmvq(const types_t & types, random_t & random) {
     for (const tested_type * type : types) {
         const tested_type & t = *type;
         check(t, 5, 70*t.qk, 1, false, random); // more than one step
+        check_not_finite(t, NAN, random);
+        check_not_finite(t, -INFINITY, random);
         if (t.type == GGML_TYPE_BCQ4_A4) {
             continue; // other activations, and BCQ4's kernels
         }
