@@ -19,6 +19,9 @@ extern "C" {
 GGML_API bool bcq_acquire(const int8_t * codebooks);
 GGML_API void bcq_release(void);
 
+// the codebooks in use: 128 codewords
+GGML_API const int8_t * bcq_codebooks(void);
+
 #ifdef __cplusplus
 }
 
@@ -39,13 +42,14 @@ class bcq_lease {
         }
     }
 
-    // takes the codebooks of a file into use, if it has any tensor that needs some; throws if that is not possible
-    void take(const struct gguf_context * file) {
+    // Takes the codebooks of a model into use, if it has any tensor that needs some; throws if that is not possible. Its metadata are those
+    // of its first file, and its weights, by name with a `tensor`, those of all of them.
+    template <typename weights> void take(const struct gguf_context * file, const weights & model) {
         const int64_t key = gguf_find_key(file, BCQ_CODEBOOKS_KEY);
 
         bool needed = key >= 0;
-        for (int64_t i = 0; i < gguf_get_n_tensors(file); i++) {
-            const enum ggml_type type = gguf_get_tensor_type(file, i);
+        for (const auto & [name, weight] : model) {
+            const enum ggml_type type = weight.tensor->type;
             needed = needed || type == GGML_TYPE_BCQ4 || type == GGML_TYPE_BCQ4_A4;
         }
         if (!needed || held) {
@@ -58,9 +62,18 @@ class bcq_lease {
             throw std::runtime_error("the BCQ codebooks of this model are damaged, or a model with other ones is loaded: one process can use one set at a time");
         }
         held = true;
+        own  = key >= 0;
+    }
+
+    // codebooks that are not the universal ones, into the metadata of a copy
+    void save(struct gguf_context * file) const {
+        if (own) {
+            gguf_set_arr_data(file, BCQ_CODEBOOKS_KEY, GGUF_TYPE_INT8, bcq_codebooks(), 128);
+        }
     }
 
   private:
     bool held = false;
+    bool own  = false; // codebooks are the model's
 };
 #endif

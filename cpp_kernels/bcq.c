@@ -76,6 +76,10 @@ void bcq_release(void) {
     ggml_critical_section_end();
 }
 
+const int8_t * bcq_codebooks(void) {
+    return bcq_tables.codeword[0];
+}
+
 // The best codebooks and codewords of a block for a scale. Returns the weighted squared error.
 static float bcq_assign(const float * GGML_RESTRICT x, const float * GGML_RESTRICT w, uint8_t d_code, block_bcq4 * GGML_RESTRICT y) {
     const float d  = tsq_decode_d(d_code);
