@@ -7,12 +7,12 @@ of `weight`. It belongs to an input: matrices that read the same one share it, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.converter.gguf_file import GgufFile
+from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo
 from tesseraq_gguf.errors import FileFormatError
 
 Order = NDArray[np.int32]
@@ -72,6 +72,16 @@ def orders_of(file: GgufFile) -> dict[str, Order]:
             )
         found[weight.name] = order.astype(np.int32)
     return found
+
+
+def lost_orders(tensors: Iterable[TensorInfo]) -> list[str]:
+    """Return the weights of other types whose order no matrix uses: a program that knows no orders wrote them."""
+    by_name = {t.name: t for t in tensors}
+    used = {
+        next((p for p in places(t.name) if p in by_name), None) for t in by_name.values() if t.type in ORDERED_TYPES
+    }
+    orders = [t.name for t in by_name.values() if t.type == "i32" and t.name.endswith(SUFFIX) and t.name not in used]
+    return [weight for order in orders if (weight := f"{order.removesuffix(SUFFIX)}.weight") in by_name]
 
 
 def natural(weights: NDArray[np.float32], order: Order | None) -> NDArray[np.float32]:

@@ -349,6 +349,15 @@ static void buffer_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * tensor
     GGML_UNUSED(buffer);
 }
 
+static void buffer_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * tensor, void * data, size_t offset, size_t size) {
+    GGML_ABORT("'%s' is repacked and cannot be read back: load the model with use_extra_bufts = false (--no-repack)", tensor->name);
+
+    GGML_UNUSED(buffer);
+    GGML_UNUSED(data);
+    GGML_UNUSED(offset);
+    GGML_UNUSED(size);
+}
+
 static const char * buffer_type_get_name(ggml_backend_buffer_type_t buft) {
     return "CPU_TSQ";
 
@@ -383,7 +392,7 @@ static ggml_backend_buffer_t buffer_type_alloc_buffer(ggml_backend_buffer_type_t
     buffer->buft              = buft;
     buffer->iface.init_tensor = buffer_init_tensor;
     buffer->iface.set_tensor  = buffer_set_tensor;
-    buffer->iface.get_tensor  = nullptr;
+    buffer->iface.get_tensor  = buffer_get_tensor;
     buffer->iface.cpy_tensor  = nullptr;
     return buffer;
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tesseraq_gguf import options
-from tesseraq_gguf.converter.column_orders import SUFFIX
+from tesseraq_gguf.converter.column_orders import SUFFIX, lost_orders
 from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.printing import printable
@@ -78,7 +78,7 @@ class Inspection:
         block_bpw: bits per weight of the matrices in the blocks, orders of their columns included.
         architecture: llama.cpp's name of the model's kind.
         file_type: name of `general.file_type`, None if the file has none.
-        runs_on: in words: any llama.cpp, or our runtime only.
+        runs_on: in words: any llama.cpp, our runtime only, or nothing, since the file is broken.
         needs_runtime: True if a tensor has a type that only our runtime reads.
         metadata: some of the file's entries, and how many there are in all.
         tesseraq: the entries that begin with `tesseraq.`, by the rest of their key.
@@ -135,7 +135,7 @@ def inspect(path: Path | str) -> Inspection:
         block_bpw=block_bits_per_weight(file.tensors),
         architecture=architecture,
         file_type=_file_type(file),
-        runs_on=_runs_on(custom, {t.type for t in types}),
+        runs_on=_runs_on(custom, {t.type for t in types}, lost_orders(file.tensors)),
         needs_runtime=bool(custom),
         metadata=metadata,
         tesseraq={
@@ -215,7 +215,10 @@ def _totals(tensors: Iterable[TensorInfo]) -> tuple[TypeSummary, ...]:
     return tuple(sorted(summaries, key=lambda t: -t.bytes))
 
 
-def _runs_on(custom: list[str], present: set[str]) -> str:
+def _runs_on(custom: list[str], present: set[str], lost: list[str]) -> str:
+    if lost:
+        more = ", …" if len(lost) > 1 else ""
+        return f"nothing: columns of {lost[0]}{more} have an order that their type does not know; the file is broken"
     if custom:
         return f"tesseraq-gguf runtime only (types: {', '.join(custom)})"
     recent = sorted(present & _RECENT)

@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from tesseraq_gguf.converter.column_orders import natural, orders_of, places, stored_orders
-from tesseraq_gguf.converter.gguf_file import open_gguf
+from tesseraq_gguf.converter.column_orders import lost_orders, natural, orders_of, places, stored_orders
+from tesseraq_gguf.converter.gguf_file import TensorInfo, open_gguf
 from tesseraq_gguf.converter.packers import packer_of
 from tesseraq_gguf.converter.tensor_types import register_with_gguf
 from tesseraq_gguf.converter.verify import Expected, verify
@@ -35,6 +35,25 @@ def found(weight, stored):
 )
 def test_places(weight, expected):
     assert places(weight) == expected
+
+
+@pytest.mark.parametrize(
+    ("types", "lost"),
+    [
+        ({"attn_q": "ptq1_61", "attn_q.order": "i32"}, []),
+        ({"attn_q": "f32", "attn_q.order": "i32"}, ["attn_q"]),
+        # an order that another matrix shares is in use
+        ({"attn_q": "q8_0", "attn_k": "ptq1_61", "attn_q.order": "i32"}, []),
+        ({"attn_q": "q8_0", "attn_k": "ptq1_61", "attn_q.order": "i32", "attn_k.order": "i32"}, ["attn_q"]),
+        # what is named like an order, and is none
+        ({"attn_q": "f32", "attn_q.order": "f32"}, []),
+        ({"other.order": "i32"}, []),
+    ],
+)
+def test_lost_orders(types, lost):
+    names = {name if name.endswith(".order") else f"{name}.weight": type for name, type in types.items()}
+    tensors = [TensorInfo(f"blk.0.{name}", type, 0, (256, 1), 0, 0) for name, type in names.items()]
+    assert lost_orders(tensors) == [f"blk.0.{name}.weight" for name in lost]
 
 
 @pytest.mark.parametrize(
