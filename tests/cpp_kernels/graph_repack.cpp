@@ -12,10 +12,19 @@
 #include <random>
 #include <vector>
 
+#if defined(ALONE)
+// compiled with what products need of the backend: there is no other buffer type that repacks
+ggml_backend_buffer_type_t ggml_backend_cpu_repack_buffer_type(void);
+
+ggml_backend_buffer_type_t ggml_backend_cpu_repack_buffer_type(void) {
+    return nullptr;
+}
+#endif
+
 static std::mt19937 rng(0);
 
 static ggml_backend_buffer_type_t find_buffer_type() {
-    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_dev_t dev = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
     auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t)
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
     for (ggml_backend_buffer_type_t * buft = get_extra_bufts ? get_extra_bufts(dev) : nullptr; buft && *buft; buft++) {
@@ -24,6 +33,18 @@ static ggml_backend_buffer_type_t find_buffer_type() {
         }
     }
     return nullptr;
+}
+
+// Whether the processor that the backend was compiled for has kernels of repacked rows: on x86 those of BCQ types need a table of 128 bytes.
+static bool has_kernels(ggml_type type) {
+    if (ggml_cpu_has_neon()) {
+        return true;
+    }
+    const bool avx512 = ggml_cpu_has_avx512() && ggml_cpu_has_avx512_vnni();
+    if (type == GGML_TYPE_BCQ4 || type == GGML_TYPE_BCQ4_A4) {
+        return avx512 && ggml_cpu_has_avx512_vbmi();
+    }
+    return avx512 || (ggml_cpu_has_avx2() && ggml_cpu_has_fma());
 }
 
 struct shape {
@@ -38,7 +59,7 @@ static ggml_context * make_context() {
 // the product in a type and a buffer type; weights are dequantised into floats for F32
 static std::vector<float> compute(const shape & s, ggml_type type, ggml_backend_buffer_type_t buft, const void * weights,
                                   const std::vector<float> & x, const std::vector<int32_t> & ids, int n_threads, bool * supported) {
-    ggml_backend_t backend = ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr);
+    ggml_backend_t backend = ggml_backend_cpu_init();
     ggml_backend_cpu_set_n_threads(backend, n_threads);
 
     ggml_context * ctx_w = make_context();
@@ -120,12 +141,22 @@ static bool check(const char * name, ggml_type type, ggml_backend_buffer_type_t 
 int main() {
     ggml_backend_buffer_type_t buft = find_buffer_type();
     if (!buft) {
-        printf("no kernels for repacked tensors\n");
-        return 0;
+        const bool ok = !has_kernels(GGML_TYPE_TSQ2);
+        printf("no kernels for repacked tensors\n%s\n", ok ? "all ok" : "FAILED");
+        return ok ? 0 : 1;
     }
     bool ok = true;
     for (ggml_type type : { GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4, GGML_TYPE_PTQ1_61 }) {
         const int64_t block = ggml_blck_size(type);
+        if (!has_kernels(type)) {
+            // all of its tensors stay where they are
+            bool supported;
+            std::vector<float> x(block);
+            compute({ block, 48, 1, 1, 1 }, type, buft, nullptr, x, {}, 1, &supported);
+            ok &= !supported;
+            printf("%s is not repacked: %s\n", ggml_type_name(type), supported ? "FAILED" : "ok");
+            continue;
+        }
         for (int64_t k : { 1*block, 3*block, 10*block }) {
             for (int64_t n : { 1, 2, 7, 13, 33 }) {
                 ok &= check("mul_mat", type, buft, { k, 48, 1, n, 1 }, 0);
