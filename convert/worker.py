@@ -17,7 +17,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.converter.column_orders import ORDERED_TYPES, SUFFIX, natural, orders_of, stored_orders
+from tesseraq_gguf.converter.dequantize import dequantized
 from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.plain_types import KEPT, fitting_type, is_kept, matrix_of_gguf, smaller_type
@@ -154,7 +155,6 @@ class Converter:
         self.model: Any = kind(folder, guess, Path(job["out"]), model_name=name)
         if folder.name != name:
             self.model.dir_model_card = _named_card(folder, Path(job["scratch"]) / name)
-        self._expanded = job["gguf"] is not None
         self._names = self._checkpoint_names()
 
     def _checkpoint_names(self) -> dict[str, str]:
@@ -186,8 +186,6 @@ class Converter:
         if len(own) == 1:
             ((name, shape),) = family.items()
             return {name: placements(self.model.modify_tensors, self.name(name), shape)}
-        if self._expanded:
-            raise Unplaceable("experts out of a GGUF file are not supported: convert from the Hugging Face folder")
         found = stacked_placements(self.model.modify_tensors, {n: family[name] for n, name in own.items()})
         return {own[name]: [place] for name, place in found.items()}
 
@@ -260,6 +258,8 @@ def check(job: dict[str, Any], emit: Emit) -> None:
     plan = Plan(converter, {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()})
     if job["gguf"] is None:
         converter.model.prepare_metadata(vocab_only=False)
+    else:
+        _check_expansion(job, open_gguf(Path(job["gguf"])), converter, plan)
     file = _matrices_of_folder(job, converter, plan) if job["gguf"] is None else _matrices_of_gguf(job, plan)
     emit({"event": "done", "dropped": plan.dropped, "file": file})
 
@@ -417,7 +417,7 @@ def _from_gguf(
     writer = _raw_writer(source)
     vectors: dict[str, NDArray[Any]] = {}
     if plan is not None and probe is not None:
-        _check_row_order(job, source, plan)
+        _check_expansion(job, source, probe, plan)
         for name in learned.vectors:
             vectors |= {target: v.float().numpy() for target, v in probe.modified(name, learned.vector(name))}
     fallbacks = []
@@ -478,22 +478,6 @@ def _type_in_copy(tensor: TensorInfo, job: dict[str, Any]) -> str:
     return smaller_type(tensor, job["type"]) if job["learned"] else fitting_type(job["type"], tensor.shape[0])
 
 
-def _dequantized(
-    tensor: TensorInfo, rows: NDArray[np.uint8], codebooks: NDArray[np.int8] | None
-) -> NDArray[np.float32]:
-    """Weights of rows of a tensor, columns in the order of the file, with the file's own codebooks if it brings any."""
-    import gguf
-
-    if tensor.type not in TENSOR_TYPES or not tensor_type(tensor.type).custom:
-        kind = gguf.GGMLQuantizationType(tensor.type_id)
-        return gguf.quants.dequantize(np.array(rows), kind)  # type: ignore[no-any-return]
-    packer = packer_of(tensor.type)
-    arrays = packer.unpack(np.ascontiguousarray(rows))
-    if codebooks is not None and tensor.type in bcq.TYPES:
-        arrays["c"] = bcq.repeated(codebooks, len(rows))
-    return packer.dequantize(arrays)
-
-
 def _copied(
     source: GgufFile,
     tensor: TensorInfo,
@@ -514,7 +498,7 @@ def _copied(
     outer = tuple(reversed(tensor.shape[1:]))
 
     def weights(start: int, stop: int) -> NDArray[np.float32]:
-        return natural(_dequantized(tensor, data[start:stop], codebooks), order)
+        return natural(dequantized(tensor, data[start:stop], codebooks), order)
 
     sample = gguf.quants.quantize(weights(0, 1), want)
 
@@ -525,30 +509,67 @@ def _copied(
     return DeferredTensor((*outer, sample.shape[1]), sample.dtype, parts)
 
 
-def _check_row_order(job: dict[str, Any], source: GgufFile, plan: Plan) -> None:
-    """Hold rows of the expanded folder, moved by our row maps, against the rows of the file they came from."""
-    from safetensors import safe_open
+def _check_expansion(job: dict[str, Any], source: GgufFile, converter: Converter, plan: Plan) -> None:
+    """Hold the expanded folder, as the conversion class would write it, against the file that it came from.
+
+    Rows of matrices are moved by our row maps, and the class itself changes vectors.
+    """
+    import torch
 
     from tesseraq_gguf.models.source import ModelSource
+    from tesseraq_gguf.models.weights import Checkpoint
 
-    orders, codebooks = orders_of(source), own_codebooks(source)
-    tensors = {t.name: t for t in source.tensors}
-    files = ModelSource(job["name"], Path(job["folder"])).weight_map()
-    for target, ((name, placement),) in plan.by_target.items():  # of a file's experts nothing is learned
-        if target not in tensors:
-            raise ConversionError(f"{name} belongs into {target}, which {source.path.name} does not have")
-        tensor = tensors[target]
-        stored = name if name in files else name.removeprefix("model.")
-        picked = np.unique(np.linspace(0, tensor.rows - 1, 16).astype(np.int64))
-        there = picked if placement.rows is None else placement.rows[picked]
-        with safe_open(files[stored], "pt") as weights:
-            part = weights.get_slice(stored)
-            mine = np.stack([part[int(r) : int(r) + 1].float().numpy()[0] for r in there])
-        theirs = natural(_dequantized(tensor, source.data(tensor)[picked], codebooks), orders.get(target))
-        if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=2e-3, atol=1e-6):
+    weights = Checkpoint(ModelSource(job["name"], Path(job["folder"])))
+    original = _Original(source)
+    for target, layers in plan.by_target.items():
+        for name, placement in layers[:1] + layers[1:][-1:]:
+            rows = original.some_rows(target)
+            there = rows if placement.rows is None else placement.rows[rows]
+            mine = weights.rows(_stored_name(name, weights), torch.from_numpy(there)).numpy()
+            original.compare(name, target, mine, rows, placement.layer)
+    for stored in weights:
+        if len(weights.shape(stored)) > 1:
+            continue
+        for target, moved in converter.modified(stored, weights.read(stored).float()):
+            original.compare(stored, target, moved.float().numpy()[None], np.arange(1))
+
+
+def _stored_name(name: str, weights: Container[str]) -> str:
+    return next(n for alias in aliases(name) for n in (alias, alias.removeprefix("model.")) if n in weights)
+
+
+class _Original:
+    """The weights of the file that a folder was expanded from."""
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        self._tensors = {t.name: t for t in file.tensors}
+        self._orders, self._codebooks = orders_of(file), own_codebooks(file)
+
+    def some_rows(self, target: str) -> NDArray[np.int64]:
+        """Rows to compare, of a matrix or of each in a stack."""
+        rows = self._tensors[target].shape[1] if target in self._tensors else 1
+        return np.unique(np.linspace(0, rows - 1, 16).astype(np.int64))
+
+    def compare(
+        self, name: str, target: str, mine: NDArray[np.float32], rows: NDArray[np.int64], layer: int | None = None
+    ) -> None:
+        """Compare rows of the folder with those of the file.
+
+        Raises:
+            ConversionError: they differ, or the file has no such tensor.
+        """
+        tensor = self._tensors.get(target)
+        if tensor is None:
+            raise ConversionError(f"{name} belongs into {target}, which {self._file.path.name} does not have")
+        first = (layer or 0) * tensor.shape[1] if len(tensor.shape) > 1 else 0
+        theirs = dequantized(tensor, self._file.data(tensor)[first + rows], self._codebooks)
+        theirs = natural(theirs, self._orders.get(target))
+        # the folder keeps what comes of codes and scales in float16
+        if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=1e-3, atol=1e-7):
             raise ConversionError(
-                f"the rows of {name} do not return to their places in {target}: transformers read {source.path.name} "
-                "in another order than llama.cpp writes it. Convert from the Hugging Face folder instead"
+                f"{name} was not read from {self._file.path.name} as llama.cpp would write it into {target}. "
+                "Convert from the Hugging Face folder instead"
             )
 
 

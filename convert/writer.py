@@ -74,7 +74,7 @@ def check_output(out: Path, source: ModelSource | None = None) -> None:
 
 
 def _check_replaced(out: Path, source: ModelSource | None) -> None:
-    if source is not None and source.gguf is not None and out.exists() and out.samefile(source.gguf):
+    if source is not None and out.exists() and any(out.samefile(part) for part in source.gguf_parts()):
         raise UsageError(f"the output {out} is the model itself. Choose another name")
     if out.exists() and not out.is_file():
         raise UsageError(f"the output {out} is not a plain file")

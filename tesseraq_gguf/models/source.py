@@ -1,8 +1,8 @@
 """From what the user calls MODEL to a folder with a config, a tokenizer and safetensors weights.
 
 A Hugging Face folder is used where it stands. A hub id is downloaded by `huggingface_hub`. A GGUF file (and the demo
-model, which is one) is expanded once by transformers into a folder of the cache; its own metadata and vocabulary are
-kept for the output by `gguf`.
+model, which is one) is expanded once into a folder of the cache; its own metadata and vocabulary are kept for the
+output by `gguf`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,23 +20,17 @@ from filelock import FileLock
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.errors import FileFormatError, ModelError
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
-from tesseraq_gguf.tensor_files import write_tensors
+from tesseraq_gguf.tensor_files import narrowest, write_tensors
 
 Say = Callable[[str], None]
 
 DEMO = "demo"
 
-_WORD = re.compile("[\u2581\u0120][a-z]{4,}")
-"""A word of a vocabulary: SentencePiece's mark of a space, or that of byte-level BPE, and letters."""
-
-_WORDS = 64
-"""How many of them a tokenizer is asked for."""
-
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<before>.*-)\d{5}-of-(?P<count>\d{5})\.safetensors")
 
-_EXPANSION = 3
+_EXPANSION = 4
 """Grows when the folder made of a GGUF file changes."""
 
 
@@ -59,6 +51,10 @@ class ModelSource:
     def config(self) -> dict[str, Any]:
         """Return the parsed config.json."""
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def gguf_parts(self) -> tuple[Path, ...]:
+        """Return the GGUF file, or all parts of it, that the folder was expanded from; nothing if from none."""
+        return open_gguf(self.gguf).parts if self.gguf else ()
 
     def weight_map(self) -> dict[str, Path]:
         """Return the safetensors file of every tensor, by the tensor's checkpoint name.
@@ -205,127 +201,56 @@ def _demo_file() -> Path:
 
 
 def _expand_gguf(file: Path, name: str, say: Say) -> ModelSource:
-    """Let transformers turn a GGUF file into a Hugging Face folder in the cache, once per file content."""
+    """Turn a GGUF file into a Hugging Face folder in the cache, once per content of the file and of all its parts."""
     try:
-        open_gguf(file)
+        parts = open_gguf(file).parts
     except FileFormatError as error:
         raise ModelError(str(error)) from error
-    digest = _digest(file)
-    folder = cache_folder("models") / f"{digest[:24]}-{_EXPANSION}"
+    folder = cache_folder("models") / f"{_digest(parts)[:24]}-{_EXPANSION}"
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
-            say(f"Reading {file.name} with transformers (once; it needs memory for the whole model)")
+            say(f"Reading {file.name} (once: its weights are kept as a Hugging Face folder in the cache)")
             with temporary_sibling(folder) as partial:
                 expand(file, partial)
-    return ModelSource(name, folder, gguf=file.resolve())
+    return ModelSource(name, folder, gguf=_absolute(file))
 
 
 def expand(file: Path, folder: Path) -> ModelSource:
-    """Let transformers turn a GGUF file into a Hugging Face folder, which must not be there.
+    """Turn a GGUF file into a Hugging Face folder, which must not be there.
 
     Raises:
-        ModelError: transformers cannot read it.
+        ModelError: it cannot be read, or what it says of its model is not understood.
     """
-    folder.mkdir()
-    with _readable(file, folder) as readable:
-        _write_folder(readable, folder)
-    return ModelSource(file.stem, folder, file.resolve())
+    from tesseraq_gguf.models.gguf_model import write_folder
 
-
-@contextmanager
-def _readable(file: Path, folder: Path) -> Iterator[Path]:
-    """Give the file, or for a while a copy in float32 if it has tensor types that transformers does not know."""
-    import gguf
-
-    known = {int(t) for t in gguf.GGMLQuantizationType}
-    if all(tensor.type_id in known for tensor in open_gguf(file).tensors):
-        yield file
-        return
-    from tesseraq_gguf.converter.writer import write_plain
-
-    copy = folder / file.name
-    write_plain(ModelSource(file.stem, folder, file), copy, "f32")
     try:
-        yield copy
-    finally:
-        copy.unlink(missing_ok=True)
+        opened = open_gguf(file)
+        folder.mkdir()
+        write_folder(opened, folder)
+    except FileFormatError as error:
+        raise ModelError(str(error)) from error
+    return ModelSource(file.stem, folder, _absolute(file))
 
 
-def _write_folder(file: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    # the whole path: transformers takes a file of that name in the working directory first
-    place, options = str(file.parent), {"gguf_file": str(file.resolve())}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except Exception as error:  # transformers and gguf raise whatever the broken byte led them to
-        shutil.rmtree(folder, ignore_errors=True)
-        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise ModelError(f"{file} cannot be read as a GGUF model: {reason}") from error
-    check_tokens(tokenizer, file)
-    save_weights(model, folder)
-    config = model.config.to_dict()
-    config.pop("quantization_config", None)
-    config |= _lost_by_gguf(config)
-    config["architectures"] = [type(model).__name__]
-    config["dtype"] = "float16"
-    tokenizer.save_pretrained(folder)
-    # written last: its presence says that the folder is whole
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-
-
-def check_tokens(tokenizer: Any, file: Path) -> None:
-    """Refuse a tokenizer that does not find the common words of its own vocabulary in a text.
-
-    Some versions of transformers (5.17 with Gemma 3, for one) lose the merges of a GGUF file's vocabulary and cut text
-    into characters. Nothing fails then, but what is learned is learned on a text that llama.cpp never sees.
-
-    Raises:
-        ModelError: it finds fewer than half of them.
-    """
-    words = sorted((number, token) for token, number in tokenizer.get_vocab().items() if _WORD.fullmatch(token))
-    common = words[:_WORDS]
-    found = [number in tokenizer.encode(" " + token[1:], add_special_tokens=False) for number, token in common]
-    if sum(found) < len(found) / 2:
-        import transformers
-
-        raise ModelError(
-            f"transformers {transformers.__version__} cuts text of {file.name} into other tokens than llama.cpp does "
-            f"({len(found) - sum(found)} of {len(found)} words of its vocabulary are not found). "
-            "Update it (pip install -U transformers), or give the model as a Hugging Face folder"
-        )
+def _absolute(file: Path) -> Path:
+    """A path that holds in any folder, and keeps the name, by which the parts of a split file are found."""
+    return file.parent.resolve() / file.name
 
 
 def save_weights(model: Any, folder: Path) -> None:
-    """Write the weights of a transformers model as one safetensors file: matrices in float16 where that holds them."""
-    import torch
-
+    """Write the weights of a transformers model as one safetensors file, in the narrowest dtypes that hold them."""
     embedding, weights = model.get_input_embeddings().weight.data_ptr(), {}
     for name, tensor in model.state_dict().items():
         if name in model.all_tied_weights_keys and tensor.data_ptr() == embedding:
             continue
-        half = tensor.to(torch.float16)
-        exact_enough = tensor.dim() >= 2 and bool(torch.isfinite(half).all())
-        weights[name] = half if exact_enough else tensor.clone()
+        weights[name] = narrowest(tensor)
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
 
 
-def _lost_by_gguf(config: dict[str, Any]) -> dict[str, Any]:
-    """Return what a GGUF file does not hold and transformers fills in with a default of its own."""
-    if str(config.get("model_type")).startswith("gemma3"):
-        # llama.cpp knows the scale of the attention by the size of the model: 27B, with 62 blocks, is the odd one
-        width, heads = config["hidden_size"], config["num_attention_heads"]
-        return {"query_pre_attn_scalar": width // heads if config["num_hidden_layers"] == 62 else config["head_dim"]}
-    return {}
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as f:
-        digest = hashlib.sha256()
-        while chunk := f.read(1 << 22):
-            digest.update(chunk)
+def _digest(parts: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in parts:
+        with file.open("rb") as f:
+            while chunk := f.read(1 << 22):
+                digest.update(chunk)
     return digest.hexdigest()

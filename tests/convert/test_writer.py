@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -236,7 +237,7 @@ def test_plain_types_equal_the_stock_conversion(make_model, tmp_path):
         } | {"general.name": ours.entries["general.name"].raw}
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3", "mixtral"])
 def test_a_model_from_a_gguf_file_keeps_its_metadata_and_tensors(kind, make_model, learn, write, tmp_path):
     folder_source = make_model(kind)
     original = write_plain(
@@ -266,19 +267,26 @@ def test_a_model_from_a_gguf_file_keeps_its_metadata_and_tensors(kind, make_mode
         assert np.array_equal(open_gguf(again).data(mine), first.data(other)), mine.name
 
 
-def test_rows_that_a_gguf_reader_brought_into_another_order_are_noticed(make_model, learn, tmp_path):
+def test_a_folder_that_is_not_what_the_gguf_file_says_is_noticed(make_model, learn, tmp_path):
+    """Before anything is learned, and when the file is written."""
     source = make_model("llama")
     original = write_plain(source, tmp_path / "original.gguf", "f16").path
-    wrong = tmp_path / "wrong"
-    shutil.copytree(source.folder, wrong)
-    name = "model.layers.1.self_attn.q_proj.weight"
-    file = next(f for f in wrong.glob("*.safetensors") if name in safe_open(f, "pt").keys())  # noqa: SIM118
-    tensors = load_file(file)
-    tensors[name] = tensors[name].flip(0).contiguous()
-    save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ConversionError, match=r"self_attn\.q_proj.*do not return to their places"):
-        write_gguf(ModelSource("m", wrong, gguf=original), tmp_path / "out.gguf", learn(source))
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["original.gguf", "wrong"]
+    shapes = Decoder(source, torch.device("cpu")).matrix_shapes()
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"):
+        wrong = tmp_path / "wrong"
+        shutil.copytree(source.folder, wrong)
+        file = next(f for f in wrong.glob("*.safetensors") if name in safe_open(f, "pt").keys())  # noqa: SIM118
+        tensors = load_file(file)
+        tensors[name] = tensors[name].flip(0).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
+        expected = rf"{re.escape(name)} was not read from original\.gguf as llama\.cpp would write it"
+        with pytest.raises(ConversionError, match=expected):
+            check_source(ModelSource("m", wrong, gguf=original), shapes)
+        if "q_proj" in name:
+            with pytest.raises(ConversionError, match=expected):
+                write_gguf(ModelSource("m", wrong, gguf=original), tmp_path / "out.gguf", learn(source))
+        shutil.rmtree(wrong)
+    assert [f.name for f in tmp_path.iterdir()] == ["original.gguf"]
 
 
 def test_a_hub_snapshot_is_called_by_its_model_and_not_by_its_commit(make_model, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models import Decoder, resolve_model
-from tesseraq_gguf.models.source import check_tokens
+from tesseraq_gguf.models.gguf_model import check_tokens
 
 
 @pytest.mark.parametrize(
