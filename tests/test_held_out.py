@@ -9,11 +9,14 @@ import torch
 from problems import as_problem, mlp_problem
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
+from tesseraq_gguf import pipeline
 from tesseraq_gguf.activations import ActivationRounding
+from tesseraq_gguf.calibration import Calibration
 from tesseraq_gguf.divergence import Quantised, divergence
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.held_out import HeldOut, better
+from tesseraq_gguf.hidden_states import Place
 from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.lrq import lrq
@@ -22,7 +25,9 @@ from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.parallel import Team
 from tesseraq_gguf.quantized import plain_vector
+from tesseraq_gguf.recipe import Recipe
 from tesseraq_gguf.reconstruction import Reconstruction
 from tesseraq_gguf.schemes import scheme_of
 from tesseraq_gguf.simulation import final_states
@@ -210,3 +215,39 @@ def test_answers_that_are_not_finite_are_an_error(decoder):
     model = Quantised(decoder, lambda _: {}, {}, final)
     with pytest.raises(NotFiniteError, match="answers of the quantised model"):
         divergence(decoder, model, drawn(1, 8), torch.float32)
+
+
+class Part(Team):
+    """One of several processes, which adds nothing up: its sums are its share."""
+
+    def add_up(self, tensors):
+        """Leave them."""
+
+    def from_first(self, make):
+        """Decide for itself."""
+        return make()
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_processes_share_what_is_held_out(size):
+    problem = problem_of("tsq2")
+    start = AsItStarts(Nearest()).learn(problem)
+    better(problem, start, start)
+    expected, whole = problem.verdict.start, problem.held_out
+    shares = []
+    for rank in range(size):
+        problem.team = team = Part(rank, size)
+        problem.held_out = HeldOut(team.share(whole.inputs), team.share(whole.targets), whole.sequences)
+        better(problem, start, start)
+        shares.append(problem.verdict.start)
+    assert sum(shares) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_caches_have_room_for_what_is_held_out(decoder, monkeypatch, tmp_path):
+    sizes = []
+    monkeypatch.setattr(pipeline, "choose_place", lambda size, *_: sizes.append(size) or Place("cpu", tmp_path))
+    calibration = Calibration("text", drawn(8, 16), drawn(4, 16))
+    for team in (Team(), Team(1, 2)):
+        recipe = Recipe("m", tmp_path / "out.gguf")
+        pipeline._place(recipe, decoder, calibration, team, pipeline.SilentProgress())
+    assert sizes == [2 * sequences * 16 * decoder.hidden_size * 4 for sequences in (12, 6)]
