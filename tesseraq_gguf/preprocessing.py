@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.finite import check_finite
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.source import ModelSource, save_weights
@@ -47,6 +48,10 @@ def check_installed() -> None:
     """
     if find_spec("peft") is None:
         raise UsageError("--preprocess needs peft. Run: pip install 'tesseraq-gguf[preprocess]'")
+
+
+_LEAVE_OUT = "Leave --preprocess out, or give the blocks more bits (--type, --tensor-type)"
+"""What to do about a model that adapters cannot learn on."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ class Preprocessing:
 
         Returns:
             The merged model.
+
+        Raises:
+            NotFiniteError: gradients are not finite.
         """
         source, state = decoder.source, out.with_name(f"{out.name}.pt")
         merged = ModelSource(source.name, out, source.gguf)
@@ -145,6 +153,8 @@ class Preprocessing:
                 with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
                     loss = adapted(input_ids=given, labels=given, use_cache=False).loss
                 (loss / len(chosen)).backward()
+            gradients = {name: v.grad for name, v in variables.items() if v.grad is not None}
+            check_finite(gradients, "the gradients of the adapters", _LEAVE_OUT)
             adam.step()
             slower.step()
             if (step + 1) % self.kept == 0:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import preprocessing
-from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.errors import NotFiniteError, UsageError
 from tesseraq_gguf.methods.rtn import round_blocks
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.preprocessing import Preprocessing, dequantised_model
@@ -112,3 +112,15 @@ def test_without_peft_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(preprocessing, "find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'tesseraq-gguf\[preprocess\]'"):
         preprocessing.check_installed()
+
+
+def test_gradients_that_are_not_finite_stop_it(decoder, blocks, tmp_path, monkeypatch):
+    def wild(*given):
+        model, names = dequantised_model(*given)
+        model.model.norm.weight.fill_(torch.inf)
+        return model, names
+
+    monkeypatch.setattr(preprocessing, "dequantised_model", wild)
+    with pytest.raises(NotFiniteError, match=r"layers\.0\..*: the gradients of the adapters"):
+        run(decoder, blocks, tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
