@@ -10,8 +10,8 @@ Memory does not grow with depth. A step goes up block by block, leaving the inpu
 block by block, running each again for its gradient; the variables and Adam's state of a block are in memory only then.
 What is on disk after a step is whole: a pass that was killed goes on at the next one.
 
-Some sequences are held out, also from block reconstruction. If the divergence on them has not fallen in the end, the
-pass is undone.
+Some sequences are held out; block reconstruction learned nothing on them either, but was judged by them. If the
+divergence on them has not fallen in the end, the pass is undone.
 """
 
 from __future__ import annotations
