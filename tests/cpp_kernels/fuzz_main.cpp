@@ -49,8 +49,8 @@ int main(int argc, char ** argv) {
         }
     }
     for (uint8_t type = 0; type < NTYPES; type++) {
-        for (int at = 0; at < 128; at++) {
-            const uint8_t nb = at % 4 == 3 ? 17 : at % 2; // blocks less one
+        for (int at = 0; at < (type < 5 ? 64 : 128); at++) {
+            const uint8_t nb = at % 16 == 15 ? 17 : at % 2; // blocks less one
             run({ type, nb, (uint8_t) rng(), (uint8_t) at, (uint8_t) (8 | rng() % 4 << 4 | rng() % 2 << 1) }, 400, -1);
         }
     }
