@@ -27,6 +27,8 @@ SMALL = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+LOUD = 0.2
+"""Standard deviation of weights with which logits vary: those of transformers' own hardly do."""
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # architecture, what differs from SMALL
@@ -97,12 +99,14 @@ def tokenizer() -> bytes:
     return model.getvalue()
 
 
-def save_model(kind: str, folder: Path) -> None:
+def save_model(kind: str, folder: Path, spread: float | None = None) -> None:
     import transformers
 
     architecture, different = (KINDS | WIDE_KINDS | HEAD_KINDS)[kind]
-    if kind in HEAD_KINDS:  # logits of small weights hardly vary
-        different = different | {"initializer_range": 0.2}
+    if kind in HEAD_KINDS:
+        spread = spread or LOUD
+    if spread:
+        different = different | {"initializer_range": spread}
     name = f"{architecture}TextConfig" if architecture == "Gemma3" else f"{architecture}Config"
     config = getattr(transformers, name)(**(SMALL | different))
     torch.manual_seed(len(kind))
@@ -115,20 +119,23 @@ def save_model(kind: str, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
-    """Return the tiny model of a kind in KINDS, WIDE_KINDS or HEAD_KINDS, made once."""
-    made: dict[str, ModelSource] = {}
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSource]:
+    """Return the tiny model of a kind in KINDS, WIDE_KINDS or HEAD_KINDS, made once.
+
+    A second argument is the standard deviation of its weights, such as LOUD, in place of transformers' 0.02.
+    """
+    made: dict[tuple[str, float | None], ModelSource] = {}
     pieces = tokenizer()
 
-    def make(kind: str) -> ModelSource:
-        if kind not in made:
+    def make(kind: str, spread: float | None = None) -> ModelSource:
+        if (kind, spread) not in made:
             folder = tmp_path_factory.mktemp("models") / kind
-            save_model(kind, folder)
+            save_model(kind, folder, spread)
             (folder / "tokenizer.model").write_bytes(pieces)
             template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
             names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": "LlamaTokenizer"}
             (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": template}))
-            made[kind] = ModelSource(kind, folder)
-        return made[kind]
+            made[kind, spread] = ModelSource(kind, folder)
+        return made[kind, spread]
 
     return make
