@@ -184,5 +184,5 @@ def test_learning_for_rounded_activations_is_better_with_them(name):
     before = loss_of(rounding, nearest)
     with_them = loss_of(rounding, lrq(100, 4, 32).learn(rounding))
     without = loss_of(rounding, lrq(100, 4, 32).learn(plain))
-    assert with_them < 0.8 * before
+    assert with_them < {"a8-static": 0.49, "a4": 0.66, "a4-codebooks": 0.6}[name] * before
     assert with_them < 1.02 * without

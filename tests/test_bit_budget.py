@@ -117,7 +117,7 @@ def test_types_with_salient_places_are_tried_in_an_order():
     grid = grid_of("ptq1_61")
     off = grid.dequantize(grid.quantize(weight, fed.square().mean(0))) - weight
     as_it_stands = 0.5 * float(((fed @ off.T) * felt).sum(1).square().mean())
-    assert costs["ptq1_61"] < 0.7 * as_it_stands
+    assert costs["ptq1_61"] < 0.25 * as_it_stands
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -178,7 +178,7 @@ def test_it_lowers_the_divergence_with_frozen_codes(type, decoder, tokens, tmp_p
     blocks = misscaled(decoder, type)
     pass_ = Distillation(steps=20, batch=8, scale_rate=3e-2, zero_rate=1e-2)
     done = pass_.run(decoder, blocks, tokens[:18], tokens[18:], 0, torch.float32, tmp_path)
-    assert done.after < 0.8 * done.before
+    assert done.after < {"tsq2": 0.74, "q2_0": 0.78, "q4_1": 0.64}[type] * done.before
     for index in range(len(decoder)):
         old, new = blocks(index), done.blocks(index)
         for name, tensor in old.items():

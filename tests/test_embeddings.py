@@ -29,7 +29,7 @@ def test_what_is_felt_is_rounded_better(kind, make_model):  # noqa: F811
     for name in names:
         off, better = plain[name] - decoder.matrix(name), weighted[name] - decoder.matrix(name)
         if name == decoder.output_name():
-            assert ((better @ felt.output_moment) * better).sum() < 0.8 * ((off @ felt.output_moment) * off).sum()
+            assert ((better @ felt.output_moment) * better).sum() < 0.2 * ((off @ felt.output_moment) * off).sum()
         if name == decoder.embedding_name():
             assert (better.square() * felt.embedding).sum() < (off.square() * felt.embedding).sum() * (
                 1.05 if kind == "gemma3" else 0.95

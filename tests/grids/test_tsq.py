@@ -89,7 +89,7 @@ def test_importance_moves_the_error_away_from_what_matters(grid):
     weight = torch.randn(64, 128, generator=random)
     importance = torch.rand(128, generator=random) ** 4 + 0.001
     plain, weighted = grid.quantize(weight), grid.quantize(weight, importance)
-    assert _error(grid, weight, weighted, importance) < 0.9 * _error(grid, weight, plain, importance)
+    assert _error(grid, weight, weighted, importance) < 0.85 * _error(grid, weight, plain, importance)
 
 
 @each_grid

@@ -81,13 +81,13 @@ def test_channels_that_never_speak_keep_scales_finite():
     assert (s > 0).all()
 
 
-@pytest.mark.parametrize("start", [Nearest(), ClipSearch()])
-def test_it_lowers_the_loss_where_channels_are_loud(start, problem_on):
+@pytest.mark.parametrize(("start", "left"), [(Nearest(), 0.93), (ClipSearch(), 0.985)], ids=["nearest", "clipped"])
+def test_it_lowers_the_loss_where_channels_are_loud(start, left, problem_on):
     plain, scaled = problem_on("q4_0"), problem_on("q4_0")
     rounded = AsItStarts(start).learn(plain)
     learned = AWQ(AsItStarts(start), points=5, rows=64).learn(scaled)
     assert {"first.weight", "second.weight"} <= scaled.block.replaced.keys()
-    assert loss_of(scaled, learned) < 0.99 * loss_of(plain, rounded)
+    assert loss_of(scaled, learned) < left * loss_of(plain, rounded)
 
 
 def test_the_exponent_is_the_one_that_errs_least(problem_on):
@@ -150,7 +150,7 @@ def test_clip_search_beats_round_to_nearest(tensor_type, problem_on):
     problem = problem_on(tensor_type)
     rounded, clipped = Nearest().start(problem), ClipSearch().start(problem)
     loss = {k: loss_of(problem, {n: s.tensor for n, s in v.items()}) for k, v in (("r", rounded), ("c", clipped))}
-    assert loss["c"] < 0.8 * loss["r"]
+    assert loss["c"] < {"tsq2": 0.75, "q4_0": 0.64, "q2_k": 0.57}[tensor_type] * loss["r"]
     for name, start in clipped.items():
         assert torch.equal(start.weight, problem.matrices()[name])
         arrays = start.tensor.arrays
@@ -193,4 +193,4 @@ def test_with_rounded_activations_scales_share_the_error(problem_on):
         problem.rounding = rounding
         losses.append(loss_of(problem, method.then.learn(problem)))
     assert any(alphas[1][name] > alpha for name, alpha in alphas[0].items())  # loud channels are made smaller
-    assert losses[1] < 0.9 * losses[0]
+    assert losses[1] < 0.47 * losses[0]

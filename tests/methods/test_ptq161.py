@@ -98,7 +98,7 @@ def test_rates_grow_with_the_steps_saved_and_fall_as_a_cosine(problem, monkeypat
 def test_scales_are_learned_and_nothing_else(problem):
     start, before = start_of(problem), {n: p.clone() for n, p in problem.block.module.named_parameters()}
     learned = Ptq161(steps=60, batch=4).learn(problem)
-    assert loss_of(problem, learned) < 0.9 * _loss_before(problem, start, before)
+    assert loss_of(problem, learned) < 0.87 * _loss_before(problem, start, before)
     for name, tensor in learned.items():
         assert torch.equal(tensor.arrays["q"], start[name].arrays["q"])  # signs and codes stay
         assert torch.equal(tensor.arrays["s"], start[name].arrays["s"])
@@ -143,7 +143,7 @@ def test_what_goes_beyond_it_is_better(problem):
     tesseraq = loss_of(problem, TesseraQ(steps=10, rounding_rate=0.05, scale_rate=1e-2).learn(problem))
     learned = loss_of(problem, Ptq161(steps=200, batch=4).learn(problem))
     problem.block.module.norm.weight.data.copy_(norm)
-    assert max(tesseraq, gptq) < 0.3 * mask
+    assert max(tesseraq, gptq) < 0.15 * mask
     assert max(tesseraq, gptq) < learned < mask
 
 
@@ -176,7 +176,7 @@ def test_gptq_rounds_signs_before_the_weights_that_can_take_their_errors():
         return float(((off @ moment) * off).sum())
 
     in_order = InOrder(grid.type, grid.bits, grid.group, grid.span, grid.learns_zero, grid.salient)
-    assert error(grid) < 0.9 * error(in_order)
+    assert error(grid) < 0.05 * error(in_order)
 
 
 @pytest.mark.parametrize("salient", [12, 24, 26, 40])

@@ -35,7 +35,7 @@ def test_outliers_of_the_values_harm_less(problem):
     before = loss_of(plain, method.learn(plain))
     rotated = Rotated(method)
     after = loss_of(problem, rotated.learn(problem))
-    assert after < 0.85 * before
+    assert after < 0.78 * before
     assert {"self_attn.v_proj.weight", "self_attn.o_proj.weight"} <= problem.block.replaced.keys()
 
 

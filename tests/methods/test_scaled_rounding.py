@@ -97,15 +97,24 @@ def test_the_gradient_is_the_formulas(weight):
         torch.testing.assert_close(got, variable.grad, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("tensor_type", ["tsq2", "q4_0", "q2_k"])
-@pytest.mark.parametrize("method", [flexround(60, 4), lrq(60, 4, 64)], ids=["flexround", "lrq"])
-def test_it_lowers_the_loss(tensor_type, method, problem_on):
+@pytest.mark.parametrize(
+    ("method", "tensor_type", "left"),
+    [
+        pytest.param(method, tensor_type, left, id=f"{name}-{tensor_type}")
+        for name, method, those in (
+            ("flexround", flexround(60, 4), (0.25, 0.29, 0.31)),
+            ("lrq", lrq(60, 4, 64), (0.33, 0.49, 0.37)),
+        )
+        for tensor_type, left in zip(("tsq2", "q4_0", "q2_k"), those, strict=True)
+    ],
+)
+def test_it_lowers_the_loss(method, tensor_type, left, problem_on):
     problem = problem_on(tensor_type)
     before = loss_of(problem, {name: s.tensor for name, s in Nearest().start(problem).items()})
     told = []
     problem.report = lambda done, total: told.append((done, total))
     learned = method.learn(problem)
-    assert loss_of(problem, learned) < 0.9 * before
+    assert loss_of(problem, learned) < left * before
     assert told[-1] == (60, 60)
     assert set(learned) == set(problem.matrices())
 

@@ -141,7 +141,7 @@ def test_gptq_lowers_the_output_error():
         off = TSQ2.dequantize(tensor) - weight
         return float((off @ moment * off).sum())
 
-    assert error(outcome.tensor) < 0.7 * error(TSQ2.quantize(weight, moment.diagonal()))
+    assert error(outcome.tensor) < 0.66 * error(TSQ2.quantize(weight, moment.diagonal()))
     # the codes are the nearest ones of the weights as they were when they were rounded
     a = outcome.tensor.arrays
     assert torch.equal(TSQ2.encode(outcome.weight, a), a["q"])
@@ -196,8 +196,8 @@ def test_each_method_beats_the_one_before(problem):
     start = AsItStarts(GPTQ()).learn(problem)
     method = TesseraQ(steps=4, batch=4, rounding_rate=6e-2, scale_rate=1e-2, zero_rate=1e-2)
     learned = method.learn(problem)
-    assert loss_of(problem, start) < 0.7 * loss_of(problem, rounded)
-    assert loss_of(problem, learned) < 0.8 * loss_of(problem, start)
+    assert loss_of(problem, start) < 0.48 * loss_of(problem, rounded)
+    assert loss_of(problem, learned) < 0.56 * loss_of(problem, start)
 
 
 def test_the_seed_decides(problem):
@@ -216,8 +216,8 @@ def test_on_codebooks_each_method_beats_the_one_before():
     rounded = {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
     start = AsItStarts(GPTQ()).learn(problem)
     learned = TesseraQ(steps=4, batch=4, rounding_rate=6e-2, scale_rate=1e-2).learn(problem)
-    assert loss_of(problem, start) < 0.8 * loss_of(problem, rounded)
-    assert loss_of(problem, learned) < 0.9 * loss_of(problem, start)
+    assert loss_of(problem, start) < 0.16 * loss_of(problem, rounded)
+    assert loss_of(problem, learned) < 0.84 * loss_of(problem, start)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 500, 999, 1000])
