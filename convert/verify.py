@@ -86,6 +86,8 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
                 f"{want.name} in the file differs from the learned weights in {len(wrong)} of {rows} rows, "
                 f"first in row {wrong[0]}. {_REPORT}"
             )
+        if not np.isfinite(stored).all():
+            raise VerificationError(f"{want.name} holds weights that are not finite in {want.type}. {_REPORT}")
         compared += 1
     return compared
 

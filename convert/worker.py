@@ -9,6 +9,7 @@ parent that is gone leaves no writer behind.
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -18,6 +19,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +36,8 @@ from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, r
 from tesseraq_gguf.converter.verify import Expected, own_codebooks, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
 from tesseraq_gguf.models.experts import aliases, stack_of
+from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
+from tesseraq_gguf.models.weights import Checkpoint
 from tesseraq_gguf.quantized import ORDER, QuantizedTensor, load_tensors
 
 Emit = Callable[[dict[str, Any]], None]
@@ -138,6 +142,9 @@ class Converter:
     Args:
         job: names the folder.
         file_type: type of the matrices that nobody decides about; f16 for those it does not fit.
+
+    Attributes:
+        model: the class' instance. It reads the checkpoint by itself until it is fed.
     """
 
     def __init__(self, job: dict[str, Any], file_type: str) -> None:
@@ -145,7 +152,12 @@ class Converter:
         from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
         folder = Path(job["folder"])
-        architecture = get_model_architecture(ModelBase.load_hparams(folder, False), ModelType.TEXT)
+        parameters = ModelBase.load_hparams(folder, False)
+        if not parameters.get("architectures"):
+            parameters["architectures"] = ModelSource(job["name"], folder).architectures()
+            # classes read the folder's settings again
+            ModelBase.load_hparams = staticmethod(lambda *_, **__: copy.deepcopy(parameters))
+        architecture = get_model_architecture(parameters, ModelType.TEXT)
         try:
             kind = get_model_class(architecture)
         except NotImplementedError:
@@ -179,6 +191,63 @@ class Converter:
             with contextlib.suppress(Unplaceable):
                 found[self.name(name)] = name
         return found
+
+    def feed(self, weights: Checkpoint) -> None:
+        """Give the class all weights as the learner reads them, dequantised, in place of what it would read."""
+        from conversion.base import LazyTorchTensor
+
+        tensors = self.model.model_tensors
+        for name in weights:
+            own = self._filtered(name)
+            if own in tensors:
+                meta = LazyTorchTensor.meta_with_dtype_and_shape(weights.dtype(name), weights.shape(name))
+                tensors[own] = partial(LazyTorchTensor, meta=meta, args=(name,), func=weights.read)
+        for name in weights.hidden:
+            tensors.pop(self._filtered(name), None)
+        self.model.dequant_model = lambda: None  # it is done
+
+    def reads_its_own(self) -> bool:
+        """Whether the class has a way of its own to read quantised checkpoints, for its architecture alone."""
+        from conversion import ModelBase
+
+        return type(self.model).dequant_model is not ModelBase.dequant_model
+
+    def read(self, weights: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
+        """Give the tensors of the checkpoint as llama.cpp reads them, where it knows how.
+
+        Args:
+            weights: the same checkpoint.
+            names: which tensors, by stored name.
+
+        Yields:
+            The name, the shape, and what gives rows of it, float32.
+        """
+        from conversion.base import LazyTorchTensor
+
+        tensors = self.model.model_tensors
+        known = bool(not weights.dequantized or self._dequantized(weights))
+        for name in names:
+            own = self._filtered(name)
+            if own in tensors and (known or name not in weights.dequantized):
+                tensor = tensors[own]()
+
+                def part(rows: Any, tensor: Any = tensor) -> Any:
+                    return LazyTorchTensor.to_eager(tensor[rows]).float()
+
+                yield name, tuple(tensor.shape), part
+
+    def _dequantized(self, weights: Checkpoint) -> bool:
+        """Let the class dequantise its tensors; tell whether it knew how."""
+        try:
+            self.model.dequant_model()
+        except Exception:  # assertions, missing keys, whatever a scheme that it does not know leads it to
+            return False
+        return not any(self._filtered(name) in self.model.model_tensors for name in weights.scales)
+
+    def _filtered(self, name: str) -> str | None:
+        """What the class calls a tensor of the files; None if it takes no notice of it."""
+        item = self.model.filter_tensors((name, None))
+        return item[0] if item else None
 
     def placements(self, family: dict[str, tuple[int, int]]) -> dict[str, list[Placement]]:
         """Find where the rows of a matrix go, or of all experts of a block; shapes and answers by checkpoint name."""
@@ -258,6 +327,8 @@ def check(job: dict[str, Any], emit: Emit) -> None:
     plan = Plan(converter, {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()})
     if job["gguf"] is None:
         converter.model.prepare_metadata(vocab_only=False)
+        if job["compared"]:
+            _compare(job, Converter(job, "f16"))
     else:
         _check_expansion(job, open_gguf(Path(job["gguf"])), converter, plan)
     file = _matrices_of_folder(job, converter, plan) if job["gguf"] is None else _matrices_of_gguf(job, plan)
@@ -268,7 +339,9 @@ def _matrices_of_folder(job: dict[str, Any], namer: Converter, plan: Plan) -> di
     """The matrices that the conversion class makes, by name in the file: `FileMatrix` as JSON. No weights are read."""
     import gguf
 
-    survey = Converter(job, "bf16").model  # a type that fits any rows: what has another has it by force
+    converter = Converter(job, "bf16")  # a type that fits any rows: what has another has it by force
+    _feed(job, converter, bool(job["compared"]))
+    survey = converter.model
     force, made = survey.tensor_force_quant, {}
 
     def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
@@ -299,6 +372,31 @@ def _matrices_of_gguf(job: dict[str, Any], plan: Plan) -> dict[str, dict[str, An
         for tensor in open_gguf(Path(job["gguf"])).tensors
         if len(tensor.shape) > 1
     }
+
+
+_COMPARED_ROWS = 16
+
+_DEQUANTISED = 5e-3
+"""Relative difference that rounding of scales and products to bfloat16 can make."""
+
+
+def _compare(job: dict[str, Any], converter: Converter) -> None:
+    """Hold weights as the learner reads them against what llama.cpp's converter reads, before anything is learned."""
+    import torch
+
+    weights = Checkpoint(ModelSource(job["name"], Path(job["folder"])))
+    for name, shape, theirs in converter.read(weights, job["compared"].values()):
+        picked = torch.linspace(0, shape[0] - 1, min(shape[0], _COMPARED_ROWS if len(shape) > 1 else shape[0])).long()
+        mine, other = weights.rows(name, picked), theirs(picked)
+        if name in weights.dequantized:
+            tolerance = {"rtol": _DEQUANTISED, "atol": 1e-6 * float(other.abs().max())}
+        else:
+            tolerance = {"rtol": 0.0, "atol": 0.0}
+        if mine.shape != other.shape or not torch.allclose(mine, other, **tolerance, equal_nan=True):
+            raise ModelError(
+                f"{job['name']}: {name} is not read as llama.cpp's converter reads it, so nothing was learned. "
+                "Take the original model, in 16 or 32 bits, and please report this with the model's name"
+            )
 
 
 def write(job: dict[str, Any], emit: Emit) -> None:
@@ -370,6 +468,7 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
 
     converter = Converter(job, job["type"])
     model = converter.model
+    _feed(job, converter, bool(learned.types))
     modify, force = model.modify_tensors, model.tensor_force_quant
     own = {converter.name(name): name for name in plan.by_matrix} if plan else {}
     changed = {converter.name(name): name for name in learned.vectors}
@@ -391,6 +490,10 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
         return gguf.GGMLQuantizationType(tensor_type(asked).id) if forced is False and asked else forced
 
     model.modify_tensors, model.tensor_force_quant = modify_tensors, tensor_force_quant
+    add_tensor = model.gguf_writer.add_tensor
+    model.gguf_writer.add_tensor = lambda name, tensor, raw_shape=None, raw_dtype=None: add_tensor(
+        name, _within_range(name, tensor, raw_dtype), raw_shape, raw_dtype
+    )
     model.prepare_tensors()
     if plan is not None:
         for name, order in plan.orders(learned).items():
@@ -404,6 +507,45 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
         _note_fallbacks(written, emit)
     model.prepare_metadata(vocab_only=False)
     return model.gguf_writer
+
+
+def _feed(job: dict[str, Any], converter: Converter, learned: bool) -> None:
+    """Give a converter the weights, unless nothing is learned and it alone can read them."""
+    safetensors = any(Path(job["folder"]).glob("model*.safetensors"))
+    if learned or (safetensors and not converter.reads_its_own()):
+        converter.feed(Checkpoint(ModelSource(job["name"], Path(job["folder"]))))
+
+
+def _within_range(name: str, tensor: Any, kind: Any) -> Any:
+    """A tensor about to be written that raises where a type cannot hold its numbers."""
+    import gguf
+
+    kinds = gguf.GGMLQuantizationType
+    if kind not in (kinds.F16, kinds.Q8_0):
+        return tensor
+    if isinstance(tensor, gguf.LazyNumpyTensor):
+        return gguf.LazyNumpyTensor._wrap_fn(lambda data: _checked_range(name, data, kind), meta_noop=True)(tensor)
+    return _checked_range(name, tensor, kind) if isinstance(tensor, np.ndarray) else tensor
+
+
+def _checked_range(name: str, data: NDArray[Any], kind: Any) -> NDArray[Any]:
+    """Packed weights of a tensor, once it is known that the type could hold them.
+
+    Raises:
+        ConversionError: it could not.
+    """
+    import gguf
+
+    if kind == gguf.GGMLQuantizationType.Q8_0:  # the scale of a block stands first in it
+        numbers = data.reshape(-1, gguf.GGML_QUANT_SIZES[kind][1])[:, :2].copy().view(np.float16)
+    else:
+        numbers = data
+    if not np.isfinite(numbers).all():
+        raise ConversionError(
+            f"{name} has weights beyond the range of {kind.name.lower()}, or such as are no numbers: "
+            "convert with a type of more range, such as bf16"
+        )
+    return data
 
 
 def _from_gguf(
@@ -504,7 +646,7 @@ def _copied(
 
     def parts() -> Iterator[NDArray[Any]]:
         for start in range(0, tensor.rows, step):
-            yield gguf.quants.quantize(weights(start, start + step), want)
+            yield _checked_range(tensor.name, gguf.quants.quantize(weights(start, start + step), want), want)
 
     return DeferredTensor((*outer, sample.shape[1]), sample.dtype, parts)
 
@@ -515,9 +657,6 @@ def _check_expansion(job: dict[str, Any], source: GgufFile, converter: Converter
     Rows of matrices are moved by our row maps, and the class itself changes vectors.
     """
     import torch
-
-    from tesseraq_gguf.models.source import ModelSource
-    from tesseraq_gguf.models.weights import Checkpoint
 
     weights = Checkpoint(ModelSource(job["name"], Path(job["folder"])))
     original = _Original(source)
@@ -532,6 +671,11 @@ def _check_expansion(job: dict[str, Any], source: GgufFile, converter: Converter
             continue
         for target, moved in converter.modified(stored, weights.read(stored).float()):
             original.compare(stored, target, moved.float().numpy()[None], np.arange(1))
+    for name, stored in job.get("compared", {}).items():  # embedding and output matrix, before anything is learned
+        if block_index(name) is None and name not in plan.by_matrix and len(weights.shape(stored)) > 1:
+            for target, moved in converter.modified(stored, weights.read(stored).float()):
+                rows = original.some_rows(target)
+                original.compare(name, target, moved[torch.from_numpy(rows)].numpy(), rows)
 
 
 def _stored_name(name: str, weights: Container[str]) -> str:
@@ -661,6 +805,16 @@ def _explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
         return "ConversionError", f"the file cannot be written: {full or error.strerror or error}"
     if isinstance(error, MemoryError):
         return "ConversionError", "not enough memory to write the file"
+    if "tokenizer" in str(error) and not ModelSource(job["name"], Path(job["folder"])).has_tokenizer():
+        return "ModelError", f"{job['name']}: {NO_TOKENIZER}"
+    if isinstance(error, AssertionError) and not str(error):
+        line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+        if "vocab_size" in line:
+            return "ModelError", (
+                f"{job['name']}: its tokenizer has more tokens than its embedding has rows: resize the embedding "
+                "(resize_token_embeddings of transformers) and save the model again, or take the original tokenizer"
+            )
+        error = AssertionError(line)
     if "BPE pre-tokenizer was not recognized" in str(error):
         return (
             "ModelError",

@@ -191,21 +191,30 @@ class SourceCheck:
 
 
 def check_source(
-    source: ModelSource, matrices: Mapping[str, tuple[int, int]], *, tree: SourceTree | None = None
+    source: ModelSource,
+    matrices: Mapping[str, tuple[int, int]],
+    compared: Mapping[str, str] | None = None,
+    *,
+    tree: SourceTree | None = None,
 ) -> SourceCheck:
-    """Find out before learning whether a model can be written afterwards, and what its file will hold.
+    """Find out before learning whether a model can be written afterwards, whether it would be the right one, and what
+    its file will hold.
 
     Args:
         source: the model.
         matrices: shapes [out, in] of the matrices to be learned, by checkpoint name.
+        compared: tensors that the learner must read as llama.cpp's converter does: stored names by checkpoint name.
         tree: the patched llama.cpp, by default the pinned one.
 
     Raises:
-        ModelError: llama.cpp does not know the architecture or the tokenizer.
+        ModelError: llama.cpp does not know the architecture or the tokenizer, or reads other weights.
         ConversionError: llama.cpp's converter refuses the model.
     """
     with tempfile.TemporaryDirectory() as folder:
-        job = {"matrices": {name: list(shape) for name, shape in matrices.items()}}
+        job = {
+            "matrices": {name: list(shape) for name, shape in matrices.items()},
+            "compared": dict(compared or {}),
+        }
         answer, _ = _run("check", source, Path(folder) / "none.gguf", job, {}, lambda _: None, lambda *_: None, tree)
     file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}
     return SourceCheck(dict(answer["dropped"]), file)

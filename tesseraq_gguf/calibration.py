@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import CalibrationError, ModelError
-from tesseraq_gguf.models.source import ModelSource
+from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
 
 DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
@@ -154,6 +154,8 @@ def tokens_of(source: ModelSource, text: str, special: bool = True) -> tuple[lis
     """
     from transformers import AutoTokenizer
 
+    if not source.has_tokenizer():  # transformers may make one that knows no word
+        raise ModelError(f"{source.name}: {NO_TOKENIZER}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
         with_specials = tokenizer("a").input_ids

@@ -71,6 +71,9 @@ _SENSITIVITY_TOKENS = 4096
 _TYPES = "types"
 """Name of the note that keeps the chosen types."""
 
+_CHECKED = "checked"
+"""Name of the note that says that the model's weights were looked at."""
+
 _ROTATED = "rotated"
 """Name of the rotated copy of the model in the work directory."""
 
@@ -154,8 +157,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     check_output(recipe.out, source)
     tree = ensure_source(progress)
     device = resolve_device(recipe.device)
-    decoder = Decoder(source, device)
-    if not recipe.learns:
+    if not recipe.learns:  # whatever llama.cpp's converter takes: the learner need not know the architecture
         progress.stage(f"Writing {recipe.out.name} in {recipe.type}; nothing is learned")
         write_plain(
             source,
@@ -166,7 +168,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             progress=progress.advance,
             tree=tree,
         )
-        return _report(recipe, len(decoder), 0, {}, set(), started)
+        return _report(recipe, 0, {}, set(), started)
+    decoder = Decoder(source, device)
     with joined(recipe.calibrates) as team:
         return _convert_learned(recipe, source, decoder, team, tree, progress, started)
 
@@ -184,8 +187,11 @@ def _convert_learned(
     recipe = replace(recipe, processes=team.size)
     calibration = _calibration(recipe, source, progress)
     if calibration:
+        decoder.check_tokens(calibration.tokens)
         _check_team(team, recipe, len(calibration.tokens), decoder)
     text = _text_to_learn(recipe, source, decoder, team, progress)
+    if text:
+        decoder.check_tokens(text.tokens)
     progress.stage("Asking llama.cpp's converter about the model")
     plan = plan_types(recipe, source, decoder, tree)
     for name, reason in plan.fallbacks.items():
@@ -194,6 +200,7 @@ def _convert_learned(
     identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan, decoder.embedding_name())
     identity |= _preprocessed(recipe, text)
     with shared_work(team, lambda: WorkDirectory(_work_folder(recipe), identity, recipe.fresh)) as work:
+        _check_weights(decoder, team, work, progress)
         original = decoder
         resumed, kept_start, ranges = 0, 0, dict[str, Range]()
         if recipe.rotate:
@@ -219,9 +226,7 @@ def _convert_learned(
             ranges |= result.ranges
             progress.block(result, len(decoder))
         if not team.first:
-            report = team.from_first(
-                lambda: _report(recipe, len(decoder), resumed, plan.fallbacks, plan.learned_in_file(), started)
-            )
+            report = team.from_first(lambda: _report(recipe, resumed, plan.fallbacks, plan.learned_in_file(), started))
             _leave(recipe)
             return report
         work = work.alone()
@@ -252,12 +257,20 @@ def _convert_learned(
             work.remove()
     return team.from_first(
         lambda: replace(
-            _report(recipe, len(decoder), resumed, plan.fallbacks, plan.learned_in_file(), started),
+            _report(recipe, resumed, plan.fallbacks, plan.learned_in_file(), started),
             divergence=distance,
             held_out=calibration.held_out.numel() if calibration else 0,
             kept_start=kept_start,
         )
     )
+
+
+def _check_weights(decoder: Decoder, team: Team, work: WorkDirectory, progress: Progress) -> None:
+    """Stop at weights that are missing or not finite, unless an earlier run has looked at them."""
+    if work.note(_CHECKED) is None:
+        progress.stage("Checking the model's weights")
+        team.from_first(lambda: decoder.check_weights(progress.advance))
+        work.keep_note(_CHECKED, "all of them are there, and finite")
 
 
 def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) -> Decoder:
@@ -710,7 +723,7 @@ def _name(recipe: Recipe) -> str:
 
 
 def _report(
-    recipe: Recipe, blocks: int, resumed: int, fallbacks: dict[str, str], learned: Set[str], started: float
+    recipe: Recipe, resumed: int, fallbacks: dict[str, str], learned: Set[str], started: float
 ) -> ConversionReport:
     """What is told of the finished file; `learned` names what was learned in its blocks."""
     seen = inspect(recipe.out)
@@ -722,7 +735,7 @@ def _report(
         bytes=seen.bytes,
         bits_per_weight=seen.bpw,
         block_bits_per_weight=8 * size / weights if weights else 0.0,
-        blocks=blocks,
+        blocks=len({t.name.split(".")[1] for t in seen.tensors if t.name.startswith("blk.")}),
         resumed=resumed,
         seconds=time.monotonic() - started,
         fallbacks=fallbacks,

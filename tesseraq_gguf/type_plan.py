@@ -158,7 +158,7 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
             outside[name] = found
         else:  # floats, and 8 bits, where rounding to nearest is as good as any
             plain[name] = fitting_type(asked if tensor_type(asked).plain else _FALLBACK, columns)
-    check = check_source(source, shapes, tree=tree)
+    check = check_source(source, shapes, decoder.samples(), tree=tree)
     for name, reason in check.dropped.items():
         if name in types or name in outside:
             fallbacks[name] = f"is not learned and gets a stock type: {reason}"
@@ -292,7 +292,9 @@ def _shapes_to_place(source: ModelSource) -> dict[str, tuple[int, int]]:
     """
     from safetensors import safe_open
 
-    shapes = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    if not any(source.folder.glob("model*.safetensors")):  # weights in files that only the converter reads
+        return shapes
     for name, file in source.weight_map().items():
         if name.endswith(".weight") and (stack_of(name) or source.gguf):
             with safe_open(file, "pt") as tensors:

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesseraq_gguf.activations import ActivationRounding, RoundedCache
-from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.errors import ModelError, TesseraqError
 from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import attention
-from tesseraq_gguf.models.experts import aliases, stack_of, unroll
+from tesseraq_gguf.models.experts import aliases, expert_of, stack_of, unroll
 from tesseraq_gguf.models.head import Head, check, final_norm_of, output_of
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.stand_ins import BlockStandIn, replaced
@@ -413,6 +413,31 @@ class Decoder:
             found[name] = stored
         return found
 
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Refuse tokens that the embedding has no rows for.
+
+        Raises:
+            ModelError: there are any, because the tokenizer is not this model's.
+        """
+        rows, top = self.weights.shape(self.stored_name(self.embedding_name()))[0], int(tokens.max())
+        if top >= rows:
+            raise ModelError(
+                f"{self.source.name}: its tokenizer gives token {top}, but its embedding has {rows} rows: resize the "
+                "embedding (resize_token_embeddings of transformers) and save again, or take the original tokenizer"
+            )
+
+    def samples(self) -> dict[str, str]:
+        """Return the weights by which one can tell whether others read the same model: stored names by checkpoint name.
+
+        They are those of the first, the middle and the last block, with two of their experts, of embedding and output.
+        """
+        names = [self.embedding_name(), self.output_name()]
+        for index in {0, len(self) // 2, len(self) - 1}:
+            inside = self._blocks[index].state_dict()
+            last = max((expert_of(name) or 0 for name in inside), default=0)
+            names += [self.block_prefix(index) + n for n in inside if expert_of(n) in (None, 0, last)]
+        return {name: self.stored_name(name) for name in names}
+
     def matrix(self, name: str) -> Tensor:
         """Read one matrix by its checkpoint name, float32 on the CPU."""
         return self._read(name).float()
@@ -478,9 +503,15 @@ def _skeleton(source: ModelSource) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    named = source.config().get("architectures") or []
-    if not any(str(a).endswith(CAUSAL_LM_ENDINGS) for a in named):
-        kind = ", ".join(map(str, named)) or "unnamed"
+    named = source.architectures()
+    if not any(a.endswith(CAUSAL_LM_ENDINGS) for a in named):
+        kind = ", ".join(named)
+        parts = [p.removesuffix("_config") for p in ("vision_config", "audio_config") if p in source.config()]
+        if parts:
+            raise ModelError(
+                f"{source.name} is a model of text and {' and '.join(parts)} (config.json: {kind}), which cannot be "
+                "learned yet: give a model of text alone"
+            )
         raise ModelError(f"{source.name} is not a decoder-only language model (config.json says: {kind})")
     attention.register()
     try:
@@ -491,8 +522,12 @@ def _skeleton(source: ModelSource) -> Any:
             )
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except TesseraqError:
+        raise
+    except Exception as error:  # configs and models raise whatever a missing or odd entry leads them to
         reason = str(error).strip().split("\n")[0]
+        if not isinstance(error, (ValueError, OSError, ImportError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise ModelError(f"{source.name}: transformers cannot build this model: {reason}") from error
     return model.eval().requires_grad_(False)
 

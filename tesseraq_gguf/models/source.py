@@ -26,6 +26,13 @@ Say = Callable[[str], None]
 
 DEMO = "demo"
 
+_TOKENIZER = re.compile(r"(tokenizer|vocab|merges|tekken|spiece).*\.(json|txt)|.*\.(model|tiktoken)")
+NO_TOKENIZER = (
+    "there is no tokenizer in its folder: put the files of the original model's beside config.json, "
+    "such as tokenizer.json or tokenizer.model"
+)
+
+_ADAPTER = "adapter_config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<before>.*-)\d{5}-of-(?P<count>\d{5})\.safetensors")
@@ -55,6 +62,31 @@ class ModelSource:
     def gguf_parts(self) -> tuple[Path, ...]:
         """Return the GGUF file, or all parts of it, that the folder was expanded from; nothing if from none."""
         return open_gguf(self.gguf).parts if self.gguf else ()
+
+    def architectures(self) -> list[str]:
+        """Return what config.json calls the model's class, or what transformers makes of its `model_type`.
+
+        Raises:
+            ModelError: it says neither.
+        """
+        config = self.config()
+        named = [str(name) for name in config.get("architectures") or []]
+        if not named:
+            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+            known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(config.get("model_type")))
+            named = [known] if isinstance(known, str) else []
+        if not named:
+            raise ModelError(
+                f"{self.name}: config.json names no architectures, and no model_type whose architecture is known: "
+                'add "architectures", such as ["LlamaForCausalLM"]'
+            )
+        return named
+
+    def has_tokenizer(self) -> bool:
+        """Whether there is any file that a tokenizer could be made of."""
+        names = {file.name for file in self.folder.iterdir()} - {"tokenizer_config.json"}
+        return any(map(_TOKENIZER.fullmatch, names))
 
     def weight_map(self) -> dict[str, Path]:
         """Return the safetensors file of every tensor, by the tensor's checkpoint name.
@@ -166,13 +198,28 @@ def resolve_model(model: str, say: Say = lambda _: None) -> ModelSource:
 
 def _from_folder(path: Path) -> ModelSource:
     config = path / "config.json"
+    if (path / _ADAPTER).is_file():
+        raise ModelError(
+            f"{path} holds an adapter{_adapted(path / _ADAPTER)}, not a model: merge it first "
+            "(merge_and_unload and save_pretrained of peft) and give the folder of the merged model"
+        )
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(json.loads(config.read_text(encoding="utf-8")), dict):
+            raise ModelError(f"{config} holds no settings of a model")
     except FileNotFoundError:
         raise ModelError(f"{path} has no config.json: not a Hugging Face model folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ModelError(f"{config} cannot be read: {error}") from error
     return ModelSource(path.resolve().name, path.resolve())
+
+
+def _adapted(config: Path) -> str:
+    """What an adapter is for, as far as its file tells."""
+    try:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, OSError, AttributeError):
+        base = None
+    return f" for {base}" if base else ""
 
 
 def _from_hub(model: str, say: Say) -> ModelSource:

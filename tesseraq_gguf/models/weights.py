@@ -22,8 +22,8 @@ from torch import Tensor
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models.source import ModelSource
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-"""Dtypes of a safetensors file that stand for themselves."""
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Dtypes whose numbers stand for themselves, as safetensors calls them."""
 
 _SCALES = ("_scale_inv", "_scale")
 """What the name of a scale adds to its matrix's; both multiply. `_scale_inv` is the inverse of what was multiplied by
@@ -106,7 +106,7 @@ class _Scaled:
 
 
 class Checkpoint(Collection[str]):
-    """The tensors of a model by stored name, read one by one.
+    """The tensors of a model by stored name, read one by one; buffers of integers are none.
 
     Args:
         source: the model's files.
@@ -128,13 +128,17 @@ class Checkpoint(Collection[str]):
         self._refuse_unscaled()
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored and name not in self._hidden
+        return name in self._stored and name not in self._hidden and self._is_weight(str(name))
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in self._stored if name not in self._hidden)
+        return (name for name in self._stored if name in self)
 
     def __len__(self) -> int:
-        return len(self._stored) - len(self._hidden)
+        return sum(1 for _ in self)
+
+    def _is_weight(self, name: str) -> bool:
+        """Whether a tensor is no buffer of integers, such as a mask."""
+        return name in self._scaled or self._stored[name].dtype in _DTYPES
 
     @property
     def dequantized(self) -> Collection[str]:
@@ -146,6 +150,11 @@ class Checkpoint(Collection[str]):
         """Names in the files that only quantisation needs."""
         return self._hidden
 
+    @property
+    def scales(self) -> Collection[str]:
+        """Names of scales and zero-points of the matrices: what these cannot be read without."""
+        return {n for scaled in self._scaled.values() for n in (scaled.scale, scaled.zero_point) if n}
+
     def file(self, name: str) -> Path:
         """Return the file that a tensor is in."""
         return self._stored[name].file
@@ -156,7 +165,7 @@ class Checkpoint(Collection[str]):
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype that `read` gives a tensor: float32 if it is dequantised, else the file's."""
-        return torch.float32 if name in self._scaled else self._raw(name, slice(0, 0)).dtype
+        return torch.float32 if name in self._scaled else _DTYPES[self._stored[name].dtype]
 
     def read(self, name: str) -> Tensor:
         """Read a tensor: in the dtype of the file, or float32 if it is dequantised; on the CPU.
@@ -181,7 +190,7 @@ class Checkpoint(Collection[str]):
 
     def _read(self, name: str, rows: Tensor | None) -> Tensor:
         if name not in self._scaled:
-            if self._stored[name].dtype not in _FLOATS:
+            if not self._is_weight(name):
                 raise ModelError(
                     f"{self.name}: {name} holds {self._stored[name].dtype} and has no scale: "
                     "take the original model, in 16 or 32 bits"
@@ -194,13 +203,11 @@ class Checkpoint(Collection[str]):
             weight -= self._spread(name, scaled.zero_point, scaled.layout, which)
         return weight.mul_(self._spread(name, scaled.scale, scaled.layout, which))
 
-    def _raw(self, name: str, part: slice | None = None) -> Tensor:
+    def _raw(self, name: str) -> Tensor:
         from safetensors import safe_open
 
         with safe_open(self._stored[name].file, "pt") as tensors:
-            if part is None or not self.shape(name):
-                return tensors.get_tensor(name)  # type: ignore[no-any-return]
-            return tensors.get_slice(name)[part]  # type: ignore[no-any-return]
+            return tensors.get_tensor(name)  # type: ignore[no-any-return]
 
     def _picked(self, name: str, rows: Tensor) -> Tensor:
         from safetensors import safe_open
@@ -267,7 +274,7 @@ class Checkpoint(Collection[str]):
             last = name.rpartition(".")[2]
             weight = _scaled_by(name)
             if weight in self._stored and len(self._shape_of(weight)) > 1:
-                if self._stored[weight].dtype in _FLOATS:
+                if self._stored[weight].dtype in _DTYPES:
                     raise ModelError(
                         f"{self.name}: {weight} is no quantised matrix, but there is {name}: "
                         "take the original model, in 16 or 32 bits"
@@ -284,11 +291,9 @@ class Checkpoint(Collection[str]):
                 self._hidden.add(name)
 
     def _refuse_unscaled(self) -> None:
-        for name in self:
+        for name in self._stored.keys() - self._hidden:
             dtype = self._stored[name].dtype
-            if name not in self._scaled and (
-                dtype.startswith(("F8", "F6", "F4")) or (dtype not in _FLOATS and name.endswith(".weight"))
-            ):
+            if not self._is_weight(name) and (dtype.startswith(("F8", "F6", "F4")) or name.endswith(".weight")):
                 raise ModelError(
                     f"{self.name}: {name} holds {dtype} and has no scale that config.json speaks of: "
                     "take the original model, in 16 or 32 bits"

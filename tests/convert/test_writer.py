@@ -329,7 +329,7 @@ def test_check_source_finds_nothing_wrong_and_what_is_wrong(make_model, tmp_path
         check_source(ModelSource("unknown", unknown), shapes)
     (unknown / "config.json").write_text(json.dumps(config))
     (unknown / "tokenizer.model").unlink()
-    with pytest.raises(ModelError, match="does not know this model's tokenizer"):
+    with pytest.raises(ModelError, match="there is no tokenizer in its folder"):
         check_source(ModelSource("unknown", unknown), shapes)
 
 

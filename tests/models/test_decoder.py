@@ -126,3 +126,42 @@ def test_a_tensor_of_another_shape_is_named(make_model, tmp_path):
     (source.folder / "config.json").write_text(json.dumps(source.config() | {"intermediate_size": 256}))
     with pytest.raises(ModelError, match=r"has shape .* config\.json implies"):
         Decoder(source, CPU).load_block(0)
+
+
+def test_an_architecture_is_found_by_its_model_type(make_model, tmp_path):
+    source = _copy(make_model("llama"), tmp_path / "copy")
+    config = source.config()
+    del config["architectures"]
+    (source.folder / "config.json").write_text(json.dumps(config))
+    assert source.architectures() == ["LlamaForCausalLM"]
+    assert len(Decoder(source, CPU)) == 2
+    (source.folder / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+    with pytest.raises(ModelError, match="names no architectures"):
+        Decoder(source, CPU)
+
+
+def test_a_model_that_also_sees_is_called_so(make_model, tmp_path):
+    source = _copy(make_model("llama"), tmp_path / "copy")
+    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": source.config(), "vision_config": {}}
+    (source.folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"is a model of text and vision .* cannot be learned yet") as caught:
+        Decoder(source, CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"num_attention_heads": "four"}, {"hidden_act": "nonesuch"}, {"rope_parameters": {"rope_type": "x"}}]
+)
+def test_odd_entries_of_a_config_are_one_line(entry, make_model, tmp_path):
+    source = _copy(make_model("llama"), tmp_path / "copy")
+    (source.folder / "config.json").write_text(json.dumps(source.config() | entry))
+    with pytest.raises(ModelError, match=r"transformers cannot build this model: .+") as caught:
+        Decoder(source, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_tokens_without_rows_are_refused(make_model):
+    decoder = Decoder(make_model("llama"), CPU)
+    decoder.check_tokens(torch.tensor([[0, 319]]))
+    with pytest.raises(ModelError, match=r"its tokenizer gives token 320, but its embedding has 320 rows"):
+        decoder.check_tokens(torch.tensor([[0, 320]]))

@@ -23,6 +23,9 @@ from tesseraq_gguf.models.gguf_model import check_tokens
         ("text.txt", "neither a model folder nor a .gguf file"),
         ("fake.gguf", "not a GGUF file"),
         ("broken", "config.json cannot be read"),
+        ("adapter", r"holds an adapter for base/model, not a model: merge it first"),
+        ("adapted", r"holds an adapter, not a model: merge it first"),
+        ("list", "holds no settings of a model"),
         ("someone/unreachable", "the hub did not give it"),
     ],
 )
@@ -34,6 +37,13 @@ def test_what_is_no_model(name, message, tmp_path, monkeypatch):
     (tmp_path / "fake.gguf").write_bytes(b"not this")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "base/model"}')
+    (tmp_path / "adapted").mkdir()
+    (tmp_path / "adapted" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapted" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match=message) as caught:
         resolve_model(name)
     assert "\n" not in str(caught.value)
@@ -174,3 +184,22 @@ def test_an_index_must_name_all_and_nothing_else(make_model, tmp_path):
     write(listed)
     with pytest.raises(ModelError, match=rf"{first.name} is listed in"):
         source.weight_map()
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "tokenizer.json", "vocab.json", "qwen.tiktoken", "vocab.txt", None]
+)
+def test_a_folder_without_a_tokenizer_is_called_so(name, make_model, tmp_path):
+    import shutil
+
+    from tesseraq_gguf.calibration import tokens_of
+    from tesseraq_gguf.models import ModelSource
+
+    shutil.copytree(make_model("llama").folder, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer.model"))
+    source = ModelSource("m", tmp_path / "m")
+    if name:
+        (tmp_path / "m" / name).write_text("")
+    assert source.has_tokenizer() == bool(name)
+    if not name:  # transformers would make one that knows no word
+        with pytest.raises(ModelError, match="no tokenizer in its folder: put the files"):
+            tokens_of(source, "a")

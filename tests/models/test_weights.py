@@ -220,6 +220,7 @@ def test_integers_are_never_weights(model, tmp_path):
     tensors["model.position_ids"] = torch.arange(8)[None]
     save_file(tensors, tmp_path / "odd" / "model.safetensors")
     weights = Checkpoint(ModelSource("odd", tmp_path / "odd"))  # a buffer that nobody reads
+    assert set(weights) == tensors.keys() - {"model.position_ids"}
     with pytest.raises(ModelError, match="position_ids holds I64"):
         weights.read("model.position_ids")
     save_file(tensors | {DOWN: tensors[DOWN].char()}, tmp_path / "odd" / "model.safetensors")
