@@ -71,7 +71,7 @@ WIDE_KINDS: dict[str, tuple[str, dict]] = {
 HEAD_KINDS: dict[str, tuple[str, dict]] = {
     "granite": ("Granite", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}),
     "cohere": ("Cohere", {"logit_scale": 0.0625}),
-    "phi": ("Phi", {}),
+    "phi": ("Phi", {"num_key_value_heads": 4, "intermediate_size": 512}),  # llama.cpp takes these for granted
     "gpt-neox": ("GPTNeoX", {"intermediate_size": 256, "tie_word_embeddings": False}),
     "gemma2-capped": ("Gemma2", {"head_dim": 32, "query_pre_attn_scalar": 32, "final_logit_softcapping": 2.0}),
 }
