@@ -33,7 +33,10 @@ _WITHOUT_ORDER = "tsq2"
 _FALLBACK = "q8_0"
 """Type of matrices that are not learned, where it fits their rows."""
 
-_UNORDERED = "is not learned and gets a stock type: experts cannot have an order of columns"
+_ITS_TYPE = "{its type}"
+"""Stands for a type that is not known yet in what is said of a matrix."""
+
+_UNORDERED = f"is not learned and is {_ITS_TYPE}: experts cannot have an order of columns"
 
 _ORDER_BYTES = 4
 """Of a column's place in an order."""
@@ -147,6 +150,9 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
             fallbacks[name] = said
         if found:
             types[name] = found
+    for name, said in _torn_apart(types, shapes, ruled).items():
+        fallbacks[name] = said
+        types.pop(name)
     outside = {}
     for name, asked in _asked_outside(recipe, ends, ruled).items():
         columns = decoder.hidden_size
@@ -176,7 +182,8 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
     }
     # what the converter merges with others is known by the name of the last of them
     plain |= {name: fitting_type(_FALLBACK, shapes[name][1]) for name in shapes if name not in known | plain}
-    plan = TypePlan(types, outside, plain, check.file, fallbacks)
+    said_of = {name: said.replace(_ITS_TYPE, (types | outside | plain)[name]) for name, said in fallbacks.items()}
+    plan = TypePlan(types, outside, plain, check.file, said_of)
     _check_file(plan, ruled)
     return plan
 
@@ -246,6 +253,32 @@ def rule_types(rules: Sequence[tuple[str, str]], inside: Iterable[str], ends: Se
             raise UsageError(f"{spelled('rules')} {pattern}={type}: {without_order(type)}")
         found |= dict.fromkeys(matched or outside, type)
     return found
+
+
+def _torn_apart(
+    types: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], ruled: Mapping[str, str]
+) -> dict[str, str]:
+    """What is said of experts that are not learned because others of their block are not: these are stacked together.
+
+    Raises:
+        UsageError: a rule wants it so.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in shapes:
+        if stack := stack_of(name):
+            blocks.setdefault(stack.partition("*")[0], []).append(name)
+    said = dict[str, str]()
+    for block, names in blocks.items():
+        left = [name for name in names if name not in types]
+        if left and len(left) < len(names):
+            if wish := next((name for name in left if name in ruled), None):
+                raise UsageError(
+                    f"{stack_of(wish)} cannot be {ruled[wish]} while other matrices of {block}* are learned: "
+                    "a rule must name all matrices of a block's experts, or give a type that is learned"
+                )
+            reason = f"is not learned and is {_ITS_TYPE}: {left[0]} is not, and experts are stacked together"
+            said |= {name: reason for name in names if name in types}
+    return said
 
 
 def _check_file(plan: TypePlan, ruled: Mapping[str, str]) -> None:
@@ -411,7 +444,7 @@ def _fitting(asked: str, columns: int) -> tuple[str | None, str]:
     reason = f"{kind.block_weights} does not divide its rows of {columns}"
     if kind.fallback and tensor_type(kind.fallback).fits(columns):
         return kind.fallback, f"is {kind.fallback}, not {kind.name}: {reason} (llama-quantize does the same)"
-    return None, f"is not learned and is {fitting_type(_FALLBACK, columns)}: {reason}"
+    return None, f"is not learned and is {_ITS_TYPE}: {reason}"
 
 
 def _asked_outside(recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str]) -> dict[str, str]:
