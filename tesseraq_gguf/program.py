@@ -17,8 +17,8 @@ LEARNING = (
 )  # fmt: skip
 """Modules and packages that decide what is learned in the blocks."""
 
-_PACKERS = "packers"
-"""Package of the converter with facts about types that grids share: codebooks, and how scales are coded."""
+_CONVERTER = ("column_orders", "dequantize", "packers")
+"""Modules and packages of the converter that learning shares: codebooks, how scales are coded, how files are read."""
 
 
 @cache
@@ -35,9 +35,9 @@ def learning_sources(modules: tuple[str, ...] = LEARNING) -> dict[str, Path]:
     """Return the files that `learning_program` hashes, by their place in the package."""
     from tesseraq_gguf import converter
 
-    home, packers = Path(__file__).parent, Path(str(converter.__file__)).parent / _PACKERS
+    home, shared = Path(__file__).parent, Path(str(converter.__file__)).parent
     found: dict[str, Path] = {}
-    for place in (*(home / name for name in modules), packers):
+    for place in (*(home / name for name in modules), *(shared / name for name in _CONVERTER)):
         files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
         found |= {str(file.relative_to(place.parent)): file for file in files}
     return found
