@@ -207,6 +207,13 @@ def test_variables_that_leave_in_the_last_step_are_seen():
         method.learn(problem)
 
 
+@pytest.mark.parametrize("method", [lrq(1, 2, 8), flexround(1, 2)], ids=["lrq", "flexround"])
+def test_divisors_that_leave_in_the_last_step_are_seen(method, monkeypatch):
+    monkeypatch.setattr(type(method), "rate", lambda self, bits: torch.nan)
+    with pytest.raises(NotFiniteError, match=r"in layers\.0\.\w+\.weight"):
+        method.learn(mlp_problem("tsq3", 128, 128))
+
+
 def test_half_precision_that_overflows_is_an_error():
     problem = mlp_problem("tsq2", 128, 128)
     problem.block.module.down.weight *= 1e6
