@@ -469,7 +469,11 @@ class Decoder:
 
     @contextmanager
     def _embedding(self, replaced: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give the modules that the stem needs their weights, in the dtype of the file, for a while."""
+        """Give the modules that the stem needs their weights, float32, for a while.
+
+        In the dtype of the file, a model would make its factors and rotary tables in it as well (Gemma's √width is
+        25.25 in bfloat16, 25.30 in llama.cpp).
+        """
         outside = [
             (name, module)
             for name, module in self._model.base_model.named_modules()
@@ -482,7 +486,7 @@ class Decoder:
             for n, _ in list(module.named_parameters(recurse=False)):
                 full_name = f"{self._base_prefix()}{name}.{n}"
                 weight = replaced[full_name] if full_name in replaced else self._read(full_name)
-                weight = weight.to(self.device)
+                weight = weight.to(self.device, torch.float32)
                 setattr(module, n, nn.Parameter(weight, requires_grad=False))
         self._move_buffers()
         try:
