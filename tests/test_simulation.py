@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import TEXT, make_model  # noqa: F401  (a fixture)
+from tiny_models import LOUD, TEXT, make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.errors import UsageError
@@ -30,7 +30,7 @@ def text(tmp_path_factory):
 def made(make_model, text, tmp_path_factory):  # noqa: F811
     """Return a function that converts a tiny model in a scheme, once."""
     folder = tmp_path_factory.mktemp("made")
-    source = make_model("gemma3")
+    source = make_model("llama", LOUD)
 
     def make(**options) -> object:
         out = folder / ("-".join(f"{k}={v}" for k, v in options.items()).replace("/", "_") + ".gguf")
@@ -95,11 +95,13 @@ def test_what_is_no_number_stays_none():
     assert found[2] == pytest.approx(math.log(11 / 10), rel=1e-5)
 
 
-def test_a_model_with_its_own_codebooks_is_read_with_them(made, text):
-    """The same weights with universal and with own codebooks: both near the model, and llama.cpp agrees with torch."""
-    out = made(type="bcq4_a4", method="rtn", codebooks="model")
-    found = simulate(out, text, CTX, 2, scheme=scheme_of("a4-codebooks", None))
-    assert found.perplexity == pytest.approx(evaluate(out, text, CTX, 2).perplexity, rel=0.02)
+@pytest.mark.runtime
+@pytest.mark.parametrize(("type", "scheme"), [("bcq4", "none"), ("bcq4_a4", "a4-codebooks")])
+def test_a_model_with_its_own_codebooks_is_read_with_them(type, scheme, made, text):
+    """Torch and llama.cpp are as far from the model. Four bits flip with the last bit of a sum: no more is asked."""
+    out, plain = made(type=type, method="rtn", codebooks="model"), made(type="f32")
+    found, wanted = simulate(out, text, CTX, 2, plain, scheme_of(scheme, None)), evaluate(out, text, CTX, 2, plain)
+    assert found.kld == pytest.approx(wanted.kld, rel=0.05)
 
 
 @pytest.mark.slow
@@ -157,8 +159,8 @@ def test_ranges_survive_a_killed_run(made, text, tmp_path, make_model, monkeypat
 
     whole = made(type="tsq4", method="lrq", activations="a8-static", kv_bits=8)
     recipe = Recipe(
-        str(make_model("gemma3").folder), tmp_path / whole.name, type="tsq4", method="lrq", activations="a8-static",
-        kv_bits=8, calibration=str(text), samples=6, seqlen=32, preset="fast",
+        str(make_model("llama", LOUD).folder), tmp_path / whole.name, type="tsq4", method="lrq",
+        activations="a8-static", kv_bits=8, calibration=str(text), samples=6, seqlen=32, preset="fast",
     )  # fmt: skip
 
     class Stopping(pipeline.SilentProgress):
