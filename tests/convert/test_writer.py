@@ -461,7 +461,7 @@ def test_the_child_ends_with_its_parent(make_model, learn, tmp_path):
     assert not (tmp_path / "out.gguf").exists()
 
 
-def test_outputs_that_cannot_be(tmp_path, monkeypatch):
+def test_outputs_that_cannot_be(tiny_gguf, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is a folder"):
         check_output(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):
@@ -473,7 +473,7 @@ def test_outputs_that_cannot_be(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="not a plain file"):
         check_output(Path(os.devnull))
     model = tmp_path / "model.gguf"
-    model.write_bytes(b"GGUF")
+    model.write_bytes(tiny_gguf.read_bytes())
     with pytest.raises(UsageError, match="is the model itself"):
         check_output(model, ModelSource("m", tmp_path, gguf=model))
     check_output(model)
