@@ -551,7 +551,7 @@ def _checked_range(name: str, data: NDArray[Any], kind: Any) -> NDArray[Any]:
 def _from_gguf(
     job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, probe: Converter | None, emit: Emit
 ) -> Any:
-    """Take metadata and tensors over from the file that the folder was expanded from."""
+    """Take metadata and tensors over from the file that a model came as; its folder is for what was learned alone."""
     import gguf
 
     source = open_gguf(Path(job["gguf"]))
@@ -805,7 +805,8 @@ def _explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
         return "ConversionError", f"the file cannot be written: {full or error.strerror or error}"
     if isinstance(error, MemoryError):
         return "ConversionError", "not enough memory to write the file"
-    if "tokenizer" in str(error) and not ModelSource(job["name"], Path(job["folder"])).has_tokenizer():
+    read_folder = None if job["gguf"] else ModelSource(job["name"], Path(job["folder"]))
+    if "tokenizer" in str(error) and read_folder and not read_folder.has_tokenizer():
         return "ModelError", f"{job['name']}: {NO_TOKENIZER}"
     if isinstance(error, AssertionError) and not str(error):
         line = traceback.extract_tb(error.__traceback__)[-1].line or ""

@@ -54,11 +54,16 @@ from tesseraq_gguf.schemes import ACTIVATIONS_KEY, Range, to_metadata
 from tesseraq_gguf.sensitivity import Sensitivity, measure_sensitivity
 from tesseraq_gguf.type_plan import TypePlan, check_grid, plan_plain, plan_types, within_budget
 from tesseraq_gguf.work_directory import (
+    BEFORE,
     CARRIED,
+    CHECKED,
     CODEBOOKS,
     EMBEDDINGS,
     FINAL,
+    PREPROCESSED,
+    ROTATED,
     STATE,
+    TYPES,
     WorkDirectory,
     finished_block,
     shared_work,
@@ -66,16 +71,6 @@ from tesseraq_gguf.work_directory import (
 
 _SENSITIVITY_TOKENS = 4096
 """Calibration tokens that the sensitivity of the channels is measured on."""
-
-
-_TYPES = "types"
-"""Name of the note that keeps the chosen types."""
-
-_CHECKED = "checked"
-"""Name of the note that says that the model's weights were looked at."""
-
-_ROTATED = "rotated"
-"""Name of the rotated copy of the model in the work directory."""
 
 _CODEBOOK_TOKENS = 2048
 """Calibration tokens that a model's own codebooks are designed from, beside its weights."""
@@ -153,7 +148,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         if not wanted.is_float:
             check_grid(recipe, grid_for(wanted.name, wanted.block_weights, recipe.granularity))
     check_output(recipe.out)
-    source = resolve_model(recipe.model, progress.stage)
+    # tensors are copied by their names in a GGUF file; rules name them as the learner does
+    source = resolve_model(recipe.model, progress.stage, expanded=recipe.learns or bool(recipe.rules))
     check_output(recipe.out, source)
     tree = ensure_source(progress)
     device = resolve_device(recipe.device)
@@ -267,10 +263,10 @@ def _convert_learned(
 
 def _check_weights(decoder: Decoder, team: Team, work: WorkDirectory, progress: Progress) -> None:
     """Stop at weights that are missing or not finite, unless an earlier run has looked at them."""
-    if work.note(_CHECKED) is None:
+    if work.note(CHECKED) is None:
         progress.stage("Checking the model's weights")
         team.from_first(lambda: decoder.check_weights(progress.advance))
-        work.keep_note(_CHECKED, "all of them are there, and finite")
+        work.keep_note(CHECKED, "all of them are there, and finite")
 
 
 def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) -> Decoder:
@@ -280,7 +276,7 @@ def _rotate(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress) ->
         return decoder
     team.from_first(lambda: None)  # until the first process has opened the work directory, which must be empty then
     progress.stage("Rotating the residual stream")
-    folder = _work_folder(recipe) / _ROTATED
+    folder = _work_folder(recipe) / ROTATED
     # every process for itself: hosts may share no disk, and all come to the same
     with _memory_explained(decoder):
         source = rotated_model(decoder, folder, recipe.seed, progress.advance if team.first else lambda *_: None)
@@ -296,8 +292,8 @@ def _leave(recipe: Recipe) -> None:
     """Remove a rotated copy that this host made for itself; on the first process' host it is a part of its work."""
     folder = _work_folder(recipe)
     if recipe.rotate and not (folder / STATE).exists():
-        shutil.rmtree(folder / _ROTATED, ignore_errors=True)
-        (folder / f"{_ROTATED}.lock").unlink(missing_ok=True)
+        shutil.rmtree(folder / ROTATED, ignore_errors=True)
+        (folder / f"{ROTATED}.lock").unlink(missing_ok=True)
         with suppress(OSError):
             folder.rmdir()
 
@@ -478,8 +474,8 @@ def _preprocess(
         The model to quantise in the end, and where what the first quantisation made is kept.
     """
     first = {key: value for key, value in identity.items() if key != "preprocess"}
-    with WorkDirectory(work.folder / "before", first, fresh=False) as before:
-        merged = work.folder / "preprocessed"
+    with WorkDirectory(work.folder / BEFORE, first, fresh=False) as before:
+        merged = work.folder / PREPROCESSED
         if not merged.is_dir():
             for result in _results(recipe, decoder, plan, codebooks, calibration, autocast, team, before, progress):
                 if not result.resumed:
@@ -519,7 +515,7 @@ def _within_budget(
     progress: Progress,
 ) -> TypePlan:
     """Choose types, or take the choice of an earlier run of the same recipe."""
-    kept = work.note(_TYPES)
+    kept = work.note(TYPES)
     if kept is not None:
         return plan.ruled(read_rules(kept.splitlines()), decoder)
 
@@ -531,7 +527,7 @@ def _within_budget(
 
     with _memory_explained(decoder):
         chosen = team.from_first(choose)
-    work.keep_note(_TYPES, rules_of(chosen.chosen, ""))
+    work.keep_note(TYPES, rules_of(chosen.chosen, ""))
     return chosen
 
 

@@ -1,7 +1,8 @@
 """The work directory: finished blocks of a run, so that a killed run goes on at the next block.
 
 `run.json` says which run the blocks belong to. Whatever changes what would be learned (model, calibration, method,
-types, settings, seed, precision) changes the identity, and blocks of another identity are refused, never mixed.
+types, settings, seed, precision) changes the identity, and blocks of another identity are refused, never mixed. What
+another run left without having finished a block is replaced.
 """
 
 from __future__ import annotations
@@ -37,6 +38,31 @@ STATE = "run.json"
 
 FINAL = "final"
 """Name of the vectors outside the blocks that the last pass learned; the pass is over when they are there."""
+
+TYPES = "types"
+"""Name of the note that keeps the types chosen within a budget."""
+
+CHECKED = "checked"
+"""Name of the note that says that the model's weights were looked at."""
+
+ROTATED = "rotated"
+"""Name of the rotated copy of the model."""
+
+BEFORE = "before"
+"""Name of the work directory of the quantisation before the preprocessing."""
+
+PREPROCESSED = "preprocessed"
+"""Name of the model that the preprocessing made."""
+
+_BEGUN = (
+    *(f"{name}.safetensors" for name in (EMBEDDINGS, CODEBOOKS)),
+    *(f"{name}.txt" for name in (TYPES, CHECKED)),
+    *(ROTATED, f"{ROTATED}.lock", BEFORE, f"{BEFORE}.lock"),
+)
+"""What a run has left when it stops before its first block is finished; the rest of a user's folder is not its own."""
+
+_LEARNED = ("block-*", f"{BEFORE}/block-*", PREPROCESSED, "finish-*", "last-pass-*", f"{FINAL}.*", f"{CARRIED}.*")
+"""Patterns of what took learning."""
 
 _WORDS = {"program": "the program that learned them", "torch": "the version of torch"}
 """What parts of an identity are called, where their key does not say it."""
@@ -100,16 +126,29 @@ class WorkDirectory:
             changed = sorted(
                 k for k in earlier.keys() | self._identity.keys() if earlier.get(k) != self._identity.get(k)
             )
-            if changed:
+            if not changed:
+                return
+            if earlier.keys() != self._identity.keys() or self._has_learned():
                 differences = ", ".join(_said(key, earlier.get(key), self._identity.get(key)) for key in changed)
                 raise UsageError(
-                    f"{self.folder} holds finished blocks of a run that differs in {differences}. "
+                    f"{self.folder} belongs to a run that differs in {differences}. "
                     "Use --fresh to start over, or another --work-dir"
                 )
-            return
+            self._forget_begun()
         self.folder.mkdir(exist_ok=True)
         with temporary_sibling(state) as partial:
             partial.write_text(json.dumps(self._identity, indent=2), encoding="utf-8")
+
+    def _has_learned(self) -> bool:
+        """Whether there is what another run would lose: types, codebooks and looking at weights take no learning."""
+        return any(any(self.folder.glob(pattern)) for pattern in _LEARNED)
+
+    def _forget_begun(self) -> None:
+        for path in map(self.folder.joinpath, _BEGUN):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -63,6 +63,59 @@ def test_another_run_is_noticed_and_never_mixed(change, tmp_path):
         assert work.finished(0) is None
 
 
+def _leave(work: WorkDirectory) -> None:
+    """Leave what a run has before its first block: nothing of it took learning."""
+    work.keep_note("checked", "yes")
+    work.keep_note("types", ".*=tsq3")
+    for name in ("embeddings", "codebooks"):
+        work.keep_tensors(name, _result(0).tensors)
+    (work.scratch("rotated") / "config.json").write_text("{}")
+
+
+def test_what_a_run_left_before_its_first_block_is_replaced(tmp_path):
+    folder, other = tmp_path / "work", IDENTITY | {"model": "mended"}
+    with WorkDirectory(folder, IDENTITY, fresh=False) as work:
+        _leave(work)
+        with WorkDirectory(folder / "before", IDENTITY, fresh=False) as before:
+            _leave(before)
+    (folder / "mended.gguf").write_text("the user's")  # a model, say, put beside what was there
+    with WorkDirectory(folder, other, fresh=False) as work:
+        assert (work.note("checked"), work.note("types")) == (None, None)
+        assert sorted(p.name for p in folder.iterdir()) == ["mended.gguf", "run.json"]
+        work.keep(_result(0))
+    with pytest.raises(UsageError, match="differs in model"), WorkDirectory(folder, IDENTITY, fresh=False):
+        pass
+    with WorkDirectory(folder, other, fresh=False) as work:
+        assert work.finished(0).resumed
+
+
+@pytest.mark.parametrize(
+    "kept", ["before/block-0000.safetensors", "preprocessed/config.json", "last-pass-0/state", "final.safetensors"]
+)
+def test_whatever_took_learning_is_kept(kept, tmp_path):
+    folder = tmp_path / "work"
+    with WorkDirectory(folder, IDENTITY, fresh=False) as work:
+        work.keep_note("checked", "yes")
+    (folder / kept).parent.mkdir(exist_ok=True)
+    (folder / kept).write_text("learned")
+    with (
+        pytest.raises(UsageError, match="differs in seed"),
+        WorkDirectory(folder, IDENTITY | {"seed": 1}, fresh=False),
+    ):
+        pass
+    assert (folder / kept).read_text() == "learned"
+    assert (folder / "checked.txt").exists()
+
+
+@pytest.mark.parametrize("text", ['{"model": "someone else\'s", "seed": 3}', "[]", "{"])
+def test_a_folder_whose_state_is_not_understood_is_not_replaced(text, tmp_path):
+    for name, content in (("run.json", text), ("types.txt", "mine")):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match="differs in"), WorkDirectory(tmp_path, IDENTITY, fresh=False):
+        pass
+    assert [(tmp_path / name).read_text() for name in ("run.json", "types.txt")] == [text, "mine"]
+
+
 def test_a_folder_of_the_users_is_left_alone(tmp_path):
     (tmp_path / "letters.txt").write_text("dear")
     for fresh in (False, True):

@@ -1,8 +1,8 @@
 """From what the user calls MODEL to a folder with a config, a tokenizer and safetensors weights.
 
 A Hugging Face folder is used where it stands. A hub id is downloaded by `huggingface_hub`. A GGUF file (and the demo
-model, which is one) is expanded once into a folder of the cache; its own metadata and vocabulary are kept for the
-output by `gguf`.
+model, which is one) is expanded once into a folder of the cache, unless it is only to be copied; its own metadata and
+vocabulary are kept for the output by `gguf`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class ModelSource:
 
     Attributes:
         name: how messages and metadata call the model.
-        folder: Hugging Face layout: config.json, *.safetensors (sharded or not), tokenizer files.
+        folder: Hugging Face layout: config.json, *.safetensors (sharded or not), tokenizer files. Of a GGUF file that
+            is only copied there is none: it is the file itself, lest another model's that stands beside it be read.
         gguf: the GGUF file the folder was expanded from, if any; its metadata is then copied to the output.
     """
 
@@ -170,25 +171,27 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
 
-def resolve_model(model: str, say: Say = lambda _: None) -> ModelSource:
+def resolve_model(model: str, say: Say = lambda _: None, expanded: bool = True) -> ModelSource:
     """Find or fetch the files of `model`: a folder, a `.gguf` file, `demo`, or a hub id.
 
     Args:
         model: as given on the command line.
         say: receives one line for each step that takes long.
+        expanded: make a folder of a GGUF file, for which its architecture must be known here. What only copies tensors
+            needs none.
 
     Raises:
         ModelError: nothing of that name, or it cannot be read.
     """
     if model == DEMO:
-        return _expand_gguf(_demo_file(), DEMO, say)
+        return _from_gguf(_demo_file(), DEMO, say, expanded)
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is neither a model folder nor a .gguf file")
-        return _expand_gguf(path, path.stem, say)
+        return _from_gguf(path, path.stem, say, expanded)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise ModelError(
             f"no model at {model}. Give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or 'demo'"
@@ -247,12 +250,17 @@ def _demo_file() -> Path:
         return Path(assemble(target))
 
 
-def _expand_gguf(file: Path, name: str, say: Say) -> ModelSource:
-    """Turn a GGUF file into a Hugging Face folder in the cache, once per content of the file and of all its parts."""
+def _from_gguf(file: Path, name: str, say: Say, expanded: bool) -> ModelSource:
+    """Turn a GGUF file into a Hugging Face folder in the cache, once per content of the file and of all its parts.
+
+    Without `expanded` only headers are read.
+    """
     try:
         parts = open_gguf(file).parts
     except FileFormatError as error:
         raise ModelError(str(error)) from error
+    if not expanded:
+        return ModelSource(name, _absolute(file), gguf=_absolute(file))
     folder = cache_folder("models") / f"{_digest(parts)[:24]}-{_EXPANSION}"
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
