@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
@@ -142,6 +144,20 @@ def test_rows_that_do_not_fit_fall_back_as_documented(make_model, tmp_path):  # 
 
 
 @pytest.mark.slow
+def test_experts_of_a_stack_have_one_plain_type(make_model, tmp_path):  # noqa: F811
+    out, model = tmp_path / "out.gguf", make_model("mixtral").folder
+    convert(Recipe(model, out, type="f16", rules={r"experts\.\d+\.w2": "q8_0", r"layers\.1\..*w1": "f32"}))
+    found = _types(out)
+    kinds = [[found[f"blk.{i}.ffn_{name}_exps.weight"] for name in ("gate", "up", "down")] for i in (0, 1)]
+    assert kinds == [["f16", "f16", "q8_0"], ["f32", "f16", "q8_0"]]
+    learned = {"type": "tsq4", "method": "rtn"}
+    convert(Recipe(model, out, rules={r"layers\.1\..*experts": "f16", r"layers\.0\..*w2": "q8_0"}, **learned))
+    found = _types(out)
+    kinds = [[found[f"blk.{i}.ffn_{name}_exps.weight"] for name in ("gate", "up", "down")] for i in (0, 1)]
+    assert kinds == [["tsq4", "tsq4", "q8_0"], ["f16", "f16", "f16"]]
+
+
+@pytest.mark.slow
 def test_experts_that_cannot_have_types_of_their_own(make_model, tmp_path):  # noqa: F811
     recipe = {"model": make_model("mixtral").folder, "out": tmp_path / "out.gguf"}
     learned = {"type": "tsq4", "method": "rtn"}
@@ -180,3 +196,51 @@ def test_floats_are_candidates_of_a_budget(make_model, long_text, tmp_path):  # 
     # all of it, when there is room
     convert(Recipe(make_model("llama").folder, out, target_bpw=16, candidates="q4_0,f16", **common))
     assert _types(out) == _expected("f16", "q8_0", "q8_0")
+
+
+@pytest.mark.slow
+def test_a_size_counts_what_rules_and_options_settle(make_model, long_text, tmp_path):  # noqa: F811
+    """What a larger type of a settled matrix takes is missing for the others, to the byte."""
+    down, output = 2 * 128 * 192 * (4 - 2), 320 * 128 * (16 - 8.5) / 8
+
+    def left(size: int, type: str, output_type: str) -> str:
+        common = {"method": "rtn", "calibration": long_text, "samples": 4, "seqlen": 32, "output_type": output_type}
+        recipe = Recipe(
+            make_model("llama").folder, tmp_path / f"{type}.gguf", target_size=size, rules={"down": type}, **common
+        )
+        with pytest.raises(UsageError, match="the smallest types need") as caught:
+            convert(recipe)
+        return str(caught.value)
+
+    assert left(600_000, "f32", "f16") == left(600_000 - down - int(output), "f16", "q8_0")
+
+
+# --- runs that go on ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_blocks_serve_again_exactly_if_nothing_in_them_depends_on_the_change(make_model, long_text, tmp_path):  # noqa: F811
+    out, work = tmp_path / "out.gguf", tmp_path / "work"
+
+    def run(**options) -> list[bool]:
+        told = Told()
+        recipe = Recipe(
+            make_model("llama").folder, out, method="gptq", work_dir=work, calibration=long_text, samples=4, seqlen=32,
+            **options,
+        )  # fmt: skip
+        convert(recipe, told)
+        return told.resumed
+
+    assert run(embedding_type="tsq4") == [False, False]
+    for output in ("f16", "tsq3", "q8_0"):  # none of the blocks knows of it
+        assert run(embedding_type="tsq4", output_type=output) == [True, True]
+        assert _types(out) == _expected("tsq2", "tsq4", output)
+    for change, said in [
+        ({"embedding_type": "tsq3"}, r"types \(model\.embed_tokens\.weight was tsq4, and is tsq3 now\)"),
+        ({"embedding_type": "f16"}, r"types \(model\.embed_tokens\.weight was tsq4, and is not there now\)"),
+        ({"rules": {"layers.1.mlp.down_proj": "tsq3"}}, r"layers\.1\.mlp\.down_proj\.weight was tsq2, and is tsq3 now"),
+        ({"rules": {"down_proj": "f16"}}, r"down_proj\.weight was tsq2, and is not there now, and 1 more"),
+    ]:
+        with pytest.raises(UsageError, match=said):
+            run(**{"embedding_type": "tsq4"} | change)
+    shutil.rmtree(work)
