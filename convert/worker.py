@@ -725,9 +725,7 @@ def _note_fallbacks(written: list[tuple[str, str, int]], emit: Emit) -> None:
             groups[name.split(".", 2)[2].removesuffix(".weight"), kind, columns] += 1
     for (matrix, kind, columns), count in groups.items():
         blocks = "1 block" if count == 1 else f"{count} blocks"
-        emit(
-            {"event": "note", "text": f"{matrix} of {blocks} was not learned and is {kind} (rows of {columns} weights)"}
-        )
+        emit({"event": "note", "text": f"{matrix} of {blocks}, in rows of {columns} weights, is {kind}: not learned"})
 
 
 def _add_metadata(writer: Any, job: dict[str, Any], learned: LearnedTensors) -> None:
@@ -770,7 +768,9 @@ def _write_file(writer: Any, out: Path, emit: Emit) -> None:
     total = sum(info.nbytes for info in infos.values())
     free = shutil.disk_usage(out.parent).free
     if total > free:
-        raise ConversionError(f"the file needs {total / 1e6:,.0f} MB, only {free / 1e6:,.0f} MB are free beside it")
+        raise ConversionError(
+            f"the file needs {total:,} bytes, and {free:,} are free in {out.parent}: make room, or write elsewhere"
+        )
     done = 0
 
     def told(count: int) -> None:
@@ -792,8 +792,8 @@ def _write_file(writer: Any, out: Path, emit: Emit) -> None:
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EFBIG: "it grows too large"}
 
 
-def _explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
-    """Return error class and one line for what a job raised."""
+def _explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str] | None:
+    """Return error class and one line for what a job raised, None if it is not understood."""
     if isinstance(error, TesseraqError):
         return type(error).__name__, str(error)
     if isinstance(error, FileNotFoundError) and error.errno is None:  # llama.cpp's own
@@ -815,13 +815,19 @@ def _explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
                 f"{job['name']}: its tokenizer has more tokens than its embedding has rows: resize the embedding "
                 "(resize_token_embeddings of transformers) and save the model again, or take the original tokenizer"
             )
-        error = AssertionError(line)
     if "BPE pre-tokenizer was not recognized" in str(error):
         return (
             "ModelError",
             f"{job['name']}: llama.cpp does not know this model's tokenizer (get_vocab_base_pre refuses it)",
         )
+    return None
+
+
+def _refusal(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
+    """Return error class and one line for what the library raised and nobody understands."""
     reason = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, AssertionError) and not reason:
+        reason = traceback.extract_tb(error.__traceback__)[-1].line or ""
     return (
         "ConversionError",
         f"{job['name']}: llama.cpp's converter refuses the model: {type(error).__name__}: {reason}",
@@ -863,9 +869,12 @@ def main(arguments: list[str]) -> int:
         with torch.inference_mode():
             {"write": write, "check": check}[job["task"]](job, emit)
     except Exception as error:
-        traceback.print_exc()
-        kind, text = _explain(error, job)
-        emit({"event": "error", "kind": kind, "text": text})
+        explained = _explain(error, job)
+        if explained is None:
+            traceback.print_exc()
+        kind, text = explained or _refusal(error, job)
+        # users see the log where it says more than the line does
+        emit({"event": "error", "kind": kind, "text": text, "log": explained is None})
         return 1
     return 0
 

@@ -295,7 +295,7 @@ def _run(
         raise ConversionError("the process that writes the file ended without an answer (was it killed?)", said)
     kind = getattr(errors, str(answer["kind"]), TesseraqError)
     if issubclass(kind, ConversionError):
-        raise kind(answer["text"], said)
+        raise kind(answer["text"], said if answer["log"] else "")
     raise kind(answer["text"])
 
 
