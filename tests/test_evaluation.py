@@ -81,7 +81,9 @@ def test_perplexity(tool, tiny_gguf, text):
     assert result.top1_agreement is None
     assert result.bytes == tiny_gguf.stat().st_size
     assert 16 < result.bpw < 32
-    assert list(result.to_json()) == ["perplexity", "perplexity_error", "kld", "top1_agreement", "bytes", "bpw"]
+    assert result.parts == 1
+    figures = ["perplexity", "perplexity_error", "kld", "top1_agreement", "bytes", "bpw", "parts"]
+    assert list(result.to_json()) == figures
     assert seen[-1] == ("model", 3, 3)
     arguments = (folder / "arguments").read_text().split()
     for name, value in {"-m": tiny_gguf, "-f": text, "-c": 64, "--chunks": 3}.items():
