@@ -470,7 +470,9 @@ def _documented_commands():
     names = "|".join(command[0] for command in COMMANDS if command)
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cpp_kernels/README.md"]
     seen = set()
-    for page in (*pages, *sorted((ROOT / "docs").rglob("*.md"))):
+    # but for the page that scripts/docs makes of the program itself
+    made = ROOT / "docs/reference/command-line.md"
+    for page in (*pages, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page != made)):
         name = str(page.relative_to(ROOT))
         for command in re.findall(rf"tesseraq-gguf (?:{names})\b[^`|)#\n]*", page.read_text(encoding="utf-8")):
             command = command.strip().rstrip(".")
