@@ -66,7 +66,7 @@ def test_own_text_calibrates(source, tmp_path):
     ("out", "tokens", "length", "message"),
     [
         ("own.txt", 100, 256, "--tokens must be at least 256"),
-        ("own.txt", 100, 1, "--seqlen must be at least 2"),
+        ("own.txt", 100, 1, "length must be at least 2"),
         (".", 512, 256, "is a folder"),
         ("none/own.txt", 512, 256, "there is no folder"),
     ],
