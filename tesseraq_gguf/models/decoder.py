@@ -530,7 +530,9 @@ def _skeleton(source: ModelSource) -> Any:
         raise
     except Exception as error:  # configs and models raise whatever a missing or odd entry leads them to
         reason = str(error).strip().split("\n")[0]
-        if not isinstance(error, (ValueError, OSError, ImportError)):
+        if error.args == (attention.NAME,):  # a table of attentions of the model's own, as Falcon has
+            reason = "its attention is none of those that go through transformers' common interface"
+        elif not isinstance(error, (ValueError, OSError, ImportError)):
             reason = f"{type(error).__name__}: {reason}"
         raise ModelError(f"{source.name}: transformers cannot build this model: {reason}") from error
     return model.eval().requires_grad_(False)
