@@ -60,19 +60,11 @@ def test_what_leaves_is_what_was_learned(tensor_type, weight):
     torch.testing.assert_close(grid.dequantize(clipped.finish()), clipped.weight(), rtol=1e-4, atol=1e-5)
 
 
-def test_rates_fall_to_nothing_in_a_line(problem_on, monkeypatch):
-    taken = []
-
-    class Noting(torch.optim.Adam):
-        def step(self, *args, **kwargs):
-            taken.append([group["lr"] for group in self.param_groups])
-            return super().step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim, "Adam", Noting)
+def test_rates_fall_to_nothing_in_a_line(problem_on, rates_taken):
     problem = problem_on("tsq2")
     problem.grids["down"] = grid_of("tsq4")
     OmniQuant(steps=8, rate=0.01).start(problem)
-    assert taken == [pytest.approx([0.01 * (1 - step / 8), 0.01 / 5 * (1 - step / 8)]) for step in range(8)]
+    assert rates_taken == [pytest.approx([0.01 * (1 - step / 8), 0.01 / 5 * (1 - step / 8)]) for step in range(8)]
     assert (OmniQuant().steps, OmniQuant().batch, OmniQuant().rate) == (200, 4, 5e-3)
 
 

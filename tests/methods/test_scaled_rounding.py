@@ -120,23 +120,15 @@ def test_it_lowers_the_loss(method, tensor_type, left, problem_on):
 
 
 @pytest.mark.parametrize("method", [flexround(10, 2), lrq(10, 2, 8)], ids=["flexround", "lrq"])
-def test_rates_fall_to_nothing_as_a_cosine(method, problem_on, monkeypatch):
+def test_rates_fall_to_nothing_as_a_cosine(method, problem_on, rates_taken):
     """Those that each step was taken with; matrices of more bits have others."""
-    taken = []
-
-    class Noting(torch.optim.Adam):
-        def step(self, *args, **kwargs):
-            taken.append([group["lr"] for group in self.param_groups])
-            return super().step(*args, **kwargs)
-
-    monkeypatch.setattr(torch.optim, "Adam", Noting)
     problem = problem_on("tsq2")
     problem.grids["down"] = grid_of("tsq4")
     method.learn(problem)
     peak = [method.rate(problem.grids[name].bits) for name in problem.matrices()]
     assert peak[0] > peak[1]
     expected = [[rate * (1 + math.cos(math.pi * step / 10)) / 2 for rate in peak] for step in range(10)]
-    assert taken == [pytest.approx(rates) for rates in expected]
+    assert rates_taken == [pytest.approx(rates) for rates in expected]
 
 
 def test_zero_points_stay(problem_on):
