@@ -301,7 +301,7 @@ def test_embedding_and_output_take_our_types(kind, method, make_model, long_text
 
 
 def test_a_tied_output_matrix_has_no_type_of_its_own(make_model, long_text, tmp_path):  # noqa: F811
-    with pytest.raises(UsageError, match="give --embedding-type alone"):
+    with pytest.raises(UsageError, match="give embedding_type alone"):
         convert(_recipe(make_model("gemma3"), tmp_path / "x.gguf", long_text, output_type="tsq2"))
 
 
