@@ -1,1 +1,1 @@
-"""From learned codes to a GGUF file: the registry of tensor types, packers, and the writer on llama.cpp's converter."""
+"""From learned codes to a GGUF file: the writer on llama.cpp's converter, and the comparison that ends it."""

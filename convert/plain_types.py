@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tesseraq_gguf.converter.column_orders import ORDERED_TYPES
-from tesseraq_gguf.converter.gguf_file import TensorInfo
-from tesseraq_gguf.converter.packers import bcq
-from tesseraq_gguf.converter.tensor_types import tensor_type
+from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES
+from tesseraq_gguf.gguf_files.gguf_file import TensorInfo
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.facts import tensor_type
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.converter.column_orders import orders_of
-from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, open_gguf
-from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.errors import VerificationError
+from tesseraq_gguf.gguf_files.column_orders import orders_of
+from tesseraq_gguf.gguf_files.dequantize import own_codebooks
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.packers import packer_of
 
 _REPORT = "This is a bug: please report it with the model's name"
 
@@ -109,17 +111,6 @@ def verify_types(path: Path, types: Mapping[str, str]) -> None:
             raise VerificationError(f"{name} was to be {type} and is not in the file. {_REPORT}")
         if found[name] != type:
             raise VerificationError(f"{name} is {found[name]} in the file and was to be {type}. {_REPORT}")
-
-
-def own_codebooks(file: GgufFile) -> NDArray[np.int8] | None:
-    """Return the codebooks that a file brings, int8 [8, 16], or None if its BCQ tensors have the universal ones."""
-    entry = file.entries.get(bcq.METADATA)
-    if entry is None:
-        return None
-    size = bcq.CODEBOOKS * bcq.LEVELS
-    if not isinstance(entry.value, ArrayValue) or (entry.value.element, entry.value.count) != ("i8", size):
-        raise VerificationError(f"{bcq.METADATA} in {file.path.name} is no array of {size} int8. {_REPORT}")
-    return bcq.read_codebooks(np.frombuffer(entry.raw[-size:], np.int8))
 
 
 def _bits(weights: NDArray[Any]) -> NDArray[np.uint32]:

@@ -26,19 +26,20 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.converter.column_orders import ORDERED_TYPES, SUFFIX, natural, orders_of, stored_orders
-from tesseraq_gguf.converter.dequantize import dequantized
-from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
-from tesseraq_gguf.converter.packers import bcq, packer_of
 from tesseraq_gguf.converter.plain_types import KEPT, fitting_type, is_kept, matrix_of_gguf, smaller_type
 from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
-from tesseraq_gguf.converter.tensor_types import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
-from tesseraq_gguf.converter.verify import Expected, own_codebooks, verify
+from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
+from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES, SUFFIX, natural, orders_of, stored_orders
+from tesseraq_gguf.gguf_files.dequantize import dequantized, own_codebooks
+from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
 from tesseraq_gguf.models.weights import Checkpoint
-from tesseraq_gguf.quantized import ORDER, QuantizedTensor, load_tensors
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.facts import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
+from tesseraq_gguf.types.packers import packer_of
+from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, load_tensors
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -429,7 +430,7 @@ def write(job: dict[str, Any], emit: Emit) -> None:
 
 def _expected(probe: Converter, plan: Plan, learned: LearnedTensors) -> Iterator[Expected]:
     """The learner's weights, dequantised by its grid and moved by the converter itself, not by our row maps."""
-    from tesseraq_gguf.grids import grid_of
+    from tesseraq_gguf.types.grids import grid_of
 
     for name in plan.by_matrix:
         tensor = learned[name]

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from tesseraq_gguf import errors
-from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES, tensor_type
 from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.errors import ConversionError, TesseraqError, UsageError
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
+from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]

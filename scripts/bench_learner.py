@@ -19,18 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.calibration import load_calibration
-from tesseraq_gguf.devices import learning_dtype, resolve_device
+from tesseraq_gguf.compute.devices import learning_dtype, resolve_device
+from tesseraq_gguf.learning.calibration import load_calibration
+from tesseraq_gguf.learning.reconstruction import Reconstruction
+from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
+from tesseraq_gguf.methods.problem import BlockProblem, Method, Weights
 from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
 from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder, resolve_model
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem, Method, Reconstruction, Weights
-from tesseraq_gguf.sensitivity import measure_sensitivity
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 QUARTERS = tuple(0.7 * (0.002 / 0.7) ** (stage / 19) for stage in range(20))
 """Shares of soft weights of which every stage hardens a quarter."""

@@ -30,14 +30,14 @@ from bench.results import Result, Results, figures_of, program, result_key
 from bench.rows import ACTIVATIONS, AUTOROUND, LLAMA_CPP, OURS, PTQ161, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
 from bench.variables import learned_at_once
 
+from tesseraq_gguf.compute.schemes import scheme_of
 from tesseraq_gguf.errors import TesseraqError
-from tesseraq_gguf.evaluation import TOOL, PerplexityRun, vocabulary_size
-from tesseraq_gguf.inspection import inspect
+from tesseraq_gguf.evaluation.perplexity import TOOL, PerplexityRun, vocabulary_size
+from tesseraq_gguf.evaluation.simulation import simulate
+from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
-from tesseraq_gguf.recipe import PRESETS
+from tesseraq_gguf.recipe.recipe import PRESETS
 from tesseraq_gguf.runtime.cuda import find_gpus
-from tesseraq_gguf.schemes import scheme_of
-from tesseraq_gguf.simulation import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 640

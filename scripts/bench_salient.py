@@ -18,19 +18,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.calibration import load_calibration, tokens_of
-from tesseraq_gguf.column_order import InputStatistics, Score, likeness, order_of, score
-from tesseraq_gguf.devices import learning_dtype, resolve_device
-from tesseraq_gguf.grids.ptq161 import BLOCK, Ptq161Grid, with_salient
+from tesseraq_gguf.compute.devices import learning_dtype, resolve_device
+from tesseraq_gguf.evaluation.simulation import chunks_of, measure
+from tesseraq_gguf.learning.calibration import load_calibration, tokens_of
+from tesseraq_gguf.learning.column_order import InputStatistics, Score, likeness, order_of, score
+from tesseraq_gguf.learning.reconstruction import Reconstruction
+from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.methods.gptq import GPTQ, compensate
+from tesseraq_gguf.methods.problem import BlockProblem, Method
 from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.decoder import BlockInputs
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem, Method, Reconstruction
-from tesseraq_gguf.sensitivity import measure_sensitivity
-from tesseraq_gguf.simulation import chunks_of, measure
+from tesseraq_gguf.types.ptq161.grid import BLOCK, Ptq161Grid, with_salient
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 SHARES = (12, 24, 26, 38)
 """Salient weights of a block of 128: 9, 19 (the type's), 20 and 30 %."""

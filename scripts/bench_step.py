@@ -20,16 +20,16 @@ from pathlib import Path
 
 import torch
 
-from tesseraq_gguf.devices import learning_dtype, resolve_device
-from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.compute.devices import learning_dtype, resolve_device
+from tesseraq_gguf.compute.parallel import Team, joined
 from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.lrq import PAPER_SHARE, lrq
+from tesseraq_gguf.methods.problem import BlockProblem, Method
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import attention
 from tesseraq_gguf.models.decoder import LoadedBlock
-from tesseraq_gguf.parallel import Team, joined
-from tesseraq_gguf.reconstruction import BlockProblem, Method
+from tesseraq_gguf.types.grids import grid_of
 
 
 def main() -> None:

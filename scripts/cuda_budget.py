@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.runtime import ensure_source
+from tesseraq_gguf.types.facts import TENSOR_TYPES
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 

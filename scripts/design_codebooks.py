@@ -12,11 +12,11 @@ import argparse
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.calibration import load_calibration
-from tesseraq_gguf.codebooks import best_design, draw
-from tesseraq_gguf.converter.packers import bcq
+from tesseraq_gguf.learning.calibration import load_calibration
+from tesseraq_gguf.learning.codebooks import best_design, draw
 from tesseraq_gguf.methods import lobcq
 from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.types.bcq import packer as bcq
 
 
 def _error(arrays: Tensor, codebooks: Tensor) -> float:

@@ -33,8 +33,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.paths import temporary_sibling
 
 Bytes = NDArray[np.uint8]

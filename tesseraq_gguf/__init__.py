@@ -13,23 +13,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tesseraq_gguf.evaluation import Evaluation, evaluate
-    from tesseraq_gguf.inspection import Inspection, inspect
-    from tesseraq_gguf.pipeline import ConversionReport, convert
-    from tesseraq_gguf.recipe import Recipe
+    from tesseraq_gguf.conversion.pipeline import ConversionReport, convert
+    from tesseraq_gguf.evaluation.perplexity import Evaluation, evaluate
+    from tesseraq_gguf.gguf_files.inspection import Inspection, inspect
+    from tesseraq_gguf.recipe.recipe import Recipe
 
     __version__: str
 
 __all__ = ["ConversionReport", "Evaluation", "Inspection", "Recipe", "__version__", "convert", "evaluate", "inspect"]
 
 _MODULES = {
-    "ConversionReport": "pipeline",
-    "Evaluation": "evaluation",
-    "Inspection": "inspection",
-    "Recipe": "recipe",
-    "convert": "pipeline",
-    "evaluate": "evaluation",
-    "inspect": "inspection",
+    "ConversionReport": "conversion.pipeline",
+    "Evaluation": "evaluation.perplexity",
+    "Inspection": "gguf_files.inspection",
+    "Recipe": "recipe.recipe",
+    "convert": "conversion.pipeline",
+    "evaluate": "evaluation.perplexity",
+    "inspect": "gguf_files.inspection",
 }
 
 

@@ -1,5 +1,5 @@
 """`python -m tesseraq_gguf` is the command line."""
 
-from tesseraq_gguf.cli import main
+from tesseraq_gguf.cli.app import main
 
 main()

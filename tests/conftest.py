@@ -106,7 +106,7 @@ class Answer:
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
     """Run a command in this process."""
-    from tesseraq_gguf.cli import main
+    from tesseraq_gguf.cli.app import main
 
     monkeypatch.setenv("COLUMNS", "200")
     before = signal.getsignal(signal.SIGTERM)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.models.decoder import LoadedBlock
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.types.grids import grid_of
 
 
 def as_problem(

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
+from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 
 
 def split(file: Path, folder: Path, tensors: Sequence[int], name: str = "part") -> list[Path]:

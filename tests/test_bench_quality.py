@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models import ModelSource, resolve_model
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -143,7 +143,7 @@ def test_programs_and_figures_of_other_times_are_marked() -> None:
 def test_results_know_the_program_and_what_its_presets_stand_for(tmp_path: Path) -> None:
     from bench.results import Results, figures_of, program
 
-    from tesseraq_gguf.recipe import PRESETS
+    from tesseraq_gguf.recipe.recipe import PRESETS
 
     fast, balanced = (dataclasses.asdict(PRESETS[name]) for name in ("fast", "balanced"))
     del fast["finish_steps"]  # that row has no last pass

@@ -35,7 +35,7 @@ def test_the_site_builds_strictly(tmp_path):
     for name in ("mkdocs.yml", "tesseraq_gguf"):
         (tree / name).symlink_to(ROOT / name)
     page = ["--output", "docs/reference/command-line.md"]
-    for command in (["typer", "tesseraq_gguf.cli", "utils", "docs", *page], ["mkdocs", "build"]):
+    for command in (["typer", "tesseraq_gguf.cli.app", "utils", "docs", *page], ["mkdocs", "build"]):
         build = subprocess.run([sys.executable, "-m", *command], cwd=tree, capture_output=True, text=True)
         assert build.returncode == 0, build.stderr
     assert "<h1" in (tree / "build/site/guides/first-model/index.html").read_text(encoding="utf-8")

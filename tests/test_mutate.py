@@ -36,16 +36,16 @@ def test_a_mutation_that_went_stale_is_an_error() -> None:
 
     for text in ("text that is not there", "import"):
         with pytest.raises(StaleError, match=r"named\.py"):
-            replaced(ROOT, "x", "tesseraq_gguf/distillation.py", text, "", ())
+            replaced(ROOT, "x", "tesseraq_gguf/learning/distillation.py", text, "", ())
 
 
 def test_what_is_drawn_is_the_same_every_time_and_of_each_line_once() -> None:
     from mutation.drawn import draw
 
-    drawn = draw(ROOT, 20, 0, "packers")
-    assert drawn == draw(ROOT, 30, 0, "packers")[:20]
+    drawn = draw(ROOT, 20, 0, "packer")
+    assert drawn == draw(ROOT, 30, 0, "packer")[:20]
     assert len({(m.file, m.line) for m in drawn}) == 20
-    assert {m.diff() for m in draw(ROOT, 20, 1, "packers")} != {m.diff() for m in drawn}
+    assert {m.diff() for m in draw(ROOT, 20, 1, "packer")} != {m.diff() for m in drawn}
     for mutation in drawn:
         ast.parse(mutation.after)
         assert all((ROOT / test).exists() for test in mutation.tests)

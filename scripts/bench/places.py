@@ -17,7 +17,7 @@ from pathlib import Path
 from pad_gemma import pad
 
 from bench.rows import RANKS
-from tesseraq_gguf.calibration import load_calibration
+from tesseraq_gguf.learning.calibration import load_calibration
 from tesseraq_gguf.models import resolve_model
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.runtime import find_runtime

@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.results import Result
 from bench.rows import AUTOROUND, LLAMA_CPP, OURS, REFERENCE, Row
-from tesseraq_gguf.converter.tensor_types import tensor_type
+from tesseraq_gguf.types.facts import tensor_type
 
 NO_MODEL = 1e3
 """From this perplexity on a file is no language model, and the exact figure means nothing."""

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from bench.rows import Row
-from tesseraq_gguf.grids import Grid, grid_of
 from tesseraq_gguf.methods.flexround import FullDivisor
 from tesseraq_gguf.methods.lrq import LowRankDivisor
+from tesseraq_gguf.types.grids import Grid, grid_of
 
 
 def learned_at_once(row: Row, shapes: Sequence[tuple[int, int]]) -> int | None:

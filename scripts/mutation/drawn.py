@@ -15,26 +15,19 @@ from pathlib import Path
 from mutation.equivalent import EQUIVALENT
 from mutation.mutation import Mutation
 
-PLACES = ("tesseraq_gguf/methods", "tesseraq_gguf/grids", "convert/packers", "tesseraq_gguf/distillation.py",
-          "tesseraq_gguf/reconstruction.py")  # fmt: skip
+PLACES = ("tesseraq_gguf/methods", "tesseraq_gguf/types", "tesseraq_gguf/learning/distillation.py",
+          "tesseraq_gguf/learning/reconstruction.py")  # fmt: skip
 """Folders and files that mutations are drawn from."""
 
-_PACKERS = ("tests/convert/test_packers.py", "tests/convert/test_stock_packers.py")
 _TESTS = {
     "tesseraq_gguf/methods/gptq.py": ("tests/methods/test_tesseraq.py",),
     "tesseraq_gguf/methods/flexround.py": ("tests/methods/test_scaled_rounding.py",),
     "tesseraq_gguf/methods/lrq.py": ("tests/methods/test_scaled_rounding.py",),
-    "tesseraq_gguf/grids/ptq161.py": ("tests/grids", *_PACKERS, "tests/methods/test_ptq161.py"),
-    "tesseraq_gguf/grids/codebook.py": ("tests/grids", *_PACKERS, "tests/methods/test_lobcq.py"),
-    "tesseraq_gguf/grids/superblock.py": ("tests/grids", *_PACKERS, "tests/methods/test_scaled_rounding.py"),
-    "tesseraq_gguf/grids": ("tests/grids", *_PACKERS),
+    "tesseraq_gguf/types/ptq161/grid.py": ("tests/types", "tests/methods/test_ptq161.py"),
+    "tesseraq_gguf/types/bcq/grid.py": ("tests/types", "tests/methods/test_lobcq.py"),
+    "tesseraq_gguf/types/kquants/grid.py": ("tests/types", "tests/methods/test_scaled_rounding.py"),
+    "tesseraq_gguf/types": ("tests/types", "tests/gguf_files/test_column_orders.py"),
     "tesseraq_gguf/methods": ("tests/methods",),
-    "convert/packers": (
-        *_PACKERS,
-        "tests/convert/test_bcq_codebooks.py",
-        "tests/convert/test_column_orders.py",
-        "tests/grids",
-    ),
 }
 """Tests that should notice mutations of a file, or of the files of a folder, unless the file has tests of its name."""
 

@@ -9,27 +9,27 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "importance = 2.0 / upper.diagonal().square()",
     ): _IMPORTANCE,
     (
-        "tesseraq_gguf/grids/superblock.py",
+        "tesseraq_gguf/types/kquants/grid.py",
         "error = (flat_h * (scale[:, None] * (q - zero[:, None]) - flat_w) ** 2).mean(1)",
     ): _COMPARED,
     (
-        "tesseraq_gguf/grids/ptq161.py",
+        "tesseraq_gguf/types/ptq161/grid.py",
         "code = (nearest + step).clamp((-1), 255).to(torch.uint8)",
     ): "-1 becomes 255, a scale of 240, which serves no group whose nearest code is 0 better",
     (
-        "tesseraq_gguf/grids/search.py",
+        "tesseraq_gguf/types/search.py",
         "scale = torch.where((energy > 0) & (fit * sign >= SMALLEST), fit, scale)",
     ): "a fit of the smallest scale itself is as good as any beside it",
     (
-        "tesseraq_gguf/grids/codebook.py",
+        "tesseraq_gguf/types/bcq/grid.py",
         "row.take(half).sub_(scaled).square_().mul_(importance).unflatten(1, (-1, bcq.GROUP)).mean(2) for row in near",
     ): _COMPARED,
     (
-        "tesseraq_gguf/grids/codebook.py",
+        "tesseraq_gguf/types/bcq/grid.py",
         "gap = rows.gather(-1, above[..., None] + 1)[..., (-1)] - lower",
     ): "the dimension has one element",
     (
-        "tesseraq_gguf/grids/tsq.py",
+        "tesseraq_gguf/types/tsq/grid.py",
         "code = code.to(torch.uint8)",
     ): "wrapped around, the code next to an end is the other end, which serves no group better",
     (

@@ -8,8 +8,9 @@ from mutation.mutation import Mutation, replaced
 
 _TESSERAQ = "tesseraq_gguf/methods/tesseraq.py"
 _SCALED = "tesseraq_gguf/methods/scaled_rounding.py"
-_DISTILLATION = "tesseraq_gguf/distillation.py"
-_RECONSTRUCTION = "tesseraq_gguf/reconstruction.py"
+_DISTILLATION = "tesseraq_gguf/learning/distillation.py"
+_PROBLEM = "tesseraq_gguf/methods/problem.py"
+_RECONSTRUCTION = "tesseraq_gguf/learning/reconstruction.py"
 
 NAMED = (
     (
@@ -42,31 +43,31 @@ NAMED = (
     ),
     (
         "the loss is blind to sensitivity",
-        _RECONSTRUCTION,
+        _PROBLEM,
         "error[:, 0] @ self.sensitivity[0], error[:, 1:] @ self.sensitivity[1]",
         "error[:, 0].sum(-1), error[:, 1:].sum(-1)",
-        "tests/test_reconstruction.py",
+        "tests/learning/test_reconstruction.py",
     ),
     (
         "the loss takes the sensitivity of the first position for all",
-        _RECONSTRUCTION,
+        _PROBLEM,
         "error[:, 1:] @ self.sensitivity[1]",
         "error[:, 1:] @ self.sensitivity[0]",
-        "tests/test_reconstruction.py",
+        "tests/learning/test_reconstruction.py",
     ),
     (
         "the loss has no rounded activations",
-        _RECONSTRUCTION,
+        _PROBLEM,
         "return self.block.run(hidden, self.arguments, weights, vectors, self.rounding)",
         "return self.block.run(hidden, self.arguments, weights, vectors)",
-        "tests/test_reconstruction.py",
+        "tests/learning/test_reconstruction.py",
     ),
     (
         "the walk over the blocks rounds no activations",
         _RECONSTRUCTION,
         "if self.activations.rounds:",
         "if not self.activations.rounds:",
-        "tests/test_reconstruction.py",
+        "tests/learning/test_reconstruction.py",
     ),
     (
         "rates of LRQ and FlexRound do not fall",
@@ -80,49 +81,49 @@ NAMED = (
         _DISTILLATION,
         "return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising)))",
         "return 1.0",
-        "tests/test_distillation.py",
+        "tests/learning/test_distillation.py",
     ),
     (
         "rates of the last pass do not rise first",
         _DISTILLATION,
         "rising = max(1, round(self.steps * self.warm_up))",
         "rising = 0",
-        "tests/test_distillation.py",
+        "tests/learning/test_distillation.py",
     ),
     (
         "the last pass loses Adam's state",
         _DISTILLATION,
         'self._state = kept["state"]',
         "self._state = None",
-        "tests/test_distillation.py",
+        "tests/learning/test_distillation.py",
     ),
     (
         "the last pass does not learn norms",
         _DISTILLATION,
         '"norm": rate * self.norm_rate,',
         '"norm": 0.0,',
-        "tests/test_distillation.py",
+        "tests/learning/test_distillation.py",
     ),
     (
         "the last pass does not learn the final norm",
         _DISTILLATION,
         "        final.descend_vectors(to_norm, rates)\n",
         "",
-        "tests/test_distillation.py",
+        "tests/learning/test_distillation.py",
     ),
     (
         "the last pass is judged on what it learned on",
         _DISTILLATION,
         "held = slice(len(tokens), None)",
         "held = slice(0, len(tokens))",
-        "tests/test_distillation.py",
+        "tests/learning/test_distillation.py",
     ),
     (
         "the last pass learns on what is held out",
         _DISTILLATION,
         "queue = torch.randperm(len(tokens), generator=generator)",
         "queue = torch.randperm(len(everything), generator=generator)",
-        "tests/test_distillation.py",
+        "tests/learning/test_distillation.py",
     ),
 )
 """Name, file, text that stands there once, what stands there instead, and the tests that should notice."""

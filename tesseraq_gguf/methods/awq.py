@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.finite import TAKE_ANOTHER, check_finite
+from tesseraq_gguf.methods.problem import BlockProblem, Method
+from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.methods.start import Start
+from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.models.folding import Fold, folds
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.rare_experts import RARE
-from tesseraq_gguf.reconstruction import BlockProblem, Method
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _SMALLEST = 1e-4
 """Least mean|x|^α: channels that never speak must not decide how the others are scaled."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import NotFiniteError
-from tesseraq_gguf.finite import finite, origin
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.methods.problem import BlockProblem
+from tesseraq_gguf.models.finite import finite, origin
 
 _EVERY = 16
 """Steps after which the losses of a GPU are looked at: looking waits for it."""

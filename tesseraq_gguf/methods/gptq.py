@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import NotFiniteError
-from tesseraq_gguf.finite import TAKE_ANOTHER, finite
-from tesseraq_gguf.grids import Grid
+from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Start
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite
+from tesseraq_gguf.types.grids import Grid
 
 _GROWTH = 10.0
 _ATTEMPTS = 8

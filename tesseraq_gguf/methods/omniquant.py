@@ -20,15 +20,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.grids import Arrays, Grid
-from tesseraq_gguf.grids.grid import through
-from tesseraq_gguf.grids.search import SMALLEST
-from tesseraq_gguf.held_out import better
 from tesseraq_gguf.methods.awq import ClipSearch
 from tesseraq_gguf.methods.descent import Descent
+from tesseraq_gguf.methods.held_out import better
+from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Initialisation, Start
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.types.grid import through
+from tesseraq_gguf.types.grids import Arrays, Grid
+from tesseraq_gguf.types.quantized import QuantizedTensor
+from tesseraq_gguf.types.search import SMALLEST
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.affine import Affine
-from tesseraq_gguf.grids import Grid
-from tesseraq_gguf.held_out import better
+from tesseraq_gguf.compute.affine import Affine
 from tesseraq_gguf.methods.descent import Descent
+from tesseraq_gguf.methods.held_out import better
+from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.models.folding import Fold, folds
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.types.grids import Grid
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _LEAST_COSINE = 1e-6
 """Below it, a cosine's logarithm has no gradient: tokens that point elsewhere entirely must not break the others."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tesseraq_gguf.methods.problem import BlockProblem, Method
 from tesseraq_gguf.models.rotation import hadamard, rotations
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem, Method
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tesseraq_gguf.fusion import fused
-from tesseraq_gguf.grids import Grid
-from tesseraq_gguf.held_out import better
+from tesseraq_gguf.compute.fusion import fused
 from tesseraq_gguf.methods.descent import Descent
+from tesseraq_gguf.methods.held_out import better
+from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import NEAREST, Initialisation, Start
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.types.grids import Grid
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 PAPER_STEPS = 5000
 """Steps that the papers' learning rates are for."""

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.methods.problem import BlockProblem
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 
 @dataclass(frozen=True)

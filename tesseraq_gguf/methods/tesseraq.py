@@ -32,14 +32,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tesseraq_gguf.fusion import fused
-from tesseraq_gguf.grids import Arrays, Grid
-from tesseraq_gguf.held_out import better
+from tesseraq_gguf.compute.fusion import fused
 from tesseraq_gguf.methods.descent import Descent
 from tesseraq_gguf.methods.gptq import GPTQ
+from tesseraq_gguf.methods.held_out import better
+from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Initialisation, Start
-from tesseraq_gguf.quantized import QuantizedTensor
-from tesseraq_gguf.reconstruction import BlockProblem
+from tesseraq_gguf.types.grids import Arrays, Grid
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 SOFT_SHARE = (
     0.8, 0.65, 0.5, 0.43, 0.38, 0.34, 0.3, 0.27, 0.24, 0.21,

@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tesseraq_gguf.activations import ActivationRounding, RoundedCache
+from tesseraq_gguf.compute.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError, TesseraqError
-from tesseraq_gguf.grids import grid_of
 from tesseraq_gguf.models import attention
 from tesseraq_gguf.models.experts import aliases, expert_of, stack_of, unroll
 from tesseraq_gguf.models.head import Head, check, final_norm_of, output_of
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.stand_ins import BlockStandIn, replaced
 from tesseraq_gguf.models.weights import Checkpoint, check_weights
-from tesseraq_gguf.quantized import ORDER, QuantizedTensor
+from tesseraq_gguf.types.grids import grid_of
+from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor
 
 _T = TypeVar("_T")
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.converter.gguf_file import ArrayValue, GgufFile, TensorInfo
 from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.gguf_files.gguf_file import ArrayValue, GgufFile, TensorInfo
 
 _INSTEAD = "Give the model as a Hugging Face folder"
 

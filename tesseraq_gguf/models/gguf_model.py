@@ -22,11 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tesseraq_gguf.converter.column_orders import SUFFIX, natural, orders_of
-from tesseraq_gguf.converter.dequantize import dequantized
-from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo
-from tesseraq_gguf.converter.verify import own_codebooks
 from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of
+from tesseraq_gguf.gguf_files.dequantize import dequantized, own_codebooks
+from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo
 from tesseraq_gguf.models.experts import expert_of, unroll
 from tesseraq_gguf.models.gguf_config import Described, Rotary, describe
 from tesseraq_gguf.tensor_files import narrowest, write_tensors

@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.errors import FileFormatError, ModelError
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
 from tesseraq_gguf.tensor_files import narrowest, write_tensors
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.converter.tensor_types import tensor_type
-from tesseraq_gguf.grids import TSQ2
-from tesseraq_gguf.grids.tsq import scale_code
 from tesseraq_gguf.models import Decoder, ModelSource
-from tesseraq_gguf.quantized import QuantizedTensor, save_tensors
+from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.grids import TSQ2
+from tesseraq_gguf.types.quantized import QuantizedTensor, save_tensors
+from tesseraq_gguf.types.tsq.grid import scale_code
 
 
 def random_tensor(shape: tuple[int, int], seed: int) -> QuantizedTensor:

@@ -9,10 +9,10 @@ from saved_logits import answered, logit_error, saved_logits
 from tiny_models import TEXT, VOCABULARY, save_model
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.grids import grid_of
-from tesseraq_gguf.inspection import inspect
+from tesseraq_gguf.evaluation.simulation import final_states
+from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.models import Decoder, ModelSource
-from tesseraq_gguf.simulation import final_states
+from tesseraq_gguf.types.grids import grid_of
 
 
 @pytest.mark.runtime

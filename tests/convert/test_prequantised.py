@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.converter import worker
-from tesseraq_gguf.converter.gguf_file import open_gguf
 from tesseraq_gguf.converter.writer import check_source, write_plain
 from tesseraq_gguf.errors import ConversionError, ModelError
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models import Decoder, ModelSource
 
 CPU = torch.device("cpu")

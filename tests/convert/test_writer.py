@@ -22,15 +22,15 @@ from safetensors.torch import load_file, save_file
 from saved_logits import answered, logit_error, saved_logits
 
 from tesseraq_gguf.converter import writer
-from tesseraq_gguf.converter.gguf_file import open_gguf
-from tesseraq_gguf.converter.packers import packer_of
 from tesseraq_gguf.converter.writer import WrittenFile, check_output, check_source, write_gguf, write_plain
 from tesseraq_gguf.errors import ConversionError, ModelError, UsageError, VerificationError
-from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import aliases, stack_of
-from tesseraq_gguf.quantized import load_tensors, save_tensors
 from tesseraq_gguf.runtime import ensure_source
+from tesseraq_gguf.types.grids import grid_of
+from tesseraq_gguf.types.packers import packer_of
+from tesseraq_gguf.types.quantized import load_tensors, save_tensors
 
 KINDS = [
     "llama",

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tesseraq_gguf.converter.tensor_types import tensor_type
 from tesseraq_gguf.errors import RuntimeMissingError
 from tesseraq_gguf.runtime import Runtime, SourceTree, ensure_source, find_runtime
+from tesseraq_gguf.types.facts import tensor_type
 
 TSQ_BITS = (2, 3, 4)
 """Bits of a code of the TSQ types."""

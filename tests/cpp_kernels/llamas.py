@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tesseraq_gguf.converter.packers import packer_of, ptq161
 from tesseraq_gguf.runtime import SourceTree
+from tesseraq_gguf.types.packers import packer_of
+from tesseraq_gguf.types.ptq161 import packer as ptq161
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, tuple[Array, int]]

@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseraq_gguf.converter.packers import bcq, packer_of
-from tesseraq_gguf.converter.packers.tsq import decode_scale
-from tesseraq_gguf.kernel_arithmetic import codebook_blocks
+from tesseraq_gguf.compute.kernel_arithmetic import codebook_blocks
 from tesseraq_gguf.runtime import SourceTree, cache
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.packers import packer_of
+from tesseraq_gguf.types.tsq.packer import decode_scale
 
 from . import test_arm
 from .conftest import pointer
@@ -78,7 +79,7 @@ def test_dequantising_is_numpys_bit_for_bit(ggml: ctypes.CDLL, ggml_cpu: ctypes.
 
 @pytest.mark.runtime
 def test_quantising_comes_near_the_grids_search(ggml: ctypes.CDLL) -> None:
-    from tesseraq_gguf.grids import grid_of
+    from tesseraq_gguf.types.grids import grid_of
 
     x = np.random.default_rng(1).standard_normal((64, 256)).astype(np.float32)
     importance = np.random.default_rng(2).exponential(size=256).astype(np.float32)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tesseraq_gguf.converter.gguf_file import open_gguf
-from tesseraq_gguf.converter.packers import ptq161
-from tesseraq_gguf.inspection import inspect
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.runtime import Runtime, SourceTree
+from tesseraq_gguf.types.ptq161 import packer as ptq161
 
 from .conftest import pointer
 from .llamas import (

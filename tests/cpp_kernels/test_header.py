@@ -1,4 +1,4 @@
-"""One fact in two places: the C header, the library, gguf-py and convert/tensor_types.py agree."""
+"""One fact in two places: the C header, the library, gguf-py and tesseraq_gguf/types/facts.py agree."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
-from tesseraq_gguf.converter.packers import bcq, ptq161, tsq
-from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.runtime import SourceTree, cache
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.facts import TENSOR_TYPES
+from tesseraq_gguf.types.ptq161 import packer as ptq161
+from tesseraq_gguf.types.tsq import packer as tsq
 
 Q8_TSQ, A4_BCQ, Q8_PTQ = 510, 511, 512
 """`ggml_type` of activations, which no file has and Python has no other use for."""
@@ -66,8 +68,9 @@ def test_gguf_py_of_the_source(source: SourceTree) -> None:
     code = """
 import sys, numpy as np, gguf
 from gguf.quants import bcq_dequantize_blocks, dequantize
-from tesseraq_gguf.converter.packers import bcq, tsq
-from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.tsq import packer as tsq
+from tesseraq_gguf.types.facts import TENSOR_TYPES
 assert gguf.__file__.startswith(sys.argv[1]), gguf.__file__
 for t in TENSOR_TYPES.values():
     assert gguf.GGMLQuantizationType[t.name.upper()] == t.id

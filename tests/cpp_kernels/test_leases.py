@@ -73,7 +73,7 @@ def test_other_codebooks_wait(
 def test_a_copy_of_a_loaded_model_has_its_codebooks(
     runtime: Runtime, source: SourceTree, tmp_path: Path, own: Array | None
 ) -> None:
-    from tesseraq_gguf.converter.gguf_file import open_gguf
+    from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 
     model, copy = write_model(source, tmp_path / "model.gguf", bcq_tensors(), own), tmp_path / "copy.gguf"
     save(model, copy)

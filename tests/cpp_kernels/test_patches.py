@@ -10,10 +10,10 @@ from types import ModuleType
 
 import pytest
 
-from tesseraq_gguf.converter.tensor_types import TENSOR_TYPES
 from tesseraq_gguf.runtime import SourceTree, cache
 from tesseraq_gguf.runtime.progress import SilentReporter
 from tesseraq_gguf.runtime.source import KERNELS, _extract, apply_patches, copy_kernels, fetch_sdist
+from tesseraq_gguf.types.facts import TENSOR_TYPES
 
 pytestmark = pytest.mark.runtime
 

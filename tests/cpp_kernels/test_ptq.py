@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseraq_gguf.converter.packers import packer_of, ptq161
 from tesseraq_gguf.runtime import SourceTree
+from tesseraq_gguf.types.packers import packer_of
+from tesseraq_gguf.types.ptq161 import packer as ptq161
 
 from . import test_arm
 from .conftest import pointer

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from tesseraq_gguf.converter.packers import tsq
+from tesseraq_gguf.types.tsq import packer as tsq
 
 from .conftest import block_bytes, pointer, type_id
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tesseraq_gguf.converter.packers import tsq
+from tesseraq_gguf.types.tsq import packer as tsq
 
 from .conftest import block_bytes, pointer
 

@@ -10,14 +10,14 @@ import torch
 from problems import as_problem, loss_of
 from torch import nn
 
-from tesseraq_gguf.activations import ActivationRounding
+from tesseraq_gguf.compute.activations import ActivationRounding
+from tesseraq_gguf.compute.schemes import scheme_of
+from tesseraq_gguf.learning.reconstruction import Reconstruction
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch, scales
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.folding import Fold
-from tesseraq_gguf.reconstruction import Reconstruction
-from tesseraq_gguf.schemes import scheme_of
 
 CPU = torch.device("cpu")
 WIDTH = 256

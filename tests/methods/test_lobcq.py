@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tesseraq_gguf.codebooks import model_codebooks
+from tesseraq_gguf.learning.codebooks import model_codebooks
 from tesseraq_gguf.methods import lobcq
 from tesseraq_gguf.models import Decoder
 

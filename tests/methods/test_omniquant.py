@@ -6,10 +6,10 @@ import pytest
 import torch
 from problems import loss_of, mlp_problem
 
-from tesseraq_gguf.grids import GRIDS, grid_of
 from tesseraq_gguf.methods.awq import ClipSearch
 from tesseraq_gguf.methods.omniquant import ClippedMatrix, OmniQuant
 from tesseraq_gguf.methods.start import Nearest
+from tesseraq_gguf.types.grids import GRIDS, grid_of
 
 UNIFORM = [name for name, grid in GRIDS.items() if grid.uniform]
 """Types whose values are evenly spaced."""

@@ -8,12 +8,12 @@ import pytest
 import torch
 from problems import loss_of, mlp_problem
 
-from tesseraq_gguf.column_order import likeness, order_of, score
-from tesseraq_gguf.grids.ptq161 import BLOCK, SALIENT, with_salient
+from tesseraq_gguf.learning.column_order import likeness, order_of, score
 from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.ptq161 import Ptq161, energy, minus_log_cosine
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
+from tesseraq_gguf.types.ptq161.grid import BLOCK, SALIENT, with_salient
 
 
 @pytest.fixture

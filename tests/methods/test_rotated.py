@@ -9,11 +9,11 @@ import pytest
 import torch
 from problems import as_problem, loss_of
 
-from tesseraq_gguf.activations import ActivationRounding
+from tesseraq_gguf.compute.activations import ActivationRounding
+from tesseraq_gguf.compute.schemes import scheme_of
 from tesseraq_gguf.methods.rotated import Rotated
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.schemes import scheme_of
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ import pytest
 import torch
 from problems import loss_of, mlp_problem
 
-from tesseraq_gguf.grids import GRIDS, grid_of
-from tesseraq_gguf.grids.grid import through
 from tesseraq_gguf.methods.awq import ClipSearch
 from tesseraq_gguf.methods.flexround import FullDivisor, flexround
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.lrq import LowRankDivisor, capped, lrq
 from tesseraq_gguf.methods.scaled_rounding import ScaledMatrix
 from tesseraq_gguf.methods.start import Nearest, Start
+from tesseraq_gguf.types.grid import through
+from tesseraq_gguf.types.grids import GRIDS, grid_of
 
 UNIFORM = [name for name, grid in GRIDS.items() if grid.uniform]
 """Types whose values are evenly spaced."""

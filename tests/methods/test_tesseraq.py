@@ -9,12 +9,12 @@ import pytest
 import torch
 from problems import as_problem, loss_of, mlp_problem
 
-from tesseraq_gguf.grids import TSQ2, grid_of
-from tesseraq_gguf.grids.tsq import decode_scale, scale_code
 from tesseraq_gguf.methods.gptq import GPTQ, _inverse_factor, compensate
 from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, ranked, soft_step
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.types.grids import TSQ2, grid_of
+from tesseraq_gguf.types.tsq.grid import decode_scale, scale_code
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from split_files import split, write_gguf_file
 from tiny_models import MIXTURE, TEXT, VOCABULARY, tokenizer
 
-from tesseraq_gguf.converter.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models.gguf_config import describe
 from tesseraq_gguf.models.source import expand, resolve_model
 from tesseraq_gguf.runtime import ensure_source
@@ -308,7 +308,7 @@ def test_frequencies_of_any_kind_are_kept(files, tmp_path):
 
 def _retyped(file: Path, out: Path, types: dict[str, gguf.GGMLQuantizationType], scale: float) -> dict[str, np.ndarray]:
     """Write a file with matrices of other types and other values; return what they hold."""
-    from tesseraq_gguf.converter.dequantize import dequantized
+    from tesseraq_gguf.gguf_files.dequantize import dequantized
 
     whole = open_gguf(file)
     values = {t.name: dequantized(t, whole.data(t), None) for t in whole.tensors}

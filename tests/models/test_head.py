@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import HEAD_KINDS
 
-from tesseraq_gguf.embeddings import embedding_costs
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.grids import grid_of
+from tesseraq_gguf.learning.embeddings import embedding_costs
+from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.models import Decoder, ModelSource
-from tesseraq_gguf.sensitivity import measure_sensitivity
+from tesseraq_gguf.types.grids import grid_of
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(4, 300, (2, 40), generator=torch.Generator().manual_seed(0))

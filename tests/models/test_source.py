@@ -192,7 +192,7 @@ def test_an_index_must_name_all_and_nothing_else(make_model, tmp_path):
 def test_a_folder_without_a_tokenizer_is_called_so(name, make_model, tmp_path):
     import shutil
 
-    from tesseraq_gguf.calibration import tokens_of
+    from tesseraq_gguf.learning.calibration import tokens_of
     from tesseraq_gguf.models import ModelSource
 
     shutil.copytree(make_model("llama").folder, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer.model"))

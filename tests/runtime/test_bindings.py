@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tesseraq_gguf.errors import BindingsError, ChatTemplateError, ModelLoadError
-from tesseraq_gguf.inspection import open_gguf
+from tesseraq_gguf.gguf_files.inspection import open_gguf
 
 pytestmark = pytest.mark.runtime
 

@@ -1,0 +1,147 @@
+"""What `convert` shows while it works.
+
+A bar over the blocks with the time left, a bar for the running block, and a line that stays for every finished block.
+On anything but a terminal only the lines that stay.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+from typing_extensions import Self
+
+if TYPE_CHECKING:
+    from tesseraq_gguf.learning.reconstruction import BlockResult
+
+
+class ConvertProgress:
+    """Shows a conversion on stderr. Use as a context manager; `pipeline.Progress` describes the calls."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._stage = self._bars.add_task("starting", total=None, left="")
+        self._all = self._bars.add_task("blocks", total=None, left="", visible=False)
+        self._one = self._bars.add_task("", total=None, left="", visible=False)
+        self._estimate = TimeLeft()
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def stage(self, text: str) -> None:
+        """A new phase begins: the bars of the last one go."""
+        if not self._console.is_terminal:
+            self._say(text)
+        self._bars.reset(self._stage, description=text, total=None, visible=True)
+        for task in (self._all, self._one):
+            self._bars.update(task, visible=False)
+
+    def advance(self, done: int, total: int) -> None:
+        """The phase has done `done` of `total` steps."""
+        self._bars.update(self._stage, completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        self._say(text)
+
+    def step(self, block: int, blocks: int, done: int, total: int) -> None:
+        """Move the bar of the running block."""
+        self._estimate.step(block, done / total if total else 0.0)
+        self._bars.update(self._stage, visible=False)
+        self._bars.update(self._all, total=blocks, completed=block, visible=True, left=self._estimate.text(blocks))
+        self._bars.update(
+            self._one, description=f"block {block + 1}/{blocks}", total=total, completed=done, visible=True
+        )
+
+    def block(self, result: BlockResult, blocks: int) -> None:
+        """Print the line of a finished block."""
+        self._estimate.finished(result.index, None if result.resumed else result.seconds)
+        self._say(block_line(result, blocks))
+        left = self._estimate.text(blocks)
+        self._bars.update(self._stage, visible=False)
+        self._bars.update(self._all, total=blocks, completed=result.index + 1, visible=True, left=left)
+        self._bars.reset(self._one, total=None, visible=False)
+
+    def _say(self, text: str) -> None:
+        # soft_wrap: a line stays one line when somebody greps the log
+        self._bars.console.print(Text(text), soft_wrap=True)
+
+
+def block_line(result: BlockResult, blocks: int) -> str:
+    """Say how a block went: `block  3/18  loss 1234 → 87.1 (7 %)  held out 95.2  62 s`."""
+    parts = [f"block {result.index + 1:>{len(str(blocks))}}/{blocks}"]
+    before, after = result.loss_before, result.loss_after
+    if before is not None and after is not None:
+        share = f" ({100 * after / before:.0f} %)" if before else ""
+        parts.append(f"loss {_short(before)} → {_short(after)}{share}")
+    if result.verdict:
+        worse = f", which learning made {_short(result.verdict.end)}: undone" if result.verdict.kept_start else ""
+        parts.append(f"held out {_short(result.verdict.kept)}{worse}")
+    parts.append("from an earlier run" if result.resumed else f"{result.seconds:.0f} s")
+    return "  ".join(parts)
+
+
+class TimeLeft:
+    """Estimates the time left from blocks learned in this run, and from the running block before the first is done."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._done = 0
+        self._part = 0.0
+        self._block: int | None = None
+        self._started = 0.0
+        self._now = 0.0
+
+    def step(self, block: int, part: float, now: float | None = None) -> None:
+        """The running block is at `part` of its steps, 0 to 1."""
+        now = time.monotonic() if now is None else now
+        if block != self._block:
+            self._block, self._started = block, now
+        self._part, self._now = part, now
+
+    def finished(self, block: int, seconds: float | None) -> None:
+        """A block is done; `seconds` is None for one that an earlier run had learned, which says nothing."""
+        self._done, self._part = block + 1, 0.0
+        if seconds is not None:
+            self._seconds.append(seconds)
+
+    def text(self, blocks: int) -> str:
+        """Say `12 min left`; empty as long as nothing is known."""
+        seconds = self.seconds(blocks)
+        if seconds is None:
+            return ""
+        return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
+
+    def seconds(self, blocks: int) -> float | None:
+        """Return the estimate, None as long as nothing is known."""
+        left = blocks - self._done - self._part
+        if self._seconds:
+            return left * sum(self._seconds) / len(self._seconds)
+        if self._part > 0.05:
+            return left * (self._now - self._started) / self._part
+        return None
+
+
+def _short(value: float) -> str:
+    """Four digits, without an exponent as long as that is readable."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

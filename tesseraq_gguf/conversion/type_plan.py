@@ -1,0 +1,472 @@
+"""Which tensor type every matrix gets: as asked, as its rows and llama.cpp's converter allow, or within a budget."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from tesseraq_gguf.arguments import spelled
+from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type, matrix_of_gguf
+from tesseraq_gguf.converter.writer import FileMatrix, check_source
+from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
+from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose
+from tesseraq_gguf.learning.embeddings import embedding_costs
+from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.models.experts import stack_of
+from tesseraq_gguf.recipe.options import AUTO, without_order
+from tesseraq_gguf.recipe.recipe import Recipe
+from tesseraq_gguf.runtime.source import SourceTree
+from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
+from tesseraq_gguf.types.grids import Grid, grid_for
+
+_EMBEDDING_CANDIDATES = ("q8_0",)
+"""Types to choose from for embedding and output matrix, besides those for the blocks."""
+
+_WITHOUT_ORDER = "tsq2"
+"""Type of matrices whose columns cannot have the order that their type would need."""
+
+_FALLBACK = "q8_0"
+"""Type of matrices that are not learned, where it fits their rows."""
+
+_ITS_TYPE = "{its type}"
+"""Stands for a type that is not known yet in what is said of a matrix."""
+
+_UNORDERED = f"is not learned and is {_ITS_TYPE}: experts cannot have an order of columns"
+
+_ORDER_BYTES = 4
+"""Of a column's place in an order."""
+
+_SPARE = 1 << 16
+"""Bytes left for metadata that is not known before the file is written."""
+
+
+@dataclass(frozen=True)
+class TypePlan:
+    """The one map from matrices to tensor types: every matrix of a model has exactly one. Names are the checkpoint's.
+
+    Attributes:
+        types: of matrices in the blocks, to be learned.
+        outside: of embedding and output matrix, where these are rounded with care.
+        plain: of all other matrices: floats, 8 bits that need no care, or what a GGUF file had before.
+        file: the matrices of the file to be written, by their names there.
+        fallbacks: what is said of matrices that do not get the type that was asked for.
+        chosen: what was chosen within a budget.
+    """
+
+    types: dict[str, str]
+    outside: dict[str, str]
+    plain: dict[str, str]
+    file: dict[str, FileMatrix]
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, str] = field(default_factory=dict)
+
+    def all(self) -> dict[str, str]:
+        """Types of all matrices."""
+        return self.plain | self.types | self.outside
+
+    def in_file(self) -> dict[str, str]:
+        """Types of all matrices, by name in the file."""
+        types = self.all()
+        return {target: matrix.forced or types[matrix.names[0]] for target, matrix in self.file.items()}
+
+    def learned_in_file(self) -> set[str]:
+        """Names in the file of what was learned in the blocks."""
+        return {target for target, matrix in self.file.items() if self.types.keys() & set(matrix.names)}
+
+    def bytes_of(self, name: str, shape: tuple[int, int]) -> int:
+        """Size of a matrix [rows, columns] in its type."""
+        type = self.all()[name]
+        if type in TENSOR_TYPES:
+            return bytes_of(shape, type)
+        matrix = next(m for m in self.file.values() if name in m.names)  # a type of the GGUF file alone
+        return -(-matrix.own_bytes * shape[0] * shape[1] // matrix.weights)
+
+    def bytes_in_file(self, matrix: FileMatrix) -> int:
+        """Size of a matrix of the file."""
+        return self.bytes_of(matrix.names[0], (matrix.weights // matrix.columns, matrix.columns))
+
+    def main_type(self, decoder: Decoder) -> str:
+        """The type that most learned weights of the blocks have; most weights, if nothing was learned after all."""
+        shapes = decoder.matrix_shapes()
+        counts: Counter[str] = Counter()
+        for name, type in (self.types or {n: self.plain[n] for n in shapes}).items():
+            counts[type] += shapes[name][0] * shapes[name][1]
+        return counts.most_common(1)[0][0]
+
+    def ruled(self, rules: Sequence[tuple[str, str]], decoder: Decoder) -> TypePlan:
+        """Return the plan with an earlier choice, rules that name matrices whole."""
+        return self.with_choice(dict(rules), decoder)
+
+    def with_choice(self, chosen: Mapping[str, str], decoder: Decoder) -> TypePlan:
+        """Return the plan with types chosen for some matrices."""
+        ends = {decoder.embedding_name(), decoder.output_name()}
+        plain = {n: t for n, t in chosen.items() if (tensor_type(t).plain if n in ends else tensor_type(t).is_float)}
+        learned = {n: t for n, t in chosen.items() if n not in plain}
+        kept = {n: t for n, t in self.types.items() if n not in chosen}
+        kept_outside = {n: t for n, t in self.outside.items() if n not in chosen}
+        return replace(
+            self,
+            types=kept | {n: t for n, t in learned.items() if n not in ends},
+            outside=kept_outside | {n: t for n, t in learned.items() if n in ends},
+            plain={n: t for n, t in self.plain.items() if n not in chosen} | plain,
+            chosen=dict(chosen),
+        )
+
+    def candidates(self, recipe: Recipe, decoder: Decoder) -> dict[str, list[str]]:
+        """Types that a budget may give each matrix of the blocks; those that a rule names are settled."""
+        shapes = decoder.matrix_shapes()
+        ruled = rule_types(recipe.rules, shapes, _ends(decoder))
+        return {n: _possible(recipe, n, shapes[n][1]) for n in self.types if n not in ruled}
+
+
+def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: SourceTree) -> TypePlan:
+    """Choose the tensor type of each matrix of a model that is to be learned, budgets apart.
+
+    Raises:
+        UsageError: types that cannot be meant, or a rule that matches nothing or what it cannot change.
+        ModelError: no matrix of the blocks can be learned.
+    """
+    types, plain, fallbacks = {}, {}, dict[str, str]()
+    shapes, ends = decoder.matrix_shapes(), _ends(decoder)
+    ruled = rule_types(recipe.rules, shapes, ends)
+    for name, (_, columns) in shapes.items():
+        asked = ruled.get(name) or _first(recipe, name, columns)
+        if tensor_type(asked).is_float:
+            plain[name] = asked
+            continue
+        if name in ruled:
+            check_grid(recipe, grid_for(asked, tensor_type(asked).block_weights, recipe.granularity))
+        if stack_of(name) and asked in ORDERED_TYPES:
+            found, _ = _fitting(_WITHOUT_ORDER, columns)
+            said = f"is {found}, not {asked}: experts cannot have an order of columns" if found else _UNORDERED
+        else:
+            found, said = _fitting(asked, columns)
+        if said:
+            fallbacks[name] = said
+        if found:
+            types[name] = found
+    for name, said in _torn_apart(types, shapes, ruled).items():
+        fallbacks[name] = said
+        types.pop(name)
+    outside = {}
+    for name, asked in _asked_outside(recipe, ends, ruled).items():
+        columns = decoder.hidden_size
+        shapes[name] = (decoder.config.vocab_size, columns)
+        found, said = (None, "") if tensor_type(asked).plain else _fitting(asked, columns)
+        if said:
+            fallbacks[name] = said
+        if found:
+            outside[name] = found
+        else:  # floats, and 8 bits, where rounding to nearest is as good as any
+            plain[name] = fitting_type(asked if tensor_type(asked).plain else _FALLBACK, columns)
+    check = check_source(source, shapes, decoder.samples(), tree=tree)
+    for name, reason in check.dropped.items():
+        if name in types or name in outside:
+            fallbacks[name] = f"is not learned and gets a stock type: {reason}"
+            types.pop(name, None)
+            if outside.pop(name, None):
+                plain[name] = fitting_type(_FALLBACK, decoder.hidden_size)
+    if not types:
+        raise _nothing_learned(recipe, source, plain.keys() & decoder.matrix_shapes().keys())
+    known = types | outside | plain
+    plain |= {
+        name: _left_alone(target, matrix, plain.get(decoder.embedding_name(), _FALLBACK))
+        for target, matrix in check.file.items()
+        for name in matrix.names
+        if name not in known
+    }
+    # what the converter merges with others is known by the name of the last of them
+    plain |= {name: fitting_type(_FALLBACK, shapes[name][1]) for name in shapes if name not in known | plain}
+    said_of = {name: said.replace(_ITS_TYPE, (types | outside | plain)[name]) for name, said in fallbacks.items()}
+    plan = TypePlan(types, outside, plain, check.file, said_of)
+    _check_file(plan, ruled)
+    return plan
+
+
+def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePlan:
+    """Choose the tensor type of each matrix of a model of which nothing is learned.
+
+    Raises:
+        UsageError: types that cannot be meant, or a rule that matches nothing or what it cannot change.
+    """
+    if source.gguf and not recipe.rules:
+        matrices = [t for t in open_gguf(source.gguf).tensors if len(t.shape) > 1]
+        file = {t.name: FileMatrix((t.name,), **matrix_of_gguf(t)) for t in matrices}
+    else:
+        file = check_source(source, _shapes_to_place(source), tree=tree).file
+    inside = [n for target, m in file.items() if target.startswith("blk.") for n in m.names]
+    places = {target: file[target].names[0] for target in (*EMBEDDINGS, OUTPUT) if target in file}
+    ends = {OUTPUT: places.pop(OUTPUT)} if OUTPUT in places else {}
+    ruled = rule_types(recipe.rules, inside, list(dict.fromkeys([*places.values(), *ends.values()])))
+    if recipe.output_type is not None and not ends:
+        raise _tied()
+    asked = dict.fromkeys(places.values(), recipe.embedding_type)
+    asked |= dict.fromkeys(ends.values(), recipe.output_type or recipe.embedding_type)
+    plain = {
+        name: fitting_type((asked | ruled).get(name, recipe.type), matrix.columns)
+        for matrix in file.values()
+        for name in matrix.names
+    }
+    plan = TypePlan({}, {}, plain, file)
+    _check_file(plan, ruled)
+    return plan
+
+
+def check_grid(recipe: Recipe, grid: Grid) -> None:
+    """Refuse methods that move weights in steps of one scale where codes name codewords, or do not all reach as far."""
+    if recipe.method == "ptq161" and not grid.ordered:
+        raise UsageError(f"ptq161 learns the scales of ptq1_61: it is not possible in {grid.type}")
+    if recipe.rotate and grid.ordered:
+        raise UsageError(
+            f"{spelled('rotate')} mixes the channels that stand out, which {grid.type} keeps apart: leave it out"
+        )
+    uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
+    if uneven and not grid.uniform:
+        raise UsageError(
+            f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced, or not equally many"
+        )
+
+
+def rule_types(rules: Sequence[tuple[str, str]], inside: Iterable[str], ends: Sequence[str]) -> dict[str, str]:
+    """Return what rules say, by checkpoint name; the last one that matches a matrix is right.
+
+    A rule is for the matrices of the blocks that it matches. One that matches none of them is for the embedding or the
+    output matrix, so that `.*=tsq3` leaves these as they are and `lm_head=f16` does what it says.
+
+    Raises:
+        UsageError: a rule matches nothing, or gives a type for the blocks alone to embedding or output.
+    """
+    found, inside = dict[str, str](), list(inside)
+    for pattern, type in rules:
+        matched = [name for name in inside if re.search(pattern, name)]
+        outside = [] if matched else [name for name in ends if re.search(pattern, name)]
+        if not matched and not outside:
+            tied = f", and the output matrix is the embedding, {ends[0]}" if len(ends) == 1 else ""
+            example = f", such as {inside[0]}" if inside else ""
+            raise UsageError(f"{spelled('rules')} {pattern}={type} matches no matrix of the model{example}{tied}")
+        if outside and type in ORDERED_TYPES:
+            raise UsageError(f"{spelled('rules')} {pattern}={type}: {without_order(type)}")
+        found |= dict.fromkeys(matched or outside, type)
+    return found
+
+
+def _torn_apart(
+    types: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], ruled: Mapping[str, str]
+) -> dict[str, str]:
+    """What is said of experts that are not learned because others of their block are not: these are stacked together.
+
+    Raises:
+        UsageError: a rule wants it so.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name in shapes:
+        if stack := stack_of(name):
+            blocks.setdefault(stack.partition("*")[0], []).append(name)
+    said = dict[str, str]()
+    for block, names in blocks.items():
+        left = [name for name in names if name not in types]
+        if left and len(left) < len(names):
+            if wish := next((name for name in left if name in ruled), None):
+                raise UsageError(
+                    f"{stack_of(wish)} cannot be {ruled[wish]} while other matrices of {block}* are learned: "
+                    "a rule must name all matrices of a block's experts, or give a type that is learned"
+                )
+            reason = f"is not learned and is {_ITS_TYPE}: {left[0]} is not, and experts are stacked together"
+            said |= {name: reason for name in names if name in types}
+    return said
+
+
+def _check_file(plan: TypePlan, ruled: Mapping[str, str]) -> None:
+    """Refuse rules that the file cannot follow."""
+    types, placed = plan.all(), set[str]()
+    for target, matrix in plan.file.items():
+        placed |= set(matrix.names)
+        if len(kinds := {types[name] for name in matrix.names}) > 1:
+            what = f"the experts of {stack_of(matrix.names[0])}" if stack_of(matrix.names[0]) else f"parts of {target}"
+            raise UsageError(f"{what} become one tensor: they cannot be {' and '.join(sorted(kinds))}")
+        asked = ruled.get(matrix.names[0])
+        if asked and matrix.forced not in (None, asked):
+            raise UsageError(f"{matrix.names[0]} is {matrix.forced} in every file of llama.cpp's: it cannot be {asked}")
+    for name in ruled:
+        if name not in placed and name not in plan.fallbacks:
+            raise UsageError(f"{name} cannot have a type of its own: llama.cpp's converter keeps it in another tensor")
+
+
+def _left_alone(target: str, matrix: FileMatrix, embedding: str) -> str:
+    """The type of a matrix that nobody decides about: a stock type, or the one it has if that is smaller."""
+    if matrix.forced:
+        return matrix.forced
+    if target in (*EMBEDDINGS, OUTPUT):
+        return fitting_type(embedding if tensor_type(embedding).plain else _FALLBACK, matrix.columns)
+    found = fitting_type(_FALLBACK, matrix.columns)
+    bits = tensor_type(found).bits_per_weight
+    return matrix.own if matrix.own and 8 * matrix.own_bytes <= bits * matrix.weights else found
+
+
+def _tied() -> UsageError:
+    return UsageError(f"this model's output matrix is its embedding: give {spelled('embedding_type')} alone")
+
+
+def _nothing_learned(recipe: Recipe, source: ModelSource, plain: Iterable[str]) -> TesseraqError:
+    if list(plain):
+        return UsageError("the rules leave nothing to learn. To write the model as it is, give type f16")
+    return ModelError(f"{source.name}: no matrix of its blocks can be learned in {recipe.type}")
+
+
+def _shapes_to_place(source: ModelSource) -> dict[str, tuple[int, int]]:
+    """Shapes [out, in] of matrices whose places a converter must be asked for, by checkpoint name.
+
+    These are the experts, which it stacks; of a GGUF file, which is not written by it, all matrices.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, int]] = {}
+    if not any(source.folder.glob("model*.safetensors")):  # weights in files that only the converter reads
+        return shapes
+    for name, file in source.weight_map().items():
+        if name.endswith(".weight") and (stack_of(name) or source.gguf):
+            with safe_open(file, "pt") as tensors:
+                shape = tensors.get_slice(name).get_shape()
+            if len(shape) == 2:
+                shapes[name] = (int(shape[0]), int(shape[1]))
+    return shapes
+
+
+def _ends(decoder: Decoder) -> list[str]:
+    """Names of embedding and output matrix; one, where they are the same."""
+    return list(dict.fromkeys((decoder.embedding_name(), decoder.output_name())))
+
+
+def _possible(recipe: Recipe, name: str, columns: int) -> list[str]:
+    """The candidates that a matrix can have."""
+    possible = [t for t in recipe.candidates if not (stack_of(name) and t in ORDERED_TYPES)]
+    return [t for t in possible if tensor_type(t).fits(columns)]
+
+
+def _first(recipe: Recipe, name: str, columns: int) -> str:
+    """The type that a matrix gets where no rule says one: under a budget, for a start, any that it can have."""
+    learned = [t for t in _possible(recipe, name, columns) if not tensor_type(t).is_float] if recipe.budgeted else []
+    return learned[0] if learned else recipe.candidates[0] if recipe.budgeted else recipe.type
+
+
+def within_budget(
+    recipe: Recipe, plan: TypePlan, source: ModelSource, decoder: Decoder, meter: CostMeter, tokens: Tensor
+) -> TypePlan:
+    """Choose types that cost least within the recipe's budget.
+
+    Args:
+        recipe: names the budget and the types to choose from.
+        plan: what is settled.
+        source: the model.
+        decoder: the same.
+        meter: what the blocks' matrices cost.
+        tokens: that it was measured on, int64 [samples, length].
+
+    Raises:
+        UsageError: the budget is too small for the smallest types.
+    """
+    shapes = decoder.matrix_shapes()
+    together = _together(meter.candidates)
+    items = {name: _item(members, meter, shapes) for name, members in together.items()}
+    settled = sum(plan.bytes_of(name, shape) for name, shape in shapes.items() if name not in meter.candidates)
+    # orders of columns at most: which inputs will need one is not known yet
+    wanted = [name for name, costs in meter.costs.items() if costs.keys() & set(ORDERED_TYPES)]
+    settled += sum(_ORDER_BYTES * shapes[name][1] for name in wanted)
+
+    def choice(budget: int) -> TypePlan:
+        chosen = choose(items, budget)
+        return plan.with_choice({n: t for name, t in chosen.items() for n in together.get(name, [name])}, decoder)
+
+    if recipe.target_bpw is not None:
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        return choice(int(recipe.target_bpw * weights / 8) - settled)
+    shape = (decoder.config.vocab_size, decoder.hidden_size)
+    open_ends = _open_ends(recipe, decoder)
+    for name in open_ends:
+        types = [t for t in (*recipe.candidates, *_EMBEDDING_CANDIDATES) if tensor_type(t).fits(shape[1])]
+        types = [t for t in types if t not in ORDERED_TYPES]  # columns of an embedding have no order
+        types = list(dict.fromkeys(types)) or ["f16"]
+        careful = [t for t in types if not tensor_type(t).plain]
+        costs = embedding_costs(decoder, name, careful, tokens, meter.final, meter.bottom)
+        # eight bits are taken to cost nothing: what they do is far below what the other types do
+        items[name] = Item({t: bytes_of(shape, t) for t in types}, dict.fromkeys(types, 0.0) | costs)
+    settled += sum(plan.bytes_of(name, shape) for name in _ends(decoder) if name not in open_ends)
+    others = {n for m in plan.file.values() for n in m.names} - shapes.keys() - set(_ends(decoder))
+    settled += sum(plan.bytes_in_file(m) for m in plan.file.values() if others & set(m.names))
+    assert recipe.target_size is not None
+    rest = _bytes_of_the_rest(source, decoder, shapes)
+    return choice(recipe.target_size - settled - rest)
+
+
+def _together(names: Iterable[str]) -> dict[str, list[str]]:
+    """Matrices that must have one type: those of a stack, by its name; each other one is on its own."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(stack_of(name) or name, []).append(name)
+    return found
+
+
+def _item(members: list[str], meter: CostMeter, shapes: Mapping[str, tuple[int, int]]) -> Item:
+    """Sizes and costs of matrices with one type. An expert that no token came to has no costs."""
+    types = meter.candidates[members[0]]
+    known = [meter.costs[name] for name in members if name in meter.costs]
+    return Item(
+        {t: sum(bytes_of(shapes[name], t) for name in members) for t in types},
+        {t: sum(costs[t] for costs in known) for t in types},
+    )
+
+
+def _bytes_of_the_rest(source: ModelSource, decoder: Decoder, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """What a file holds besides its matrices: header, vocabulary, norms. Rather too much than too little."""
+    vectors = sum(
+        p.numel() for index in range(len(decoder)) for p in decoder.load_block(index, hollow=shapes).module.parameters()
+        if p.dim() == 1
+    )  # fmt: skip
+    if source.gguf:
+        file = open_gguf(source.gguf)
+        header = file.bytes - sum(t.bytes for t in file.tensors)
+    else:
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+        header = max((f.stat().st_size for n in names if (f := source.folder / n).is_file()), default=0)
+    return header + 4 * (vectors + decoder.hidden_size) + 96 * len(shapes) + _SPARE
+
+
+def _fitting(asked: str, columns: int) -> tuple[str | None, str]:
+    """Return the type that rows of `columns` weights get, None if they cannot be learned, and what is said of it."""
+    kind = tensor_type(asked)
+    if kind.fits(columns):
+        return kind.name, ""
+    reason = f"{kind.block_weights} does not divide its rows of {columns}"
+    if kind.fallback and tensor_type(kind.fallback).fits(columns):
+        return kind.fallback, f"is {kind.fallback}, not {kind.name}: {reason} (llama-quantize does the same)"
+    return None, f"is not learned and is {_ITS_TYPE}: {reason}"
+
+
+def _asked_outside(recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str]) -> dict[str, str]:
+    """Types asked for embedding and output matrix."""
+    embedding, output = ends[0], ends[-1]
+    if embedding == output and recipe.output_type not in (None, recipe.embedding_type):
+        raise _tied()
+    if embedding != output and recipe.output_type and ruled.get(output, recipe.output_type) != recipe.output_type:
+        raise UsageError(
+            f"{spelled('output_type')} {recipe.output_type} and a rule for {output} are two: give one of them"
+        )
+    first = "q8_0" if recipe.embedding_type == AUTO else recipe.embedding_type
+    asked = {output: recipe.output_type or first} | {embedding: first}
+    return asked | {name: ruled[name] for name in asked if name in ruled}
+
+
+def _open_ends(recipe: Recipe, decoder: Decoder) -> list[str]:
+    """Names of embedding and output matrix, as far as their types are to be chosen within the size of the file."""
+    if recipe.embedding_type != AUTO:
+        return []
+    ends = _ends(decoder)
+    ruled = rule_types(recipe.rules, decoder.matrix_shapes(), ends)
+    settled = {ends[1]} if len(ends) > 1 and recipe.output_type else set[str]()
+    return [name for name in ends if name not in ruled and name not in settled]

@@ -1,0 +1,1 @@
+"""How good a file is: perplexity, divergence, tasks, and the kernels simulated in torch."""

@@ -1,0 +1,175 @@
+"""Bits where they matter: a tensor type for each matrix, so that all together cost least at a size.
+
+What a matrix costs in a type is what its rounding alone adds to the divergence from the model's answers, to second
+order:
+
+    KL(p || p̂) ≈ ½ E[(δᵀ ΔW x)²],     δ = ∂ log p(y) / ∂ (W x),  y drawn from the model itself
+
+per token, with ΔW the error of rounding to nearest in that type (the squared error weighted with E[x²]). It is the
+error's length in the metric of the Fisher information (`sensitivity.py`, whose pass measures it), so costs of all
+matrices are in one unit, nats per token, and add up as long as they are small. What is learned later has less error
+than rounding to nearest, in all types alike as far as the choice goes.
+
+The choice is an exact dynamic programme over bytes: no other assignment of the types costs less and fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import gcd
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.learning.column_order import InputStatistics, likeness, order_of, score
+from tesseraq_gguf.learning.sensitivity import Passed
+from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
+from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.grids import Grid, grid_for
+
+_MOST_UNITS = 200_000
+"""Sizes that the dynamic programme tells apart; where there are more, sizes are rounded up."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A matrix whose type is to be chosen.
+
+    Attributes:
+        sizes: its bytes in each type that it can have.
+        costs: what it costs in each of them, in nats per token.
+    """
+
+    sizes: Mapping[str, int]
+    costs: Mapping[str, float]
+
+
+def choose(items: Mapping[str, Item], budget: int) -> dict[str, str]:
+    """Choose a type for every item so that the sum of costs is least and the sum of sizes at most the budget.
+
+    Args:
+        items: by name.
+        budget: bytes.
+
+    Returns:
+        Types by name.
+
+    Raises:
+        UsageError: the smallest types together are larger than the budget.
+    """
+    least = sum(min(item.sizes.values()) for item in items.values())
+    if least > budget:
+        raise UsageError(
+            f"the smallest types need {least:,} bytes, and there are {max(0, budget):,}: "
+            "give more, or smaller types to choose from"
+        )
+    if sum(max(item.sizes.values()) for item in items.values()) <= budget:
+        return {name: min(item.sizes, key=item.costs.__getitem__) for name, item in items.items()}
+    # what every assignment needs is set aside; the rest is counted in units
+    extras = {
+        name: {type: size - min(item.sizes.values()) for type, size in item.sizes.items()}
+        for name, item in items.items()
+    }
+    room = budget - least
+    unit = max(gcd(*(size for e in extras.values() for size in e.values())), -(-room // _MOST_UNITS), 1)
+    units = room // unit
+    best = np.zeros(units + 1)
+    chosen: list[np.ndarray] = []
+    for name, item in items.items():
+        types = list(item.sizes)
+        table = np.full((len(types), units + 1), np.inf)
+        for row, type in zip(table, types, strict=True):
+            extra = -(-extras[name][type] // unit)
+            if extra <= units:
+                row[extra:] = best[: units + 1 - extra] + item.costs[type]
+        chosen.append(table.argmin(0))
+        best = table.min(0)
+    left, answer = units, {}
+    for (name, item), choice in zip(reversed(list(items.items())), reversed(chosen), strict=True):
+        answer[name] = list(item.sizes)[choice[left]]
+        left -= -(-extras[name][answer[name]] // unit)
+    return {name: answer[name] for name in items}
+
+
+def bytes_of(shape: Sequence[int], type: str) -> int:
+    """Size of a matrix [rows, columns] in a type."""
+    kind = tensor_type(type)
+    return shape[0] * (shape[1] // kind.block_weights) * kind.block_bytes
+
+
+@torch.no_grad()
+def costs_of(
+    weight: Tensor, fed: Tensor, felt: Tensor, types: Sequence[str], granularity: str = "group"
+) -> dict[str, float]:
+    """Estimate what a matrix costs in each type, in nats per token.
+
+    Args:
+        weight: float32 [out, in].
+        fed: what it is fed, float32 [tokens, in].
+        felt: δ, the gradient of the answers' log-probability with respect to what it gives, float32 [tokens, out].
+        types: which to try.
+        granularity: what shares a scale.
+    """
+    importance = fed.square().mean(0)
+    costs = {}
+    for type in types:
+        if tensor_type(type).is_float:  # sixteen bits are taken to cost nothing
+            costs[type] = 0.0
+            continue
+        grid = grid_for(type, weight.shape[1], granularity)
+        order = _order(weight, importance, grid)
+        off = torch.empty_like(weight)
+        off[:, order] = grid.dequantize(grid.quantize(weight[:, order], importance[order])) - weight[:, order]
+        costs[type] = 0.5 * float(((fed @ off.T) * felt).sum(1).square().mean())
+    return costs
+
+
+def _order(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor | slice:
+    """The order of columns that a matrix alone would get where its type wants one."""
+    if grid.places is None:
+        return slice(None)
+    scores = score([weight], InputStatistics(importance, importance), "error")
+    return order_of(scores, likeness([weight]), None, *grid.places)
+
+
+@dataclass
+class CostMeter:
+    """Measures what types cost while the sensitivity is measured.
+
+    Attributes:
+        candidates: types to try for each matrix, by checkpoint name; matrices not named are not measured.
+        granularity: what shares a scale.
+        costs: of the blocks' matrices, by checkpoint name.
+        final: final hidden states, float32 [samples, length, hidden].
+        bottom: gradient below the first block, of the same shape.
+    """
+
+    candidates: Mapping[str, Sequence[str]]
+    granularity: str
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    final: Tensor = field(default_factory=lambda: torch.empty(0))
+    bottom: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def block(self, block: LoadedBlock, passed: Passed) -> None:
+        """Take a block with what its matrices were fed and felt.
+
+        Raises:
+            NotFiniteError: a cost is not finite: none could be told from another.
+        """
+        for name, module in block.matrices().items():
+            full_name = f"{block.prefix}{name}.weight"
+            if full_name in self.candidates and name in passed:
+                fed, felt = passed[name]
+                types = self.candidates[full_name]
+                costs = costs_of(module.weight.detach(), fed, felt, types, self.granularity)
+                numbers = torch.tensor(list(costs.values()))
+                check_finite({full_name: numbers}, "the costs of its types", TAKE_ANOTHER)
+                self.costs[full_name] = costs
+
+    def ends(self, final: Tensor, bottom: Tensor) -> None:
+        """Keep final hidden states and the gradient below the first block."""
+        self.final, self.bottom = final, bottom

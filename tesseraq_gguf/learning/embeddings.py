@@ -1,0 +1,143 @@
+"""Embedding and output matrix on a grid: they stand outside the blocks, so nothing is reconstructed through them.
+
+The output matrix multiplies the final hidden states: its rounding errors are fed forward by GPTQ against their second
+moments. A row of the embedding is added to the residual stream: its channels are weighed by how much the answer feels
+them. A matrix that is both gets the sum of both, each in units of its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.learning.sensitivity import Sensitivity
+from tesseraq_gguf.methods.gptq import compensate
+from tesseraq_gguf.models.decoder import Decoder
+from tesseraq_gguf.models.head import ANSWERS, Head
+from tesseraq_gguf.types.grids import Grid, grid_for, grid_of
+from tesseraq_gguf.types.quantized import QuantizedTensor
+
+_CHUNK = 1 << 24
+"""Weights rounded at a time."""
+
+_DAMPING = 0.01
+
+
+@torch.no_grad()
+def round_embeddings(
+    decoder: Decoder,
+    types: Mapping[str, str],
+    sensitivity: Sensitivity | None,
+    report: Callable[[int, int], None] = lambda *_: None,
+    codebooks: Tensor | None = None,
+) -> dict[str, QuantizedTensor]:
+    """Round embedding and output matrix.
+
+    Args:
+        decoder: the model.
+        types: tensor type by checkpoint name; matrices not named stay as they are.
+        sensitivity: what the model feels; None rounds to nearest.
+        report: called with (weights done, weights in all) of one matrix.
+        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+
+    Returns:
+        The rounded matrices by checkpoint name.
+    """
+    rounded = {}
+    for name, type in types.items():
+        weight, moment = decoder.matrix(name), _moment(decoder, name, sensitivity)
+        grid = grid_for(type, weight.shape[1], "group", codebooks)
+        rounded[name] = _rounded(weight, grid, moment, decoder.device, report)
+    return rounded
+
+
+def _moment(decoder: Decoder, name: str, sensitivity: Sensitivity | None) -> Tensor | None:
+    if sensitivity is None:
+        return None
+    moment = torch.zeros_like(sensitivity.output_moment)
+    if name == decoder.output_name():
+        moment += sensitivity.output_moment / sensitivity.output_moment.diagonal().mean()
+    if name == decoder.embedding_name():
+        moment += torch.diag(sensitivity.embedding / sensitivity.embedding.mean())
+    return moment.to(decoder.device)
+
+
+def _rounded(
+    weight: Tensor, grid: Grid, moment: Tensor | None, device: torch.device, report: Callable[[int, int], None]
+) -> QuantizedTensor:
+    parts: list[QuantizedTensor] = []
+    done = 0
+    for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
+        rows = rows.to(device)
+        part = grid.quantize(rows) if moment is None else compensate(rows, moment, grid, _DAMPING).tensor
+        parts.append(QuantizedTensor(part.type, {key: array.cpu() for key, array in part.arrays.items()}))
+        done += rows.numel()
+        report(done, weight.numel())
+    keys = parts[0].arrays
+    return QuantizedTensor(grid.type, {key: torch.cat([p.arrays[key] for p in parts]) for key in keys})
+
+
+@torch.no_grad()
+def embedding_costs(
+    decoder: Decoder, name: str, types: Sequence[str], tokens: Tensor, final: Tensor, bottom: Tensor
+) -> dict[str, float]:
+    """Estimate what embedding or output matrix cost in each type, in nats per token (see `bit_budget.py`).
+
+    Rows of the embedding move what enters the first block; the output matrix moves the answers' logits, whose
+    Kullback-Leibler divergence is half the variance of that move. A matrix that is both does both.
+
+    Args:
+        decoder: the model.
+        name: checkpoint name of the matrix.
+        types: which to try.
+        tokens: calibration tokens, int64 [samples, length].
+        final: final hidden states on them, before the final norm, float32 [samples, length, hidden].
+        bottom: gradient of the answers' log-probability below the first block, of the same shape.
+    """
+    weight = decoder.matrix(name)
+    x = decoder.head.fed(final.to(decoder.device).flatten(0, -2))
+    importance = torch.zeros(weight.shape[1])
+    if name == decoder.output_name():
+        importance += _of_mean_one(x.square().mean(0).cpu())
+    if name == decoder.embedding_name():
+        importance += _of_mean_one(bottom.square().mean((0, 1)))
+    before = decoder.stem(tokens)[0] if name == decoder.embedding_name() else None
+    costs = {}
+    for type in types:
+        rounded = _nearest(weight, grid_of(type), importance)
+        cost = 0.0
+        if name == decoder.output_name():
+            cost += 0.5 * float(_move_of_answers(weight, rounded, x, decoder.head).mean())
+        if before is not None:
+            moved = decoder.stem(tokens, {name: rounded})[0] - before
+            cost += 0.5 * float((moved * bottom).sum(-1).square().mean())
+        costs[type] = cost
+    return costs
+
+
+def _of_mean_one(values: Tensor) -> Tensor:
+    return values / values.mean().clamp_min(1e-30)
+
+
+def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
+    rows = max(1, _CHUNK // weight.shape[1])
+    return torch.cat([grid.dequantize(grid.quantize(part, importance)) for part in weight.split(rows)])
+
+
+def _move_of_answers(weight: Tensor, rounded: Tensor, x: Tensor, head: Head) -> Tensor:
+    """Variance of the logits' move under the answers' distribution, [positions], x [positions, hidden]."""
+    found = []
+    for part in x.split(ANSWERS):
+        move = part @ (rounded - weight).T.to(part.device)
+        logits, move = head.move(part @ weight.T.to(part.device), move)
+        p = logits.softmax(-1)
+        mean = (p * move).sum(-1)
+        found.append((p * move.square()).sum(-1) - mean.square())
+    return torch.cat(found)
+
+
+def dequantized(tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    """Float32 matrices by checkpoint name."""
+    return {name: grid_of(tensor.type).dequantize(tensor) for name, tensor in tensors.items()}

@@ -1,0 +1,298 @@
+"""Block reconstruction: walk the decoder blocks, let a method learn each, carry two chains of activations.
+
+The full-precision chain gives each block's target, the chain through the blocks already quantised gives its input:
+
+    Y = F(X_fp, W)      the method minimises the distance of F(X_q, Ŵ) to Y
+    X_fp <- Y           X_q <- F(X_q, Ŵ)
+
+Sequences that are held out go along on both chains; methods that learn are judged by them (`held_out.py`).
+
+The engine knows no method and no file format. A finished block leaves as `QuantizedTensor`s in a `BlockResult`; a
+block that an earlier run finished comes back through `finished` and is only run, not learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tesseraq_gguf.compute.activations import ActivationRounding
+from tesseraq_gguf.compute.hidden_states import Empty
+from tesseraq_gguf.compute.parallel import Team
+from tesseraq_gguf.compute.schemes import ActivationScheme, Range
+from tesseraq_gguf.errors import NotFiniteError
+from tesseraq_gguf.learning.column_order import Score
+from tesseraq_gguf.learning.reordering import InputWatch, plan_moves
+from tesseraq_gguf.methods.held_out import HeldOut, Verdict
+from tesseraq_gguf.methods.problem import BlockProblem, Method, Weights
+from tesseraq_gguf.methods.rare_experts import Visits, counted, on_both_chains, rarely, round_rare
+from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite, origin
+from tesseraq_gguf.types.grids import Grid, grid_for
+from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, column_order, plain_vector
+
+Finished = Callable[[int], "BlockResult | None"]
+"""Gives what an earlier run learned for a block, or None."""
+
+_REPORTED_SAMPLES = 32
+"""Losses told to the user are means over so many samples: what they cost should not be felt."""
+
+_MORE_BITS = "Give its matrices a type of more bits (--tensor-type), or take another --method"
+"""What to do about a block that is finite until it is quantised."""
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What the engine says of a finished block.
+
+    Attributes:
+        index: the block's position.
+        tensors: learned matrices, and vectors that changed along with them, by checkpoint name.
+        loss_before: mean loss over some samples with round-to-nearest weights in the same types; None if not measured.
+        loss_after: the same with the learned weights.
+        seconds: time it took.
+        resumed: True if an earlier run had learned it.
+        ranges: static ranges of what the matrices are fed, by checkpoint name, where the scheme has them.
+        rare: matrices of experts that calibration hardly visited, by checkpoint name: they were rounded, not learned.
+        verdict: how learning ended on the sequences held out; None where nothing was learned or none are held out.
+    """
+
+    index: int
+    tensors: dict[str, QuantizedTensor]
+    loss_before: float | None
+    loss_after: float | None
+    seconds: float
+    resumed: bool = False
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    rare: tuple[str, ...] = ()
+    verdict: Verdict | None = None
+
+
+@dataclass
+class Reconstruction:
+    """The walk over the blocks.
+
+    Attributes:
+        decoder: the model.
+        method: learns each block.
+        types: tensor type of each matrix to learn, by checkpoint name; matrices not named keep their weights.
+        seed: makes a run repeatable.
+        autocast: dtype of matrix products while learning.
+        report: called with (block, steps done, steps in all).
+        granularity: what shares a scale: `group` or `channel`.
+        activations: how activations of the quantised chain are rounded.
+        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+        salient: which channels come to salient places, where a type has these.
+        team: the processes that learn together.
+        empty: makes the tensors that hidden states are kept in.
+    """
+
+    decoder: Decoder
+    method: Method
+    types: Mapping[str, str]
+    seed: int
+    autocast: torch.dtype
+    report: Callable[[int, int, int], None] = lambda *_: None
+    granularity: str = "group"
+    activations: ActivationScheme = field(default_factory=ActivationScheme)
+    codebooks: Tensor | None = None
+    salient: Score = "error"
+    team: Team = field(default_factory=Team)
+    empty: Empty = torch.empty
+
+    def run(
+        self,
+        tokens: Tensor,
+        sensitivity: Sequence[Tensor],
+        finished: Finished,
+        embeddings: Callable[[], Mapping[str, Tensor]] = dict,
+        held_out: Tensor | None = None,
+    ) -> Iterator[BlockResult]:
+        """Learn block after block.
+
+        Args:
+            tokens: calibration tokens of all processes, int64 [samples, length].
+            sensitivity: for each block the weights of its squared error, float32 [2, hidden]: in the first position,
+                and in all others.
+            finished: gives what an earlier run learned.
+            embeddings: gives matrices outside the blocks that are quantised, dequantised, by checkpoint name.
+            held_out: tokens that nothing is learned on, int64 [sequences, length], of all processes.
+
+        Yields:
+            One result per block, in order. The caller keeps it before asking for the next.
+
+        Raises:
+            NotFiniteError: a block of the model, or what was learned for it, overflows.
+        """
+        samples, apart = len(tokens), 0 if held_out is None else len(held_out)
+        tokens = self.team.share(tokens)
+        here = len(tokens)
+        if held_out is not None:
+            tokens = torch.cat([tokens, self.team.share(held_out)])
+        full, recorded = self.decoder.stem(tokens, empty=self.empty)
+        outside = embeddings()
+        quantised = self.decoder.stem(tokens, outside, self.empty)[0] if outside else self.empty(full.shape).copy_(full)
+        del outside
+        for index in range(len(self.decoder)):
+            started = time.monotonic()
+            problem = self._problem(index, full[:here], quantised[:here], sensitivity[index], recorded)
+            problem.samples = samples
+            if apart:
+                problem.held_out = HeldOut(quantised[here:], full[here:], apart)
+            # the target replaces the full-precision input in place: two activation caches, whatever the depth
+            result = finished(index)
+            ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
+            watch = InputWatch()
+            with watch.watching(problem.block, ordered), counted(problem) as visits:
+                _run_in_place(full[:here], problem.forward, problem, TAKE_ANOTHER)
+            _run_in_place(full[here:], problem.forward, problem, TAKE_ANOTHER)
+            if result is None:
+                if ordered:
+                    self._reorder(problem, watch)
+                ranges = problem.input_ranges() if self.activations.static else {}
+                self._round(problem, ranges)
+                before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
+                visits = on_both_chains(problem, visits)
+                # processes have the same variables in every step; what leaves is the first one's to the bit
+                learned = _of_the_first(problem, self._learn(problem, visits))
+                weights = _dequantized(problem, learned)
+                after = _mean_loss(problem, weights)
+                if not math.isfinite(after):
+                    raise _overflow(problem, partial(problem.quantised, weights=weights), problem.inputs, _MORE_BITS)
+                named = {problem.full_name(name): r for name, r in ranges.items()}
+                tensors = leaving(problem.block, problem.grids, learned)
+                rare = tuple(map(problem.full_name, rarely(visits)))
+                seconds = time.monotonic() - started
+                result = BlockResult(
+                    index, tensors, before, after, seconds, ranges=named, rare=rare, verdict=problem.verdict
+                )
+            else:
+                weights = problem.block.adopt(result.tensors)
+                self._round(problem, problem.block.by_module(result.ranges))
+            _run_in_place(quantised, partial(problem.quantised, weights=weights), problem, _MORE_BITS)
+            del problem, weights
+            yield result
+
+    def _learn(self, problem: BlockProblem, visits: Visits) -> dict[str, QuantizedTensor]:
+        """Let the method learn what calibration says enough about; the rest is rounded before."""
+        grids = dict(problem.grids)
+        rounded = round_rare(problem, visits)
+        learned = self.method.learn(problem) if problem.grids else {}
+        problem.grids = grids
+        return learned | rounded
+
+    def _reorder(self, problem: BlockProblem, watch: InputWatch) -> None:
+        """Bring columns into the order that their types want; the block stays the same function."""
+        statistics = watch.statistics(self.team)
+        hidden = problem.inputs[:1].to(problem.device)
+        for move in self.team.from_first(
+            lambda: plan_moves(problem.block, problem.arguments, hidden, problem.grids, statistics, self.salient)
+        ):
+            move.apply(problem.block)
+
+    def _round(self, problem: BlockProblem, ranges: Mapping[str, Range]) -> None:
+        if self.activations.rounds:
+            problem.rounding = ActivationRounding(self.activations, ranges, self.codebooks)
+
+    def _problem(
+        self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs
+    ) -> BlockProblem:
+        block = self.decoder.load_block(index)
+        matrices = block.matrices()
+        named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in matrices}
+        seed = int.from_bytes(hashlib.sha256(f"{self.seed} {index}".encode()).digest()[:7], "big")
+        return BlockProblem(
+            block=block,
+            grids={
+                name: grid_for(t, matrices[name].weight.shape[1], self.granularity, self.codebooks)
+                for name, t in named.items()
+                if t is not None
+            },
+            inputs=quantised,
+            targets=full,
+            sensitivity=sensitivity.to(self.decoder.device),
+            arguments=recorded.arguments[index],
+            device=self.decoder.device,
+            autocast=self.autocast,
+            generator=torch.Generator().manual_seed(seed),
+            report=lambda done, total: self.report(index, done, total),
+            team=self.team,
+        )
+
+
+def _of_the_first(problem: BlockProblem, learned: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
+    """Give all processes what the first one learned, and replaced in its block."""
+    if problem.team.size == 1:
+        return learned
+
+    def cpu() -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
+        tensors = {n: QuantizedTensor(t.type, {k: a.cpu() for k, a in t.arrays.items()}) for n, t in learned.items()}
+        return tensors, {name: value.cpu() for name, value in problem.block.replaced.items()}
+
+    tensors, replaced = problem.team.from_first(cpu)
+    for name, value in replaced.items():
+        problem.block.replace(name, value.to(problem.device))
+    return tensors
+
+
+def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
+    return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
+
+
+def leaving(
+    block: LoadedBlock, grids: Mapping[str, Grid], learned: Mapping[str, QuantizedTensor]
+) -> dict[str, QuantizedTensor]:
+    """Return what leaves a block, by checkpoint name: matrices, vectors that changed, and orders of columns."""
+    matrices = {f"{name}.weight": grids[name].stored(tensor) for name, tensor in learned.items()}
+    vectors = {name: plain_vector(v) for name, v in block.replaced.items() if name not in matrices}
+    orders = {f"{name}{ORDER}": column_order(order) for name, order in block.orders.items()}
+    return {block.prefix + name: tensor for name, tensor in (matrices | vectors | orders).items()}
+
+
+def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
+    return {name: problem.grids[name].dequantize(t).to(problem.device) for name, t in tensors.items()}
+
+
+@torch.no_grad()
+def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], problem: BlockProblem, advice: str) -> None:
+    """Replace activations [samples, length, hidden] by what `run` makes of them, sample by sample.
+
+    Raises:
+        NotFiniteError: that is not finite; the message ends with the advice.
+    """
+    for index in range(len(activations)):
+        sample = activations[index : index + 1]
+        out = run(sample.to(problem.device))
+        if not finite(out):
+            raise _overflow(problem, run, sample, advice)
+        sample.copy_(out)
+
+
+@torch.no_grad()
+def _overflow(
+    problem: BlockProblem, run: Callable[[Tensor], Tensor], activations: Tensor, advice: str
+) -> NotFiniteError:
+    """The error for activations [samples, length, hidden] of which `run` makes what is not finite, or too large."""
+
+    def run_all() -> None:
+        for sample in activations.split(1):
+            run(sample.to(problem.device))
+
+    where = origin(problem.block, run_all)
+    return NotFiniteError(f"block {problem.block.index + 1}: its output overflows, {where}. {advice}")
+
+
+@torch.no_grad()
+def _mean_loss(problem: BlockProblem, weights: Weights) -> float:
+    samples = min(problem.samples or len(problem.inputs), _REPORTED_SAMPLES)
+    some = torch.arange(problem.team.count(samples))
+    total = torch.tensor(sum(float(problem.loss(weights, batch)) for batch in some.split(1)), dtype=torch.float64)
+    problem.team.add_up([total])
+    return float(total) / samples

@@ -1,0 +1,185 @@
+"""Recipe: everything that decides what a conversion makes, as data. Presets are the rows of one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from tesseraq_gguf.compute.schemes import ActivationScheme, scheme_of
+from tesseraq_gguf.recipe.options import AUTO, FIELDS, refuse_conflicts
+from tesseraq_gguf.types.facts import tensor_type
+
+CANDIDATES = ("tsq2", "tsq3", "tsq4")
+"""Types that a budget is spent on unless others are named."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How much calibration and learning a run spends.
+
+    Attributes:
+        samples: calibration sequences.
+        length: tokens of a sequence.
+        steps: Adam steps in each of the 20 stages of progressive adaptive rounding.
+        batch: sequences of a step.
+        rounding_rate: learning rate of the rounding variables ν.
+        parameter_rate: learning rate of scales and zero-points.
+        finish_steps: Adam steps of the last pass, if there is one.
+    """
+
+    samples: int
+    length: int
+    steps: int
+    batch: int
+    rounding_rate: float
+    parameter_rate: float
+    finish_steps: int
+
+
+PRESETS = {
+    "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2, finish_steps=50),
+    "balanced": Preset(
+        samples=512, length=256, steps=50, batch=2, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=200
+    ),
+    "best": Preset(
+        samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3, finish_steps=1000
+    ),
+}
+"""`best` is the paper's setting (arXiv 2410.19103, §4.1); the others spend less and take larger steps. Rates are for
+types of 2 bits, those of more take shares of them (`methods.tesseraq.parameter_share`)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One conversion.
+
+    Paths are given as strings or paths, names in any case, sizes in bytes or as text such as `"1G"`, rules as pairs, as
+    a dict or as lines `REGEX=TYPE`. Whole numbers are ints of Python or numpy: a float is refused, even 32.0. Whatever
+    would be ignored is refused as well. The fields of a recipe that was made are what is said here.
+
+    Attributes:
+        model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
+        out: the GGUF file to write.
+        type: tensor type of the matrices in the decoder blocks; a float type means that nothing is learned.
+        rules: pairs (regular expression, type); the last one that matches a matrix's checkpoint name gives it its type.
+            Rules that match nothing in the blocks may name the embedding or the output matrix.
+        target_bpw: bits per weight that the blocks' matrices may have; their types are then chosen.
+        target_size: bytes that the file may have; types of the blocks' matrices and the embedding are then chosen.
+        candidates: types to choose from.
+        method: how codes are learned, one of `options.METHODS`.
+        init: what learned rounding begins at, one of `options.INITIALISATIONS`.
+        rotate: mix channels by Hadamard matrices before anything is learned, where that folds into the weights.
+        finish: the last pass over the whole model, one of `options.FINISHES`.
+        finish_steps: its steps; None takes the preset's.
+        rank: of LRQ's scaling matrices; None means a quarter of the model's width.
+        granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
+        activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
+        kv_bits: bits of keys and values while learning; None leaves them.
+        codebooks: `universal`, or `model` for codebooks designed from this model, in types that have any.
+        preprocess: the text of quantisation preprocessing, as `calibration`; None leaves it out.
+        preprocess_steps: its steps; None takes the preset's.
+        preset: `fast`, `balanced` or `best`.
+        calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
+        samples: calibration sequences; None takes the preset's.
+        seqlen: tokens of a sequence; None takes the preset's.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, …
+        memory_budget: bytes of the device's memory that activations kept from block to block may take; what does not
+            fit is kept elsewhere. None takes a part of what is free.
+        embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size`. None becomes `AUTO` if there is
+            one, `type` where nothing is learned, and q8_0 else.
+        output_type: tensor type of the output matrix; None means that of the embedding.
+        work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
+        fresh: throw finished blocks of an earlier run away.
+        seed: makes the run repeatable.
+        processes: how many learn together; a step has at least one sequence for each.
+    """
+
+    model: str
+    out: Path
+    type: str = "tsq2"
+    rules: tuple[tuple[str, str], ...] = ()
+    target_bpw: float | None = None
+    target_size: int | None = None
+    candidates: tuple[str, ...] = CANDIDATES
+    method: str = "tesseraq"
+    init: str = "auto"
+    rotate: bool = False
+    finish: str = "none"
+    finish_steps: int | None = None
+    rank: int | None = None
+    parts: str = "cosine"
+    granularity: str = "group"
+    activations: str = "none"
+    kv_bits: int | None = None
+    codebooks: str = "universal"
+    preprocess: str | None = None
+    preprocess_steps: int | None = None
+    preset: str = "balanced"
+    calibration: str | None = None
+    samples: int | None = None
+    seqlen: int | None = None
+    device: str = "auto"
+    memory_budget: int | None = None
+    embedding_type: str = None  # type: ignore[assignment]  # a recipe that was made has one
+    output_type: str | None = None
+    work_dir: Path | None = None
+    fresh: bool = False
+    seed: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        """Normalise all fields, and refuse what cannot be meant.
+
+        Raises:
+            UsageError: a field is of another kind, unknown or out of range, or would be ignored.
+        """
+        for name, read in FIELDS.items():
+            object.__setattr__(self, name, read(name, getattr(self, name)))
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.embedding_type is None:
+            unnamed = AUTO if self.target_size is not None else "q8_0" if self.learns else self.type
+            object.__setattr__(self, "embedding_type", unnamed)
+        refuse_conflicts(self, given)
+
+    @property
+    def settings(self) -> Preset:
+        """The preset, with this recipe's numbers where given, and a sequence for each process."""
+        preset = PRESETS[self.preset]
+        return replace(
+            preset,
+            samples=self.samples or preset.samples,
+            length=self.seqlen or preset.length,
+            batch=max(preset.batch, self.processes),
+            finish_steps=self.finish_steps or preset.finish_steps,
+        )
+
+    @property
+    def start(self) -> str:
+        """What learned rounding begins at: `init`, and in place of `auto` what measured best (docs/quality.md).
+
+        From AWQ learning ends with less error than from GPTQ, although AWQ alone has more. With activations rounded its
+        scales serve these as well, and GPTQ follows; that was measured for TesseraQ with activations of 4 bits alone.
+        """
+        if self.init != "auto":
+            return self.init
+        return "awq+gptq" if self.scheme.rounds else "awq"
+
+    @property
+    def scheme(self) -> ActivationScheme:
+        """How activations are rounded while learning."""
+        return scheme_of(self.activations, self.kv_bits)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether types are chosen within a budget."""
+        return self.target_bpw is not None or self.target_size is not None
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is learned or rounded block by block: True for types with a grid."""
+        return not tensor_type(self.type).is_float
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration text is needed."""
+        return self.learns and (self.method != "rtn" or self.scheme.static or self.rotate or self.budgeted)

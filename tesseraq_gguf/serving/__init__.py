@@ -1,0 +1,1 @@
+"""A file at work: chat in the terminal, and a server."""

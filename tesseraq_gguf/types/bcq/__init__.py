@@ -1,0 +1,1 @@
+"""BCQ4 and BCQ4_A4: a scale for every 64 weights, a codebook for every 8."""

@@ -1,0 +1,1 @@
+"""Types of llama.cpp with super-blocks of 256 weights."""

@@ -1,0 +1,1 @@
+"""Types of llama.cpp with one group to a scale."""

@@ -1,0 +1,567 @@
+"""The whole road on a tiny model: what comes out, killing and resuming, and that inputs are never touched."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import make_model  # noqa: F401  (a fixture)
+
+from tesseraq_gguf import Recipe, convert
+from tesseraq_gguf.conversion.pipeline import SilentProgress
+from tesseraq_gguf.conversion.work_directory import WorkDirectory
+from tesseraq_gguf.converter.writer import write_plain
+from tesseraq_gguf.errors import ModelError, UsageError
+from tesseraq_gguf.evaluation.simulation import final_states
+from tesseraq_gguf.gguf_files.column_orders import orders_of
+from tesseraq_gguf.gguf_files.dequantize import own_codebooks
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.gguf_files.inspection import inspect
+from tesseraq_gguf.learning.calibration import load_calibration
+from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.source import expand
+from tesseraq_gguf.recipe.recipe import PRESETS
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.quantized import load_tensors
+
+pytestmark = pytest.mark.slow
+
+
+class Listener(SilentProgress):
+    def __init__(self) -> None:
+        self.results, self.notes, self.steps = [], [], 0
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, block: int, blocks: int, done: int, total: int) -> None:
+        self.steps += 1
+
+    def block(self, result, blocks: int) -> None:
+        self.results.append(result)
+
+
+def _recipe(source, out, text, **options) -> Recipe:
+    settings = {"preset": "fast", "samples": 8, "seqlen": 32, "calibration": str(text)}
+    if options.get("method") == "rtn":  # it learns nothing, from no text
+        settings = {}
+    return Recipe(str(source.folder), out, **settings | {"device": "cpu"} | options)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi-fused"])
+@pytest.mark.parametrize(("method", "named"), [("tesseraq", "tesseraq from awq"), ("gptq", "gptq")])
+def test_learning_lowers_the_loss_of_every_block(kind, method, named, make_model, long_text, tmp_path):  # noqa: F811
+    source, told = make_model(kind), Listener()
+    before = _digests(source.folder)
+    report = convert(_recipe(source, tmp_path / "out.gguf", long_text, method=method), told)
+    assert [r.index for r in told.results] == [0, 1]
+    assert all(r.loss_after < r.loss_before for r in told.results)
+    assert report.block_bits_per_weight == 2.25
+    assert report.bytes == (tmp_path / "out.gguf").stat().st_size
+    seen = inspect(tmp_path / "out.gguf")
+    matrices = [t for t in seen.tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    assert {t.type for t in matrices} == {"tsq2"}
+    assert seen.tesseraq["method"] == named
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf"]  # the work directory is gone
+    assert _digests(source.folder) == before
+
+
+@pytest.mark.parametrize("options", [{}, {"activations": "a4"}, {"finish": "distill"}], ids=["plain", "a4", "distill"])
+def test_it_ends_with_the_divergence_on_what_is_held_out(options, make_model, long_text, tmp_path):  # noqa: F811
+    """What the report says is what the file's blocks give, in another run of the same model."""
+    source, told = make_model("llama"), Listener()
+    recipe = _recipe(source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work", finish_steps=None, **options)
+    report = convert(recipe, told)
+    assert report.held_out == 4 * 32
+    assert report.kept_start == sum(r.verdict.kept_start for r in told.results)
+    assert all(r.verdict.kept <= r.verdict.start for r in told.results)
+    resumed = convert(recipe, again := Listener())
+    assert (resumed.divergence, resumed.kept_start) == (report.divergence, report.kept_start)
+    assert [r.verdict for r in again.results] == [r.verdict for r in told.results]
+    if options.get("finish"):
+        before, after = map(float, re.findall(r"(\d\.\d+)", next(n for n in told.notes if "->" in n)))
+        assert report.divergence == pytest.approx(min(before, after), abs=2e-4)
+    if options:
+        return
+    apart = load_calibration(source, str(long_text), 8, 32, 0, held_out=4).held_out
+    model, original = (
+        Decoder(expand(tmp_path / "out.gguf", tmp_path / "back"), torch.device("cpu")),
+        Decoder(source, torch.device("cpu")),
+    )
+    p, q = (d.answers()(final_states(d, apart).flatten(0, 1)) for d in (original, model))
+    assert report.divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.1)
+
+
+def test_a_killed_run_resumed_gives_the_same_file(make_model, long_text, tmp_path):  # noqa: F811
+    source = make_model("llama")
+    whole, broken = tmp_path / "whole.gguf", tmp_path / "broken.gguf"
+    arguments = ["--preset", "fast", "--samples", "8", "--seqlen", "32", "--calibration", str(long_text)]
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tesseraq_gguf", "convert", str(source.folder), str(out), *arguments]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+
+    assert start(whole).wait() == 0
+    killed = start(broken)
+    block = tmp_path / "broken.gguf.tesseraq-work" / "block-0000.safetensors"
+    deadline = time.monotonic() + 300
+    while not block.exists():
+        assert killed.poll() is None, killed.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not broken.exists()
+    told = Listener()
+    report = convert(_recipe(source, broken, long_text), told)
+    assert report.resumed >= 1
+    assert told.results[0].resumed
+    assert broken.read_bytes() == whole.read_bytes()
+
+
+def test_finished_blocks_are_not_learned_again(make_model, long_text, tmp_path):  # noqa: F811
+    source = make_model("llama")
+    recipe = _recipe(source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work")
+    convert(recipe)
+    first = recipe.out.read_bytes()
+    told = Listener()
+    assert convert(recipe, told).resumed == 2
+    assert told.steps == 0
+    assert recipe.out.read_bytes() == first
+    told = Listener()
+    assert convert(_recipe(source, recipe.out, long_text, work_dir=recipe.work_dir, fresh=True), told).resumed == 0
+    assert told.steps > 0
+
+
+def test_whatever_changes_the_result_is_noticed(make_model, long_text, tmp_path):  # noqa: F811
+    source, text = make_model("llama"), tmp_path / "text.txt"
+    text.write_text(long_text.read_text())
+    place = {"work_dir": tmp_path / "work"}
+    convert(_recipe(source, tmp_path / "out.gguf", text, **place))
+    first = (tmp_path / "out.gguf").read_bytes()
+    for change in [{"seed": 1}, {"samples": 9}, {"method": "gptq"}, {"preset": "balanced"}, {"rotate": True}]:
+        with pytest.raises(UsageError, match="differs in"):
+            convert(_recipe(source, tmp_path / "out.gguf", text, **place, **change))
+    text.write_text(long_text.read_text()[7:])
+    with pytest.raises(UsageError, match="differs in calibration"):
+        convert(_recipe(source, tmp_path / "out.gguf", text, **place))
+    assert (tmp_path / "out.gguf").read_bytes() == first
+
+
+def test_rounding_needs_no_text(make_model, tmp_path):  # noqa: F811
+    told = Listener()
+    recipe = Recipe(str(make_model("qwen3").folder), tmp_path / "out.gguf", method="rtn")
+    assert convert(recipe, told).block_bits_per_weight == 2.25
+    assert [r.loss_after for r in told.results] == [None, None]
+
+
+def test_matrices_that_do_not_fit_are_named_and_kept(make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    report = convert(_recipe(make_model("llama-odd"), tmp_path / "out.gguf", long_text), told)
+    assert set(report.fallbacks) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
+    assert all("160" in reason for reason in report.fallbacks.values())
+    assert sum("down_proj" in note for note in told.notes) >= 2
+    types = {t.name: t.type for t in inspect(tmp_path / "out.gguf").tensors}
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("q8_0", "tsq2")
+
+
+def test_a_model_of_which_nothing_can_be_learned(tmp_path, make_model, long_text):  # noqa: F811
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = make_model("llama")
+    config = LlamaConfig(**{**source.config(), "hidden_size": 80, "intermediate_size": 96, "num_attention_heads": 2,
+                            "num_key_value_heads": 2, "head_dim": 40})  # fmt: skip
+    folder = tmp_path / "narrow"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((source.folder / name).read_bytes())
+    with pytest.raises(ModelError, match="no matrix of its blocks can be learned"):
+        convert(Recipe(str(folder), tmp_path / "out.gguf", calibration=str(long_text)))
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_the_engine_keeps_two_chains(make_model, long_text):  # noqa: F811
+    """The quantised chain feeds the next block, the full-precision chain gives its target."""
+    from tesseraq_gguf.learning.reconstruction import Reconstruction
+    from tesseraq_gguf.models import Decoder
+
+    decoder = Decoder(make_model("qwen2"), torch.device("cpu"))
+    tokens = torch.randint(4, 300, (3, 16), generator=torch.Generator().manual_seed(0))
+    full, inputs = decoder.stem(tokens)
+    seen = []
+
+    class Spy:
+        def learn(self, problem):
+            seen.append((problem.inputs.clone(), problem.targets.clone()))
+            return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
+
+    types = dict.fromkeys(decoder.matrix_shapes(), "tsq2")
+    walk = Reconstruction(decoder, Spy(), types, seed=0, autocast=torch.float32)
+    results = list(walk.run(tokens, [torch.ones(2, decoder.hidden_size)] * 2, lambda _: None))
+    from tesseraq_gguf.types.grids import TSQ2
+
+    with torch.no_grad():
+        first, second = decoder.load_block(0), decoder.load_block(1)
+        y0 = first.run(full, inputs.arguments[0])
+        weights = {n: TSQ2.dequantize(results[0].tensors[f"{first.prefix}{n}.weight"]) for n in first.matrices()}
+        q1 = first.run(full, inputs.arguments[0], weights)
+        y1 = second.run(y0, inputs.arguments[1])
+    torch.testing.assert_close(seen[0][0], full)
+    torch.testing.assert_close(seen[0][1], y0, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen[1][0], q1, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen[1][1], y1, atol=1e-4, rtol=1e-4)
+    assert not np.allclose(q1, y0, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "tesseraq", "lrq"])
+def test_rows_with_one_scale_reach_the_file(method, make_model, long_text, tmp_path):  # noqa: F811
+    recipe = _recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method=method, granularity="channel")
+    convert(recipe, Listener())
+    file = open_gguf(recipe.out)
+    tensor = next(t for t in file.tensors if t.name == "blk.0.ffn_down.weight")
+    rows = file.data(tensor).reshape(tensor.rows, -1, 18)
+    assert rows.shape[1] > 1
+    assert (rows[..., :2] == rows[:, :1, :2]).all()
+
+
+@pytest.mark.parametrize("options", [{"method": "flexround"}, {"method": "lrq", "rank": 8}], ids=["flexround", "lrq"])
+def test_divisions_learned_before_rounding_reach_the_file(options, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    report = convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="tsq3", **options), told)
+    assert report.block_bits_per_weight == 3.25
+    assert all(r.loss_after < r.loss_before for r in told.results)
+
+
+@pytest.mark.parametrize("init", ["none", "awq", "omniquant", "awq+gptq"])
+def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    convert(_recipe(make_model("gemma3"), tmp_path / "out.gguf", long_text, init=init), told)
+    assert all(r.loss_after < r.loss_before for r in told.results)
+    assert inspect(tmp_path / "out.gguf").tesseraq["method"] == f"tesseraq from {init}"
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "omniquant"])
+def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    convert(_recipe(make_model("gemma3"), tmp_path / "out.gguf", long_text, method=method, type="tsq3"), told)
+    # in the second block of random weights AWQ alone, without outliers to scale, may win nothing over its worse inputs
+    assert told.results[0].loss_after < told.results[0].loss_before
+    assert inspect(tmp_path / "out.gguf").tesseraq["method"] == method
+
+
+@pytest.mark.parametrize("type", ["tsq3", "tsq4", "bcq4", "bcq4_a4", "q2_0", "q4_0", "q4_1", "q8_0"])
+def test_every_type_can_be_learned(type, make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()
+    report = convert(_recipe(make_model("llama-576"), tmp_path / "out.gguf", long_text, type=type), told)
+    assert all(r.loss_after < r.loss_before for r in told.results)
+    seen = inspect(tmp_path / "out.gguf")
+    assert {t.type for t in seen.tensors if t.name.startswith("blk.") and len(t.shape) == 2} == {type}
+    assert ("any llama.cpp" in report.runs_on) == (not type.startswith(("tsq", "bcq")))
+
+
+@pytest.mark.parametrize(("type", "instead"), [("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0")])
+def test_rows_that_a_super_block_does_not_divide_fall_back_as_llama_quantize_does(
+    type,
+    instead,
+    make_model,  # noqa: F811
+    long_text,
+    tmp_path,
+):
+    told = Listener()
+    convert(_recipe(make_model("qwen2"), tmp_path / "out.gguf", long_text, type=type, method="gptq"), told)
+    found = {t.name: t.type for t in inspect(tmp_path / "out.gguf").tensors}
+    assert found["blk.0.attn_q.weight"] == instead  # rows of 896
+    assert found["blk.0.ffn_down.weight"] == instead  # rows of 192
+    assert any(f"is {instead}, not {type}: 256 does not divide its rows of 896" in n for n in told.notes)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "llama"])  # tied, not tied
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_embedding_and_output_take_our_types(kind, method, make_model, long_text, tmp_path):  # noqa: F811
+    source, types = make_model(kind), {"embedding_type": "tsq4"}
+    if kind == "llama":
+        types["output_type"] = "tsq3"
+    convert(_recipe(source, tmp_path / "out.gguf", long_text, method=method, **types))
+    found = {t.name: t.type for t in inspect(tmp_path / "out.gguf").tensors}
+    assert found["token_embd.weight"] == "tsq4"
+    assert found.get("output.weight") == (None if kind == "gemma3" else "tsq3")
+
+
+def test_a_tied_output_matrix_has_no_type_of_its_own(make_model, long_text, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="give embedding_type alone"):
+        convert(_recipe(make_model("gemma3"), tmp_path / "x.gguf", long_text, output_type="tsq2"))
+
+
+def test_the_last_pass_is_in_the_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
+    source, told = make_model("gemma3"), Listener()
+    options = {"method": "gptq", "samples": 24, "work_dir": tmp_path / "work"}
+    convert(_recipe(source, tmp_path / "plain.gguf", long_text, **options))
+    options["finish"] = "distill"  # added later: the blocks serve again
+    convert(_recipe(source, tmp_path / "a.gguf", long_text, **options), told)
+    assert all(r.resumed for r in told.results)
+    first = [n for n in told.notes if "held out" in n]
+    assert len(first) == 1
+    assert (tmp_path / "work" / "final.safetensors").is_file()
+    again = Listener()
+    convert(_recipe(source, tmp_path / "b.gguf", long_text, **options), again)
+    assert [n for n in again.notes if "held out" in n] == first
+    assert all(r.resumed for r in again.results)
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    longer = Listener()
+    convert(_recipe(source, tmp_path / "c.gguf", long_text, finish_steps=80, **options), longer)
+    assert all(r.resumed for r in longer.results)
+    assert [n for n in longer.notes if "held out" in n] != first
+
+
+def test_blocks_of_two_last_passes_are_never_mixed(make_model, long_text, tmp_path, monkeypatch):  # noqa: F811
+    """The second pass is stopped while its blocks replace those of the first one."""
+    source = make_model("llama")
+    options = {"method": "gptq", "samples": 24, "work_dir": tmp_path / "work", "finish": "distill"}
+    first = {"finish_steps": 12}
+    convert(_recipe(source, tmp_path / "a.gguf", long_text, **options, **first))
+    keep = WorkDirectory.keep_tensors
+
+    def stopped(work, name, tensors, notes=None):
+        if name == "finish-0001":
+            raise KeyboardInterrupt
+        keep(work, name, tensors, notes)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "keep_tensors", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            convert(_recipe(source, tmp_path / "b.gguf", long_text, **options, finish_steps=16))
+    convert(_recipe(source, tmp_path / "c.gguf", long_text, **options, **first))
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
+
+
+def test_sensitivity_is_the_fisher_diagonal(make_model):  # noqa: F811
+    """Against gradients through the whole model at once."""
+    from transformers import AutoModelForCausalLM
+
+    from tesseraq_gguf.learning.sensitivity import measure_sensitivity
+    from tesseraq_gguf.models import Decoder
+
+    source = make_model("llama")
+    tokens = torch.randint(4, 300, (40, 12), generator=torch.Generator().manual_seed(0))
+    ours = measure_sensitivity(Decoder(source, torch.device("cpu")), tokens, seed=3)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    drawn, energy = torch.Generator().manual_seed(3), []
+    for t in tokens:
+        out = model(t[None], output_hidden_states=True)
+        hidden = out.hidden_states[1]  # after block 0
+        probabilities = out.logits[0].detach().softmax(-1)
+        uniform = torch.rand(len(t), 1, generator=drawn)
+        y = torch.searchsorted(probabilities.cumsum(-1), uniform).clamp_max(probabilities.shape[-1] - 1)
+        score = out.logits[0].log_softmax(-1).gather(1, y).sum()
+        energy.append(torch.autograd.grad(score, hidden)[0][0].square())
+    expected = torch.stack(energy).mean(0)[1:].mean(0)
+    expected /= expected.mean()
+    assert len(ours.blocks) == 2
+    assert ours.blocks[0].shape == (2, 128)
+    # the file's embedding is bfloat16, so a few draws at the edge of two tokens differ
+    assert float((ours.blocks[0][1] - expected).abs().mean()) < 0.05
+    assert float(ours.blocks[0][1].mean()) == pytest.approx(1, abs=1e-3)
+    assert ours.embedding.shape == (128,)
+    with torch.no_grad():
+        x = torch.cat([model.model(t[None]).last_hidden_state[0] for t in tokens])
+    torch.testing.assert_close(ours.output_moment, x.T @ x / len(x), rtol=0.02, atol=0.02)
+
+
+def test_best_is_the_papers_setting():
+    best = PRESETS["best"]
+    assert (best.samples, best.length, best.steps, best.batch, best.rounding_rate) == (512, 2048, 250, 4, 1e-3)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_path):  # noqa: F811
+    out = tmp_path / "out.gguf"
+    recipe = _recipe(make_model("llama"), out, long_text, type="bcq4", method=method, codebooks="model")
+    report = convert(recipe, Listener())
+    assert report.block_bits_per_weight == 4.5
+    own = own_codebooks(open_gguf(out))
+    assert own is not None
+    assert not np.array_equal(own, bcq.UNIVERSAL)
+    convert(_recipe(make_model("llama"), out, long_text, type="bcq4", method=method), Listener())
+    assert own_codebooks(open_gguf(out)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({}, "awq"),
+        ({"init": "gptq"}, "gptq"),
+        ({"method": "lrq"}, "awq"),
+        ({"method": "flexround"}, "awq"),
+        ({"method": "lrq", "init": "none"}, "none"),
+        ({"activations": "a4"}, "awq+gptq"),
+        ({"method": "lrq", "activations": "a8"}, "awq+gptq"),
+    ],
+    ids=str,
+)
+def test_learning_begins_where_it_measured_best(options, start):
+    assert Recipe("demo", "out.gguf", **options).start == start
+
+
+@pytest.mark.parametrize("options", [{"method": "lrq"}, {"method": "flexround"}, {"init": "omniquant"}])
+def test_codebooks_refuse_methods_that_step_by_one_scale(options, make_model, long_text, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="not evenly spaced"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="bcq4", **options))
+
+
+def _final(source, tokens, blocks) -> torch.Tensor:
+    """Final hidden states of a model with learned blocks."""
+    decoder = Decoder(source, torch.device("cpu"))
+    hidden, recorded = decoder.stem(tokens)
+    with torch.no_grad():
+        for index in range(len(decoder)):
+            block = decoder.load_block(index)
+            weights = block.adopt(blocks(index))
+            hidden = torch.cat([block.run(h, recorded.arguments[index], weights) for h in hidden.split(1)])
+    return hidden
+
+
+@pytest.mark.parametrize("origin", ["folder", "gguf"])
+@pytest.mark.parametrize("method", ["rtn", "ptq161"])
+def test_ordered_columns_from_model_to_file(method, origin, make_model, long_text, tmp_path):  # noqa: F811
+    source = make_model("llama-256")
+    if origin == "gguf":
+        write_plain(source, tmp_path / "model.gguf", "f16")
+        source = resolve_model(str(tmp_path / "model.gguf"))
+    given = {} if method == "rtn" else {"samples": 8, "seqlen": 32, "calibration": str(long_text), "preset": "fast"}
+    model = str(source.gguf or source.folder)
+    recipe = Recipe(
+        model, tmp_path / "out.gguf", type="ptq1_61", method=method, device="cpu", embedding_type="f32",
+        work_dir=tmp_path / "work", **given,
+    )  # fmt: skip
+    report = convert(recipe)
+    file = open_gguf(recipe.out)
+    learned = {t.name for t in file.tensors if t.type == "ptq1_61"}
+    assert len(learned) == 14
+    # values, gate and up carry the orders of what reads them in their rows
+    stored = {t.name for t in file.tensors if t.type == "i32"}
+    assert stored == {f"blk.{i}.{name}.order" for i in (0, 1) for name in ("attn_q", "ffn_gate")}
+    assert orders_of(file).keys() == {
+        f"blk.{i}.{name}.weight" for i in (0, 1) for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+    }
+    weights = sum(t.weights for t in file.tensors if t.name in learned)
+    bits = 27 / 16 + 32 * 256 * len(stored) / weights
+    assert report.block_bits_per_weight == pytest.approx(bits)
+    assert inspect(recipe.out).block_bpw == pytest.approx(bits, abs=1e-4)
+    # the file is the same function as the learner's blocks
+    tokens = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+    blocks = [load_tensors(tmp_path / "work" / f"block-{i:04d}.safetensors")[0] for i in (0, 1)]
+    expected = _final(source, tokens, blocks.__getitem__)
+    got = _final(expand(recipe.out, tmp_path / "back"), tokens, lambda _: {})
+    assert float((got - expected).norm()) < 2e-3 * float(expected.norm())
+
+
+def test_a_last_pass_keeps_orders_and_biases(make_model, long_text, tmp_path):  # noqa: F811
+    source = make_model("llama-256-bias")
+    recipe = _recipe(
+        source, tmp_path / "out.gguf", long_text, type="ptq1_61", method="gptq", finish="distill",
+        work_dir=tmp_path / "work",
+    )  # fmt: skip
+    convert(recipe)
+    for index in (0, 1):
+        before, after = (
+            load_tensors(tmp_path / "work" / f"{name}-{index:04d}.safetensors")[0] for name in ("block", "finish")
+        )
+        assert before.keys() <= after.keys()
+        kept = [n for n, t in before.items() if t.is_order or n.endswith("bias")]
+        assert len(kept) == 5 + 3
+        assert all(torch.equal(before[n].arrays["values"], after[n].arrays["values"]) for n in kept)
+        assert any(not torch.equal(before[n].arrays["d"], t.arrays["d"]) for n, t in after.items() if t.is_matrix)
+
+
+def test_rows_that_no_block_divides_are_named(make_model, long_text, tmp_path):  # noqa: F811
+    told = Listener()  # 128 channels, and 192 between
+    report = convert(
+        _recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="ptq1_61", method="gptq"), told
+    )
+    assert {name.split(".")[-2] for name in report.fallbacks} == {"down_proj"}
+    assert any("down_proj" in note and "128 does not divide its rows of 192" in note for note in told.notes)
+
+
+def test_ptq161_is_of_its_own_type(make_model, long_text, tmp_path):  # noqa: F811
+    with pytest.raises(UsageError, match="not possible in tsq2"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method="ptq161"))
+    with pytest.raises(UsageError, match="lrq is not possible in ptq1_61"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method="lrq", type="ptq1_61"))
+    with pytest.raises(UsageError, match="no order"):
+        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, embedding_type="ptq1_61"))
+
+
+class Stopper(Listener):
+    """Stops a conversion after some steps of the preprocessing."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left, self.stage_now = steps, ""
+
+    def stage(self, text: str) -> None:
+        self.stage_now = text
+
+    def advance(self, done: int, total: int) -> None:
+        if self.stage_now.startswith("Learning on the quantised model"):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+
+
+def test_preprocessing_makes_another_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
+    source, whole = make_model("llama-256"), tmp_path / "whole.gguf"
+    options = {"type": "ptq1_61", "method": "ptq161", "embedding_type": "f16"}
+    plain = _recipe(source, tmp_path / "plain.gguf", long_text, **options)
+    options |= {"preprocess": str(long_text), "preprocess_steps": 4}
+    told = Listener()
+    convert(plain, told)
+    convert(_recipe(source, whole, long_text, **options), told)
+    assert whole.read_bytes() != plain.out.read_bytes()
+    assert "preprocessed" in str(inspect(whole).tesseraq["method"])
+    broken = _recipe(source, tmp_path / "broken.gguf", long_text, **options)
+    with pytest.raises(KeyboardInterrupt):
+        convert(broken, Stopper(2))
+    told = Listener()
+    convert(broken, told)
+    assert [r.resumed for r in told.results] == [True, True, False, False]  # blocks of the first, then of the last
+    assert broken.out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("origin", ["folder", "gguf"])
+@pytest.mark.parametrize("kind", ["llama-odd", "gemma3"])
+def test_a_rotated_model_gives_the_same_answers(kind, origin, make_model, long_text, tmp_path):  # noqa: F811
+    source, told = make_model(kind), Listener()
+    if origin == "gguf":
+        write_plain(source, tmp_path / "source.gguf", "f32")
+        source = resolve_model(str(tmp_path / "source.gguf"))
+    options = {"type": "q8_0", "method": "rtn", "rotate": True, "embedding_type": "f32"}
+    model = str(source.gguf or source.folder)
+    convert(Recipe(model, tmp_path / "out.gguf", calibration=str(long_text), samples=2, seqlen=32, **options), told)
+    whole = kind == "llama-odd" and origin == "folder"
+    assert ("an output matrix of its own" in " ".join(told.notes)) == whole
+    assert ("output.weight" in {t.name for t in inspect(tmp_path / "out.gguf").tensors}) == whole
+    assert [file.name for file in tmp_path.iterdir() if "work" in file.name] == []
+    tokens = torch.randint(4, 300, (1, 32), generator=torch.Generator().manual_seed(0))
+    got, expected = (
+        decoder.answers()(final_states(decoder, tokens)[0])
+        for decoder in (
+            Decoder(expand(tmp_path / "out.gguf", tmp_path / "expanded"), torch.device("cpu")),
+            Decoder(source, torch.device("cpu")),
+        )
+    )
+    assert (expected.exp() * (expected - got)).sum(-1).mean() < 1e-3
+    with pytest.raises(UsageError, match="keeps apart"):
+        convert(Recipe(model, tmp_path / "o.gguf", type="ptq1_61", rotate=True, method="gptq"))

@@ -1,0 +1,225 @@
+"""Packers of stock types: unpack(pack(x)) is x, and numpy equals gguf-py and the C library bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tesseraq_gguf.errors import RuntimeMissingError
+from tesseraq_gguf.runtime import find_runtime
+from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.grids import grid_of
+from tesseraq_gguf.types.packers import packer_of
+from tesseraq_gguf.types.quantized import QuantizedTensor
+
+Array = np.ndarray[Any, Any]
+
+# columns per entry, and the highest code or None for a half-precision float
+LAYOUTS: dict[str, dict[str, tuple[int, int | None]]] = {
+    "q2_0": {"q": (1, 3), "d": (64, None)},
+    "q4_0": {"q": (1, 15), "d": (32, None)},
+    "q4_1": {"q": (1, 15), "d": (32, None), "m": (32, None)},
+    "q5_0": {"q": (1, 31), "d": (32, None)},
+    "q8_0": {"q": (1, 255), "d": (32, None)},
+    "q2_k": {"q": (1, 3), "sc": (16, 15), "m": (16, 15), "d": (256, None), "dmin": (256, None)},
+    "q3_k": {"q": (1, 7), "sc": (16, 63), "d": (256, None)},
+    "q4_k": {"q": (1, 15), "sc": (32, 63), "m": (32, 63), "d": (256, None), "dmin": (256, None)},
+}
+
+FINITE = np.array([h for h in range(1 << 16) if h >> 10 & 31 != 31], np.uint16).view(np.float16)
+"""Every finite half-precision float, negative and denormal ones too."""
+
+
+def random_arrays(name: str, rows: int, blocks: int, seed: int) -> dict[str, Array]:
+    """Codes and parameters without a pattern, all that are valid equally likely."""
+    random = np.random.default_rng(seed)
+    columns = blocks * tensor_type(name).block_weights
+    arrays = {}
+    for key, (width, top) in LAYOUTS[name].items():
+        shape = (rows, columns // width)
+        if top is None:
+            arrays[key] = random.choice(FINITE, shape)
+        else:
+            arrays[key] = random.integers(0, top + 1, shape, dtype=np.uint8)
+    return arrays
+
+
+@st.composite
+def valid_arrays(draw: st.DrawFn, name: str) -> dict[str, Array]:
+    """One to four rows of one to three blocks: each array without a pattern, or one value all over and some others.
+
+    A value drawn for every code would be more than hypothesis takes for one example of a super-block.
+    """
+    rows, blocks = draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    arrays = random_arrays(name, rows, blocks, draw(st.integers(0, 1 << 32)))
+    for key, (_, top) in LAYOUTS[name].items():
+        if draw(st.booleans()):
+            halves = st.floats(width=16, allow_nan=False, allow_infinity=False)
+            elements = halves if top is None else st.integers(0, top)
+            arrays[key].fill(draw(elements))
+            places = st.integers(0, arrays[key].size - 1)
+            for place, value in draw(st.dictionaries(places, elements, max_size=8)).items():
+                arrays[key].flat[place] = value
+    return arrays
+
+
+def assert_same(got: Array, want: Array) -> None:
+    """Equal to the bit: -0 is not 0."""
+    assert got.dtype == want.dtype
+    assert got.shape == want.shape
+    np.testing.assert_array_equal(np.ascontiguousarray(got).view(np.uint8), np.ascontiguousarray(want).view(np.uint8))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_identity(name: str) -> None:
+    packer, kind = packer_of(name), tensor_type(name)
+
+    @settings(max_examples=60, deadline=None)
+    @given(arrays=valid_arrays(name))
+    def check(arrays: dict[str, Array]) -> None:
+        data = packer.pack(arrays)
+        assert data.dtype == np.uint8
+        assert data.shape == (len(arrays["q"]), arrays["q"].shape[1] // kind.block_weights * kind.block_bytes)
+        back = packer.unpack(data)
+        assert set(back) == set(arrays)
+        for key, array in arrays.items():
+            assert_same(back[key], array)
+
+    check()
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_byte_is_read_back(name: str) -> None:
+    """No bit of a block is free: any bytes come back, but for parameters that are not finite."""
+    packer, kind = packer_of(name), tensor_type(name)
+    data = np.random.default_rng(0).integers(0, 256, (2000, kind.block_bytes), dtype=np.uint8)
+    finite = [np.isfinite(a).all(axis=1) for a in packer.unpack(data).values() if a.dtype == np.float16]
+    data = data[np.logical_and.reduce(finite)].reshape(-1)
+    data = data[: data.size // (4 * kind.block_bytes) * 4 * kind.block_bytes].reshape(-1, 4 * kind.block_bytes)
+    assert len(data) > 400
+    assert_same(packer.pack(packer.unpack(data)), data)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_half_precision_float_is_kept(name: str) -> None:
+    arrays = random_arrays(name, len(FINITE), 1, 1)
+    arrays["d"] = FINITE[:, None]
+    assert_same(packer_of(name).unpack(packer_of(name).pack(arrays))["d"], arrays["d"])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_arrays_need_not_be_contiguous(name: str) -> None:
+    arrays = random_arrays(name, 6, 2, 2)
+    data = packer_of(name).pack(arrays)
+    every_other = {key: np.asfortranarray(a)[::2] for key, a in arrays.items()}
+    assert_same(packer_of(name).pack(every_other), data[::2])
+    for key, array in packer_of(name).unpack(data[::2]).items():
+        assert_same(array, arrays[key][::2])
+    assert_same(packer_of(name).dequantize(every_other), packer_of(name).dequantize(arrays)[::2])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_value_of_a_code(name: str) -> None:
+    """The formulas of the documentation, in double precision."""
+    arrays = random_arrays(name, 3, 2, 3)
+    parameters = {key: a.astype(np.float64) for key, a in arrays.items()}
+    q, columns = parameters.pop("q"), arrays["q"].shape[1]
+    wide = {key: np.repeat(a, columns // a.shape[1], axis=1) for key, a in parameters.items()}
+    d = wide["d"]
+    if name == "q4_1":
+        want = d * q + wide["m"]
+    elif name == "q3_k":
+        want = d * (wide["sc"] - 32) * (q - 4)
+    elif name.endswith("_k"):
+        want = d * wide["sc"] * q - wide["dmin"] * wide["m"]
+    else:
+        want = d * (q - {"q2_0": 1, "q4_0": 8, "q5_0": 16, "q8_0": 128}[name])
+    # the products are exact, only a sum rounds: a double rounded to float32 is what float32 has
+    np.testing.assert_array_equal(packer_of(name).dequantize(arrays), want.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "q2_0"])
+def test_numpy_dequantises_as_gguf_does(name: str) -> None:
+    arrays = random_arrays(name, 50, 3, 4)
+    theirs = gguf.quants.dequantize(packer_of(name).pack(arrays), gguf.GGMLQuantizationType[name.upper()])
+    assert_same(packer_of(name).dequantize(arrays), theirs)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_numpy_dequantises_as_torch_does(name: str) -> None:
+    arrays = random_arrays(name, 50, 3, 8)
+    tensor = QuantizedTensor(name, {key: torch.from_numpy(a) for key, a in arrays.items()})
+    assert_same(packer_of(name).dequantize(arrays), grid_of(name).dequantize(tensor).numpy())
+
+
+@pytest.fixture(scope="module")
+def ggml() -> ctypes.CDLL:
+    try:
+        library = ctypes.CDLL(str(find_runtime().library("ggml-base")))
+    except RuntimeMissingError as error:
+        pytest.fail(str(error))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_validate_row_data.restype = ctypes.c_bool
+    return library
+
+
+def pointer(array: Array) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def dequantize_in_c(ggml: ctypes.CDLL, name: str, data: Array) -> Array:
+    kind = tensor_type(name)
+    out = np.empty((len(data), data.shape[1] // kind.block_bytes * kind.block_weights), np.float32)
+    ggml[f"dequantize_row_{name.replace('_k', '_K')}"](pointer(data), pointer(out), ctypes.c_int64(out.size))
+    return out
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_numpy_dequantises_as_c_does(ggml: ctypes.CDLL, name: str) -> None:
+    arrays = random_arrays(name, 4000, 3, 5)
+    data = packer_of(name).pack(arrays)
+    assert_same(packer_of(name).dequantize(arrays), dequantize_in_c(ggml, name, data))
+    assert ggml.ggml_validate_row_data(tensor_type(name).id, pointer(data), ctypes.c_size_t(data.size))
+
+
+@pytest.mark.runtime
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_c_quantised_comes_back(ggml: ctypes.CDLL, name: str) -> None:
+    kind = tensor_type(name)
+    x = np.random.default_rng(6).standard_normal((16, 512)).astype(np.float32)
+    data = np.empty((16, 512 // kind.block_weights * kind.block_bytes), np.uint8)
+    rows, columns = ctypes.c_int64(16), ctypes.c_int64(512)
+    size = ggml.ggml_quantize_chunk(kind.id, pointer(x), pointer(data), ctypes.c_int64(0), rows, columns, None)
+    assert size == data.size
+    arrays = packer_of(name).unpack(data)
+    assert_same(packer_of(name).pack(arrays), data)
+    weights = packer_of(name).dequantize(arrays)
+    assert_same(weights, dequantize_in_c(ggml, name, data))
+    assert np.abs(weights - x).mean() < 0.8 * np.abs(x).mean()  # Q2_0 is rounded that coarsely
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_arrays_that_do_not_fit_together(name: str) -> None:
+    packer, good = packer_of(name), random_arrays(name, 2, 2, 7)
+    columns = good["q"].shape[1]
+    packer.pack(good)
+    bad: list[dict[str, Array]] = [{"q": np.zeros((2, columns + 1), np.uint8)}, {"q": np.zeros(columns, np.uint8)}]
+    for key, (_, top) in LAYOUTS[name].items():
+        array = good[key]
+        bad += [{key: array[:1]}, {key: array[:, :1]}, {key: array.astype(np.float32)}]
+        if top is None:
+            bad += [{key: np.full_like(array, value)} for value in (np.nan, np.inf, -np.inf)]
+        elif top < 255:
+            bad.append({key: np.where(np.arange(array.shape[1]) == 5, np.uint8(top + 1), array)})
+    for wrong in bad:
+        with pytest.raises(ValueError, match=rf"^{name} (wants|has) "):
+            packer.pack(good | wrong)
