@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench.markers import write_part
+from bench.results import program
 
 from tesseraq_gguf.runtime import Runtime, SourceTree, ensure_source, find_runtime
 from tesseraq_gguf.runtime.locate import read_runtime
@@ -44,9 +46,6 @@ WIDTH, INNER, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 4
 """A Llama of 7 billion weights, with four of its layers."""
 
 PROMPT, GENERATE = 512, 64
-
-GPU = "\n## On a GPU\n"
-"""Heading of what `scripts/test_gpu` writes."""
 
 QUIET = 0.05
 """Share of the processors' time that other programs may take on a machine that counts as quiet."""
@@ -244,7 +243,7 @@ def report(
     options: argparse.Namespace,
     machine: Sequence[str],
 ) -> str:
-    """The text of docs/performance.md."""
+    """The part of docs/results/speed.md that is measured."""
     command = " ".join(
         [
             "scripts/bench_kernels",
@@ -252,11 +251,12 @@ def report(
             *([f"--variant {options.variant}"] if other else []),
         ]
     )
-    lines = ["# Performance", "", f"Written by `{command}`.", "", *machine, ""]
+    lines = [f"Written by `{command}`.", "", *machine, ""]
     lines += ["## Kernels", ""]
     lines += [
-        "One thread, rows of 4096 weights, everything in cache; all kernels in turns, the best of 300 turns of each.",
-        "Repacked kernels take 16 rows at a time (8 without AVX-512) and some columns of activations, others one each.",
+        "One thread, rows of 4096 weights, everything in cache. All kernels in turns, the best of 300",
+        "turns of each. Repacked kernels take 16 rows at a time (8 without AVX-512) and some columns of",
+        "activations, others one each.",
         "",
     ]
     encoders = [name for name in kernels if name.startswith("activations")]
@@ -277,9 +277,12 @@ def report(
     lines += ratios(compared)
     if encoders:
         lines += [
-            "Activations on the way to BCQ4, in 8 bits, and to BCQ4_A4, in codewords; and what that is of the time of a"
+            "### Rounding activations",
+            "",
+            "BCQ4 takes activations in 8 bits, BCQ4_A4 in codewords. The share is of the time of a product",
+            f"with {WIDTH} rows of BCQ4.",
+            "",
         ]
-        lines += [f"product with {WIDTH} rows of BCQ4:", ""]
         products = {columns: kernels.get(f"bcq4_x{w}") for columns, w in ((1, 1), (PROMPT, 12))}
         lines += table(
             ("", "10⁹ numbers / s", *(f"share, columns: {columns}" for columns in products)),
@@ -300,9 +303,12 @@ def report(
         }
         found = " and ".join(f"{share} (columns: {columns})" for columns, share in shares.items())
         lines += [
-            "Activations are brought into the order of a PTQ1_61 matrix's columns at "
-            f"{kernels['gather'] / 1e9:.1f}·10⁹ numbers a second, once",
-            f"for all matrices that share them. Of the time of a product with one of {WIDTH} rows this is {found}.",
+            "### Ordering activations",
+            "",
+            "Activations are brought into the order of a PTQ1_61 matrix's columns once for all matrices that",
+            f"share them, at {kernels['gather'] / 1e9:.1f}·10⁹ numbers a second. Of the time of a product with one of "
+            f"{WIDTH} rows",
+            f"this is {found}.",
             "",
         ]
     if models:
@@ -310,15 +316,16 @@ def report(
         lines += ["## Models", ""]
         lines += [
             f"A Llama of the shape of 7B with {options.layers} layers, {options.threads} threads, "
-            f"pp{options.prompt} and tg{options.generate} of llama-bench, all",
-            f"models in turns, the best of {options.rounds} rounds. Plain reads reach {read / 1e9:.1f} GB/s, and "
-            f"{options.threads} cores {peak / 1e9:.0f}·10⁹ products of int8 a second.",
+            f"pp{options.prompt} and tg{options.generate} of llama-bench.",
+            f"All models in turns, the best of {options.rounds} rounds. Plain reads reach {read / 1e9:.1f} GB/s, and "
+            f"{options.threads} cores",
+            f"{peak / 1e9:.0f}·10⁹ products of int8 a second.",
             "",
         ]
         lines += model_table(models, read, peak)
         for title, what, pairs in (("Decoding", "decoding", DECODING), ("Prompts", "prompt", PROMPTS)):
             found = [(a, b, models[a][what] / models[b][what], goal) for a, b, goal in pairs if {a, b} <= models.keys()]
-            lines += [f"{title}:", "", *ratios(found)]
+            lines += [f"### {title}, against others", "", *ratios(found)]
     if other:
         lines += [f"## The same models, with the instructions of `{options.variant}`", ""]
         lines += ["A copy of the portable runtime with this one variant of the CPU backend.", ""]
@@ -333,15 +340,16 @@ def describe(runtime: Runtime, busy: float) -> list[str]:
     names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
     sets = ", ".join(runtime.manifest["instruction_sets"] or ["chosen by ggml"])
     lines = [
-        f"{datetime.date.today()}, {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores; "
-        f"instructions: {sets}."
+        f"{datetime.date.today()}, {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores. "
+        f"Program: {program(HERE.parent)}.",
+        f"Instructions: {sets}.",
     ]
     if busy > QUIET:
         lines += [
             "",
-            f"**The machine was not quiet** ({busy:.0%} of its processors' time went elsewhere before the start): ",
-            "ratios of kernels hold, since all take turns and the best turn counts; absolute rates and whole models",
-            "are lower bounds at best.",
+            f"**The machine was not quiet** ({busy:.0%} of its processors' time went elsewhere before the start).",
+            "Ratios of kernels hold, since all take turns and the best turn counts. Absolute rates and whole",
+            "models are lower bounds at best.",
         ]
     return lines
 
@@ -362,12 +370,6 @@ def busy_share(seconds: float = 3.0) -> float:
     return 1 - (idle_later - idle) / max(1, total_later - total)
 
 
-def gpu_section(page: Path) -> str:
-    """The end of a page that `scripts/test_gpu` wrote, from its heading on; nothing if there is none."""
-    _, heading, rest = page.read_text().partition(GPU) if page.exists() else ("", "", "")
-    return heading + rest
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -381,7 +383,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES), metavar="TYPE")
     parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of a prompt")
     parser.add_argument("--generate", type=int, default=GENERATE, help="tokens to decode")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "performance.md")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs/results/speed.md")
     options = parser.parse_args()
 
     busy = busy_share()
@@ -400,7 +402,7 @@ def main() -> None:
             other = measure_models(older, source, options, folder / "other")
     text = report(kernels, models, other, options, describe(runtime, busy))
     print(text)
-    options.out.write_text(text + gpu_section(options.out))
+    write_part(options.out, text)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Measure quantised files of one small model, ours and the rivals', and write table and plot into docs/.
+"""Measure quantised files of one small model, ours and the rivals', and write tables and plot into docs/.
 
 Every row is a file: it is made, measured by one run of llama-perplexity against the 16-bit model's logits, and removed.
-A result is kept beside the page at once, in `quality.json`: the same command goes on where it was stopped, and on
-another machine too. Nothing is calibrated on the text that is measured on; everything is calibrated on the calibration
-text.
+A result is kept beside the pages at once, in `results/quality.json`: the same command goes on where it was stopped, and
+on another machine too. Nothing is calibrated on the text that is measured on; everything is calibrated on the
+calibration text.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 from bench import report
+from bench.markers import write_part
+from bench.pages import DRAWING, Setting, pages
 from bench.places import AUTOROUND_VERSION, Options, Places, remove, run
-from bench.plot import WIDEST, plot
+from bench.plot import plot
 from bench.results import Result, Results, figures_of, program, result_key
-from bench.rows import ACTIVATIONS, AUTOROUND, LLAMA_CPP, OURS, PTQ161, RANKS, REFERENCE, ROUNDING, TYPES, Row, all_rows
+from bench.rows import AUTOROUND, LLAMA_CPP, OURS, RANKS, ROUNDING, TYPES, Row, all_rows
 from bench.variables import learned_at_once
 
 from tesseraq_gguf.compute.schemes import scheme_of
@@ -67,36 +69,6 @@ SHOWN = {
 }
 """Names that commands have in the report."""
 
-PROGRAMS_SAID = """“Program” is the commit that made and measured a row. Results from before commits were noted
-have ≤ and the commit that brought them: their program is that one or an earlier one.
-† marks rows whose preset stood for other figures than it does today, which are listed below; ? what is not known.
-Rows of different programs are to be compared with care."""
-
-STARTS_SAID = """### What TesseraQ begins at
-
-Divergences of what it begins at, and → of what it ends with, with the same preset. An ellipsis stands for what is not
-measured."""
-
-
-ROUNDING_SAID = """### How the rounding is learned
-
-Same type, same text, same number of steps of the same size: 128-token sequences of four fifths of the calibration text
-(every fifth stretch of 2000 characters is kept). The kept part is text like the one that was learned on; the text that
-perplexity and divergence without a remark belong to is of another domain. Variables are numbers learned at once, in a
-block; peak memory is that of the whole conversion."""
-
-
-PTQ161_SAID = """### What the parts of PTQ1.61 bring
-
-Each row does what the row above does, and one thing more: the mask of activation peaks alone, signs and 4-bit channels
-rounded to nearest; scales of signs and of input channels learned from the blocks' squared error; the cosine in their
-loss; and preprocessing with adapters, which learn the calibration text."""
-
-ACTIVATIONS_SAID = """### Activations of few bits
-
-What matrices are fed has as many bits as their weights, each token a range of its own (`--activations a4`, `a3`); keys
-and values stay. No kernel computes so: torch measures it, `eval --simulate`."""
-
 
 def main() -> None:
     """Make and measure what is missing, then write the report."""
@@ -110,7 +82,8 @@ def main() -> None:
     if not rows:
         parser.error(f"no row matches --rows {given.rows}; --list shows them")
     options.work.mkdir(parents=True, exist_ok=True)
-    results = Results(given.docs / "quality.json")
+    (given.docs / "results").mkdir(parents=True, exist_ok=True)
+    results = Results(given.docs / "results" / "quality.json")
     setting = _setting(options)
     keys = {row.name: result_key(row, _decisive(row, setting, options)) for row in all_rows()}
     failed = []
@@ -208,59 +181,18 @@ def base_logits(places: Places, text: Path) -> Path:
 
 
 def write_report(measured: report.Measured, options: Options, docs: Path) -> None:
-    """Put table, plot and commands into `docs/quality.md`, between its markers."""
-    page, drawing = docs / "quality.md", docs / "quality.svg"
-    everything = measured
-    measured, rounding, ptq161, activations = (
-        [m for m in everything if m[0].study == study] for study in (TYPES, ROUNDING, PTQ161, ACTIVATIONS)
-    )
-    plot(measured, drawing)
-    today = {name: asdict(preset) for name, preset in PRESETS.items()}
+    """Draw, and put the tables and commands into the pages that have them, between their markers."""
+    plot([m for m in measured if m[0].study == TYPES], docs / DRAWING)
     shown = SHOWN | {
         "calibration": options.calibration.name,
         "preset": options.preset,
         "iters": str(options.iters),
         "threads": str(options.threads),
     }
-    read = f"{options.imatrix_chunks} chunks" if options.imatrix_chunks else "all chunks"
-    part = "\n\n".join(
-        [
-            f"Written by `scripts/bench_quality`: the first {options.chunks} chunks of {options.ctx} tokens of "
-            f"{options.text.name}, calibrated on {options.calibration.name}. Every matrix of the blocks has the type "
-            "named, and the embedding is q8_0, unless said otherwise below. Divergence and agreement are against the "
-            "model with blocks in f16 and the embedding in q8_0. Times are wall time and, in parentheses, processor "
-            "time of all threads.",
-            "Rows of Gemma-3-270M have 640 weights, no multiple of 256, and llama.cpp takes other types for such rows. "
-            "“Padded” rows were measured on a model with rows of 768 that computes the same function "
-            "(`scripts/pad_gemma.py`); bits per weight do not count the padding.",
-            PROGRAMS_SAID,
-            report.table(measured, today),
-            report.notes(measured, today),
-            STARTS_SAID,
-            report.starts_table(measured),
-            *(
-                [ROUNDING_SAID, report.rounding_table(rounding, today), report.figure_notes(rounding, today)]
-                if rounding
-                else []
-            ),
-            *([PTQ161_SAID, report.table(ptq161, today), report.figure_notes(ptq161, today)] if ptq161 else []),
-            *(
-                [ACTIVATIONS_SAID, report.table(activations, today), report.figure_notes(activations, today)]
-                if activations
-                else []
-            ),
-            f"![divergence and perplexity against bits per weight]({drawing.name})",
-            f"A line goes through the best file of each size, up to {WIDEST:g} bits per weight; the others are faint. "
-            "The best may have had more text or a last pass: the table says which it is.",
-            f"Models, importance matrix ({read} of 512 tokens, in `llama-imatrix --no-ppl`) and tokens for AutoRound "
-            f"{AUTOROUND_VERSION} ({options.samples} × {options.seqlen}, drawn as ours are) come from "
-            "`scripts/bench/places.py`. Then:",
-            report.commands([m for m in everything if m[0].family != REFERENCE], shown),
-        ]
-    )
-    before = page.read_text(encoding="utf-8") if page.is_file() else ""
-    page.write_text(report.insert(before, re.sub(r"\n{3,}", "\n\n", part)), encoding="utf-8")
-    _say(f"{page} and {drawing.name}: {len(everything)} rows")
+    today = {name: asdict(preset) for name, preset in PRESETS.items()}
+    for name, part in pages(measured, Setting(options, today, shown)).items():
+        write_part(docs / name, part)
+        _say(f"{docs / name} is written")
 
 
 def _simulated(places: Places, file: Path, scheme: str) -> tuple[float, float, float, float]:
@@ -351,7 +283,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep", action="store_true", help="keep the files that were made")
     parser.add_argument("--work", type=Path, help="folder for shared files (default: in the cache folder)")
     parser.add_argument(
-        "--docs", type=Path, default=ROOT / "docs", help="folder of quality.md and its results (default: docs)"
+        "--docs",
+        type=Path,
+        default=ROOT / "docs",
+        help="folder of the pages and of results/quality.json (default: docs)",
     )
     parser.add_argument("--ctx", type=int, default=512, help="tokens of a chunk (default: 512)")
     parser.add_argument("--chunks", type=int, default=24, help="chunks to measure (default: 24)")

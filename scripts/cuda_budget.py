@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.markers import write_part
+
 from tesseraq_gguf.runtime import ensure_source
 from tesseraq_gguf.types.facts import TENSOR_TYPES
 
@@ -117,16 +119,13 @@ class Count:
 def main() -> None:
     """Compile for both devices, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs" / "cuda.md")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent.parent / "docs/notes/cuda.md")
     options = parser.parse_args()
     nvcc, cuobjdump = find("nvcc", "the CUDA toolkit"), find("cuobjdump", "pip install nvidia-cuda-cuobjdump")
     counts = {device.name: dict(count(device.architecture, nvcc, cuobjdump)) for device in DEVICES}
     release = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     text = "\n".join(table(counts, re.findall(r"release ([\d.]+)", release)[0]))
-    page = options.out.read_text()
-    begin, end = "<!-- budget:begin -->", "<!-- budget:end -->"
-    head, _, rest = page.partition(begin)
-    options.out.write_text(f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+    write_part(options.out, text)
     print(text)
 
 

@@ -1,7 +1,7 @@
 """Our kernels on an NVIDIA GPU: upstream's tests of operators, perplexity, rates of a 7B model, and the learner.
 
 Models for rates are those of `bench_kernels.py`, a Llama of 7 billion random weights; files for perplexity are the demo
-model, rounded. What was measured goes into docs/performance.md, under the name of the GPU.
+model, rounded. What was measured goes into docs/results/speed-gpu.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_kernels import GPU, table, write_model
+from bench.markers import write_part
+from bench.results import program
+from bench_kernels import table, write_model
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.runtime import Runtime, ensure_source, find_runtime
@@ -75,7 +77,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--no-learner", action="store_true", help="leave the learner out")
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the model whose rates are measured")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/results/speed-gpu.md")
     options = parser.parse_args()
     gpus = find_gpus()
     if not gpus:
@@ -99,7 +101,7 @@ def main() -> int:
             failures.append(f"{LEARNING.name}: a method does not learn on the GPU what it learns on the processor")
     text = "\n".join(report(gpus[0], runtime, perplexities, rates, learner))
     print(text)
-    options.out.write_text(options.out.read_text().partition(GPU)[0] + GPU + "\n" + text + "\n")
+    write_part(options.out, text)
     print(f"{len(failures)} failures" + "".join(f"\n  {line}" for line in failures))
     return bool(failures)
 
@@ -182,7 +184,7 @@ def report(
     rates: Mapping[str, Rates],
     learner: tuple[float, int] | None,
 ) -> Sequence[str]:
-    """The lines of the section in docs/performance.md."""
+    """The lines of the part of docs/results/speed-gpu.md that is measured."""
     bandwidth = next((value for part, value in BANDWIDTH.items() if part in gpu.name), None)
 
     def share(one: Rates) -> str:
@@ -191,6 +193,7 @@ def report(
     built: Mapping[str, Any] = runtime.manifest
     lines = [
         f"{datetime.date.today()}, {gpu.name}; CUDA {built['cuda']}, for {', '.join(built['cuda_architectures'])}. "
+        f"Program: {program(ROOT)}.",
         "`scripts/test_gpu`: a Llama of 7B weights, all of it on the GPU, as llama-bench measures it.",
         "",
         *table(

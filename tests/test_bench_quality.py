@@ -92,29 +92,65 @@ def test_results_survive_and_go_stale(tmp_path: Path) -> None:
     assert result_key(row, dict(reversed(setting.items()))) == key
 
 
-def test_table_orders_by_family_size_and_divergence() -> None:
+def test_rows_stand_under_their_size_the_least_divergence_first() -> None:
+    from bench.pages import bands
     from bench.report import table
 
     measured = [
         (a_row("llama-q3_k"), a_result(bits=3.4375)),
-        (a_row("autoround-w2g64"), a_result(perplexity=812345.6, bits=2.28)),
+        (a_row("autoround-w2g64"), a_result(perplexity=812345.6, bits=2.28, kld=8.0)),
         (a_row("llama-q2_k"), a_result()),
         (a_row("ours-tsq2-rtn"), a_result(bits=2.25, kld=9.0)),
         (a_row("ours-tsq2-gptq"), a_result(bits=2.25, kld=0.5)),
         (a_row("reference"), a_result(bits=16.0)),
     ]
-    lines = table(measured, {}).splitlines()
-    assert [line.split(" | ")[:3] for line in lines[2:]] == [
-        ["| 16 bits", "none", "F16"],
-        ["| ours", "GPTQ", "TSQ2"],
-        ["| ours", "RTN", "TSQ2"],
-        ["| llama-quantize (padded)", "imatrix", "Q2_K"],
-        ["| llama-quantize (padded)", "imatrix", "Q3_K"],
-        ["| AutoRound", "W2, groups of 64, asymmetric", "W2 g64"],
-    ]
-    assert "| 2.62 | 20.13 ± 0.50 | 0.4321 | 65.5 % | 30 s (5 min) |" in lines[5]
-    assert "| 812346 |" in lines[7]
-    assert {line.count("|") for line in lines} == {10}
+    found = {heading: table(rows, {}).splitlines() for heading, rows in bands(measured)}
+    assert {heading: [line.split(" | ")[:3] for line in lines[2:]] for heading, lines in found.items()} == {
+        "## 2 to 2.5 bits": [
+            ["| ours", "GPTQ", "TSQ2"],
+            ["| AutoRound", "W2, groups of 64, asymmetric", "W2 g64"],
+            ["| ours", "RTN", "TSQ2"],
+        ],
+        "## 2.5 to 3 bits": [["| llama-quantize (padded)", "imatrix", "Q2_K"]],
+        "## 3 to 4 bits": [["| llama-quantize (padded)", "imatrix", "Q3_K"]],
+        "## 8 and 16 bits": [["| 16 bits", "none", "F16"]],
+    }
+    assert "| 2.62 | 20.13 ± 0.50 | 0.4321 | 65.5 % | 30 s (5 min) |" in found["## 2.5 to 3 bits"][2]
+    assert "| 812346 |" in found["## 2 to 2.5 bits"][3]
+    assert {line.count("|") for lines in found.values() for line in lines} == {10}
+
+
+def test_every_table_has_a_page(tmp_path: Path) -> None:
+    """The pages are written where they are missing, keep what stands around the markers, and lines stay short."""
+    from bench.places import Options
+    from bench_quality import write_report
+
+    rows = ("ours-tsq2-gptq", "rounding-tsq3-rtn", "ptq161-mask", "a4-awq", "llama-q2_k")
+    kept = (20.0, 1.0, 0.5, 0.9)
+    measured = [(a_row(name), a_result(kept=kept, recorded="89abcde")) for name in rows]
+    options = Options(
+        model="demo", calibration=Path("calibration.txt"), text=Path("valid.txt"), work=tmp_path, ctx=512, chunks=24,
+        preset="fast", imatrix_chunks=64, samples=128, seqlen=256, iters=200, threads=2, torch="torch",
+    )  # fmt: skip
+    docs = tmp_path / "docs"
+    (docs / "results").mkdir(parents=True)
+    (docs / "results/ptq161.md").write_text("# PTQ1.61\n")
+    write_report(measured, options, docs)
+    pages = {str(page.relative_to(docs)): page.read_text() for page in docs.rglob("*.md")}
+    assert pages.keys() == {
+        "results/quality.md", "results/commands.md", "results/rounding.md", "results/ptq161.md",
+        "results/activations.md", "notes/starts.md",
+    }  # fmt: skip
+    assert pages["results/ptq161.md"].startswith("# PTQ1.61\n")
+    assert "| ours | mask | PTQ1_61 |" in pages["results/ptq161.md"]
+    assert "| ours | AWQ | TSQ4 |" in pages["results/activations.md"]
+    assert "| TSQ3 | RTN |" in pages["results/rounding.md"]
+    assert "| TSQ2 |" in pages["notes/starts.md"]
+    assert "| ours | GPTQ | TSQ2 |" in pages["results/quality.md"]
+    assert "--pure --imatrix padded-imatrix.gguf" in pages["results/commands.md"]
+    assert (docs / "results/quality.svg").is_file()
+    lines = [line for page in pages.values() for line in page.splitlines() if not line.startswith(("|", "    "))]
+    assert max(map(len, lines)) <= 100
 
 
 TODAY = {"fast": {"samples": 128, "steps": 6}, "balanced": {"samples": 512, "steps": 50}}
@@ -174,7 +210,7 @@ def test_no_result_on_the_page_is_without_its_program() -> None:
     from bench.rows import all_rows
 
     rows = {row.name for row in all_rows()}
-    stored = Results(SCRIPTS.parent / "docs" / "quality.json")._read()
+    stored = Results(SCRIPTS.parent / "docs/results/quality.json")._read()
     for name in rows & stored.keys():
         assert stored[name].commit or stored[name].recorded, name
         assert stored[name].figures is not None and stored[name].date, name
@@ -212,7 +248,7 @@ def test_notes_tell_of_mixtures() -> None:
 
 
 def test_only_the_part_between_the_markers_changes() -> None:
-    from bench.report import BEGIN, END, insert
+    from bench.markers import BEGIN, END, insert
 
     page = insert("# Quality\n\nProse.\n", "first")
     assert page == f"# Quality\n\nProse.\n\n{BEGIN}\nfirst\n{END}\n"

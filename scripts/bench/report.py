@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from bench.plot import sane
 from bench.results import Result
-from bench.rows import AUTOROUND, FAMILIES, OURS, REFERENCE, Row
+from bench.rows import AUTOROUND, OURS, REFERENCE, Row
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+Pair = tuple[Row, Result]
 
-Measured = Sequence[tuple[Row, Result]]
+Measured = Sequence[Pair]
 
 Figures = Mapping[str, Mapping[str, float]]
 """What presets stand for, by their names."""
@@ -25,25 +25,9 @@ STARTS = ("rounding alone", "GPTQ", "AWQ", "OmniQuant", "AWQ+GPTQ")
 _ALONE = {"rounding alone": ("RTN", "LO-BCQ")}
 
 
-def insert(page: str, part: str) -> str:
-    """Replace what is between the markers; a page without them gets them at its end.
-
-    Raises:
-        ValueError: one marker without the other, one twice, or in the wrong order.
-    """
-    if BEGIN not in page and END not in page:
-        return f"{page.rstrip()}\n\n{BEGIN}\n{part.strip()}\n{END}\n".lstrip()
-    before, found, rest = page.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended or BEGIN in rest or END in before or END in after:
-        raise ValueError(f"the page must have {BEGIN} once, and {END} once after it")
-    return f"{before}{BEGIN}\n{part.strip()}\n{END}{after}"
-
-
 def table(measured: Measured, today: Figures) -> str:
-    """Lay the results out as a Markdown table: by family, then by size, then by divergence."""
-    ordered = sorted(measured, key=lambda m: (FAMILIES.index(m[0].family), m[1].bits, m[1].kld))
-    lines = [*_COLUMNS, *(_cells(row, result, today) for row, result in ordered)]
+    """Lay the results out as a Markdown table, in the order given."""
+    lines = [*_COLUMNS, *(_cells(row, result, today) for row, result in measured)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

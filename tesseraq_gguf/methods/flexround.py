@@ -15,7 +15,7 @@ from tesseraq_gguf.methods.start import NEAREST, Initialisation
 
 RATES = {2: 2.5e-3, 3: 1.25e-3, 4: 1.25e-3, 8: 8e-5}
 """Learning rates for 5000 steps, by bits: that of LRQ's comparison for 3 (arXiv 2407.11534, appendix) halved, as
-measured on a whole model (docs/quality.md).
+measured on a whole model (docs/notes/steps-and-rates.md).
 """
 
 

@@ -18,12 +18,12 @@ from tesseraq_gguf.methods.start import NEAREST, Initialisation
 
 RATES = {2: 6e-4, 3: 3e-4, 4: 3e-4, 8: 2e-5}
 """Learning rates for 5000 steps, by bits. The paper's (appendix, Llama 2 7B: 6e-4 for 3 bits, 9e-4 for 4) were measured
-on whole models with few steps, and half of it and a third are better by far (docs/quality.md).
+on whole models with few steps, and half of it and a third are better by far (docs/notes/steps-and-rates.md).
 """
 
 GROWTH = 0.85
-"""How rates grow with fewer steps, as measured on 200 (docs/quality.md): S is a product of which one factor is 0 at
-first, and comes from there more slowly than FlexRound's."""
+"""How rates grow with fewer steps, as measured on 200 (docs/notes/steps-and-rates.md): S is a product of which one
+factor is 0 at first, and comes from there more slowly than FlexRound's."""
 
 PAPER_SHARE = 4
 """The paper's rank, 1024 for models of 7B, is a quarter of their width."""

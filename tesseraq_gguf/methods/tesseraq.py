@@ -206,7 +206,7 @@ def parameter_share(grid: Grid) -> float:
     When a scale moves, all weights of its group move with it, those with the outermost codes by as many times more as
     there are codes. With four bits a rate that suits two has them move by whole codes before their rounding can follow.
     The start is also closer to what is best, so rounding itself needs no such haste: more of it would fit the
-    calibration text alone. (docs/quality.md has the losses.)
+    calibration text alone. (docs/notes/steps-and-rates.md has the losses.)
     """
     part, _ = max(grid.parts, key=lambda part: len(part[1]))  # where kinds of weights differ, what most are
     return min(1.0, 3 / part.highest)

@@ -155,7 +155,7 @@ class Recipe:
 
     @property
     def start(self) -> str:
-        """What learned rounding begins at: `init`, and in place of `auto` what measured best (docs/quality.md).
+        """What learned rounding begins at: `init`, and in place of `auto` what measured best (docs/notes/starts.md).
 
         From AWQ learning ends with less error than from GPTQ, although AWQ alone has more. With activations rounded its
         scales serve these as well, and GPTQ follows; that was measured for TesseraQ with activations of 4 bits alone.
