@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["skips", "pytester"]
+pytest_plugins = ["skips", "workers", "pytester"]
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards box with a jolly gnome. "
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
