@@ -87,7 +87,7 @@ def test_shares_are_all_samples_once():
 
 JOINED = """
 import torch
-from tesseraq_gguf.parallel import joined
+from tesseraq_gguf.compute.parallel import joined
 
 with joined() as team:
     assert team.size == torch.distributed.get_world_size() == 2
