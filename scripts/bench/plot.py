@@ -113,12 +113,14 @@ def _draw(axes: Any, points: Measured, value: Callable[[Result], float]) -> None
         texts += [axes.text(x, y, text, color=line.colour, fontsize=8, bbox=paper) for (x, y), text in named.items()]
     if texts:
         thread = {"arrowstyle": "-", "color": "#a3a3a3", "lw": 0.5}
+        # so many turns and not so much time: the same results draw the same picture
         adjust_text(
-            texts, [x for x, _ in covered], [y for _, y in covered], ax=axes, expand=(1.2, 1.6), arrowprops=thread
-        )
+            texts, [x for x, _ in covered], [y for _, y in covered], ax=axes, expand=(1.2, 1.5),
+            iter_lim=400, arrowprops=thread,
+        )  # fmt: skip
 
 
-def _along(best: Sequence[tuple[float, float]], between: int = 8) -> list[tuple[float, float]]:
+def _along(best: Sequence[tuple[float, float]], between: int = 16) -> list[tuple[float, float]]:
     """Points on the line through a front, as it looks where y is logarithmic: what labels keep off."""
     steps = [k / between for k in range(between)]
     inner = [
