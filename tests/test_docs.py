@@ -32,7 +32,7 @@ def test_the_site_builds_strictly(tmp_path):
     """A link to a page or a heading that is not there ends the build, and so does a page without a place."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "docs", tree / "docs")
-    for name in ("mkdocs.yml", "tesseraq_gguf"):
+    for name in ("mkdocs.yml", "tesseraq_gguf", "examples"):
         (tree / name).symlink_to(ROOT / name)
     page = ["--output", "docs/reference/command-line.md"]
     for command in (["typer", "tesseraq_gguf.cli.app", "utils", "docs", *page], ["mkdocs", "build"]):
