@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tesseraq_gguf.conversion.pipeline import ConversionReport, convert
+    from tesseraq_gguf.conversion.pipeline import convert
+    from tesseraq_gguf.conversion.report import ConversionReport
     from tesseraq_gguf.evaluation.perplexity import Evaluation, evaluate
     from tesseraq_gguf.gguf_files.inspection import Inspection, inspect
     from tesseraq_gguf.recipe.recipe import Recipe
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["ConversionReport", "Evaluation", "Inspection", "Recipe", "__version__", "convert", "evaluate", "inspect"]
 
 _MODULES = {
-    "ConversionReport": "conversion.pipeline",
+    "ConversionReport": "conversion.report",
     "Evaluation": "evaluation.perplexity",
     "Inspection": "gguf_files.inspection",
     "Recipe": "recipe.recipe",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ConvertProgress:
-    """Shows a conversion on stderr. Use as a context manager; `pipeline.Progress` describes the calls."""
+    """Shows a conversion on stderr. Use as a context manager; `conversion.progress.Progress` describes the calls."""
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -20,9 +18,19 @@ from tesseraq_gguf.compute.activations import ActivationRounding
 from tesseraq_gguf.compute.devices import learning_dtype, resolve_device
 from tesseraq_gguf.compute.hidden_states import Place, choose_place
 from tesseraq_gguf.compute.parallel import Team, joined
-from tesseraq_gguf.compute.schemes import ACTIVATIONS_KEY, Range, to_metadata
+from tesseraq_gguf.compute.schemes import Range
+from tesseraq_gguf.conversion.identity import (
+    SENSITIVITY_TOKENS,
+    budget_of,
+    identity_of,
+    metadata_of,
+    preprocessing_of,
+    schedule_of,
+)
 from tesseraq_gguf.conversion.methods import method_of
 from tesseraq_gguf.conversion.program import learning_program
+from tesseraq_gguf.conversion.progress import Progress, SilentProgress
+from tesseraq_gguf.conversion.report import ConversionReport, report_on
 from tesseraq_gguf.conversion.type_plan import TypePlan, check_grid, plan_plain, plan_types, within_budget
 from tesseraq_gguf.conversion.work_directory import (
     BEFORE,
@@ -39,17 +47,15 @@ from tesseraq_gguf.conversion.work_directory import (
     finished_block,
     shared_work,
 )
-from tesseraq_gguf.converter.writer import Metadata, check_output, write_gguf, write_plain
+from tesseraq_gguf.converter.writer import check_output, write_gguf, write_plain
 from tesseraq_gguf.errors import TesseraqError, UsageError
 from tesseraq_gguf.evaluation.divergence import Quantised, divergence
-from tesseraq_gguf.gguf_files.column_orders import SUFFIX
-from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.learning.bit_budget import CostMeter
 from tesseraq_gguf.learning.calibration import Calibration, held_out_for, load_calibration
 from tesseraq_gguf.learning.codebooks import model_codebooks
 from tesseraq_gguf.learning.distillation import Distillation
 from tesseraq_gguf.learning.embeddings import dequantized, round_embeddings
-from tesseraq_gguf.learning.preprocessing import STEPS, Preprocessing, check_installed
+from tesseraq_gguf.learning.preprocessing import check_installed
 from tesseraq_gguf.learning.reconstruction import BlockResult, Reconstruction
 from tesseraq_gguf.learning.rounding import round_blocks
 from tesseraq_gguf.learning.sensitivity import Sensitivity, measure_sensitivity
@@ -59,75 +65,16 @@ from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import expert_of
 from tesseraq_gguf.models.residual_rotation import rotated_model
 from tesseraq_gguf.paths import temporary_sibling
-from tesseraq_gguf.recipe.options import LEARNED
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.recipe.rules import read_rules, rules_of
-from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.types.bcq import packer as bcq
 from tesseraq_gguf.types.facts import tensor_type
 from tesseraq_gguf.types.grids import grid_for
 from tesseraq_gguf.types.quantized import QuantizedTensor, plain_vector
 
-_SENSITIVITY_TOKENS = 4096
-"""Calibration tokens that the sensitivity of the channels is measured on."""
-
 _CODEBOOK_TOKENS = 2048
 """Calibration tokens that a model's own codebooks are designed from, beside its weights."""
-
-
-class Progress(Reporter, Protocol):
-    """Receives what a conversion tells: stages and notes of `Reporter`, steps within a block, and finished blocks."""
-
-    def step(self, block: int, blocks: int, done: int, total: int) -> None:
-        """Block `block` of `blocks` (counted from 0) has done `done` of `total` steps."""
-
-    def block(self, result: BlockResult, blocks: int) -> None:
-        """One of `blocks` blocks is finished and on disk."""
-
-
-class SilentProgress(SilentReporter):
-    """Tells nothing."""
-
-    def step(self, block: int, blocks: int, done: int, total: int) -> None:
-        """Ignore."""
-
-    def block(self, result: BlockResult, blocks: int) -> None:
-        """Ignore."""
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion made.
-
-    Attributes:
-        out: the file.
-        bytes: its size.
-        bits_per_weight: of the whole file.
-        block_bits_per_weight: of the matrices that were learned; 0 if none was.
-        blocks: decoder blocks.
-        resumed: how many of them an earlier run had finished.
-        seconds: time this run took.
-        fallbacks: matrices of the blocks that were not learned, with the reason.
-        runs_on: where the file runs.
-        divergence: mean Kullback-Leibler divergence of its answers from the original's, in nats per token, on sequences
-            that nothing was learned on; None where nothing was calibrated.
-        held_out: tokens of these sequences.
-        kept_start: blocks in which learning ended worse than it began on these sequences, and was undone.
-    """
-
-    out: Path
-    bytes: int
-    bits_per_weight: float
-    block_bits_per_weight: float
-    blocks: int
-    resumed: int
-    seconds: float
-    fallbacks: dict[str, str]
-    runs_on: str
-    divergence: float | None = None
-    held_out: int = 0
-    kept_start: int = 0
 
 
 def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionReport:
@@ -164,7 +111,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             progress=progress.advance,
             tree=tree,
         )
-        return _report(recipe, 0, {}, set(), started)
+        return report_on(recipe, 0, {}, set(), started)
     decoder = Decoder(source, device)
     with joined(recipe.calibrates) as team:
         return _convert_learned(recipe, source, decoder, team, tree, progress, started)
@@ -193,8 +140,8 @@ def _convert_learned(
     for name, reason in plan.fallbacks.items():
         progress.note(f"{name} {reason}")
     autocast = learning_dtype(decoder.device)
-    identity = _identity(recipe, source.fingerprint(), calibration, autocast, plan, decoder.embedding_name())
-    identity |= _preprocessed(recipe, text)
+    identity = identity_of(recipe, source.fingerprint(), calibration, autocast, plan, decoder.embedding_name())
+    identity |= preprocessing_of(recipe, text)
     with shared_work(team, lambda: WorkDirectory(_work_folder(recipe), identity, recipe.fresh)) as work:
         _check_weights(decoder, team, work, progress)
         original = decoder
@@ -222,7 +169,9 @@ def _convert_learned(
             ranges |= result.ranges
             progress.block(result, len(decoder))
         if not team.first:
-            report = team.from_first(lambda: _report(recipe, resumed, plan.fallbacks, plan.learned_in_file(), started))
+            report = team.from_first(
+                lambda: report_on(recipe, resumed, plan.fallbacks, plan.learned_in_file(), started)
+            )
             _leave(recipe)
             return report
         work = work.alone()
@@ -242,7 +191,7 @@ def _convert_learned(
             recipe.out,
             work.files(len(decoder), recipe.finish != "none"),
             types=plan.in_file(),
-            metadata=_metadata(recipe, tensor_type(plan.main_type(decoder)).file_type, calibration, ranges),
+            metadata=metadata_of(recipe, tensor_type(plan.main_type(decoder)).file_type, calibration, ranges),
             say=progress.note,
             progress=progress.advance,
             tree=tree,
@@ -253,7 +202,7 @@ def _convert_learned(
             work.remove()
     return team.from_first(
         lambda: replace(
-            _report(recipe, resumed, plan.fallbacks, plan.learned_in_file(), started),
+            report_on(recipe, resumed, plan.fallbacks, plan.learned_in_file(), started),
             divergence=distance,
             held_out=calibration.held_out.numel() if calibration else 0,
             kept_start=kept_start,
@@ -441,18 +390,9 @@ def _text_to_learn(
     if decoder.has_experts:
         raise UsageError("--preprocess cannot give adapters to experts: leave it out for this model")
     progress.stage("Reading the text to preprocess with")
-    schedule = _schedule(recipe)
+    schedule = schedule_of(recipe)
     wanted = schedule.steps * schedule.batch
     return load_calibration(source, recipe.preprocess, wanted, recipe.settings.length, recipe.seed)
-
-
-def _schedule(recipe: Recipe) -> Preprocessing:
-    return Preprocessing(steps=recipe.preprocess_steps or STEPS[recipe.preset])
-
-
-def _preprocessed(recipe: Recipe, text: Calibration | None) -> dict[str, object]:
-    """What preprocessing adds to the identity of a run."""
-    return {"preprocess": None if text is None else [text.fingerprint(), asdict(_schedule(recipe))]}
 
 
 def _preprocess(
@@ -483,7 +423,7 @@ def _preprocess(
                 progress.block(result, len(decoder))
             progress.stage("Learning on the quantised model")
         with _memory_explained(decoder):
-            source = _schedule(recipe).run(
+            source = schedule_of(recipe).run(
                 decoder, before.block, text.tokens, recipe.seed, autocast, merged, progress.advance
             )
     return Decoder(source, decoder.device), before
@@ -501,7 +441,7 @@ def _carry(before: WorkDirectory, decoder: Decoder, work: WorkDirectory, finish:
 
 def _few(calibration: Calibration) -> torch.Tensor:
     """The sequences that the sensitivity is measured on, int64 [samples, length]."""
-    return calibration.tokens[: max(1, _SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
+    return calibration.tokens[: max(1, SENSITIVITY_TOKENS // calibration.tokens.shape[1])]
 
 
 def _within_budget(
@@ -534,17 +474,11 @@ def _within_budget(
 def _keep_choice(recipe: Recipe, plan: TypePlan, progress: Progress) -> None:
     """Write the chosen types beside the file, to be read, edited and given to --tensor-types."""
     place = recipe.out.with_name(f"{recipe.out.name}.types")
-    said = f"types of {recipe.out.name}, chosen for {_budget(recipe)}; for --tensor-types"
+    said = f"types of {recipe.out.name}, chosen for {budget_of(recipe)}; for --tensor-types"
     with temporary_sibling(place) as partial:
         partial.write_text(rules_of(plan.chosen, said), encoding="utf-8")
     counts = Counter(plan.chosen.values())
     progress.note(f"{', '.join(f'{n} matrices in {t}' for t, n in sorted(counts.items()))}; the choice is in {place}")
-
-
-def _budget(recipe: Recipe) -> str:
-    if recipe.target_size is not None:
-        return f"a file of {recipe.target_size:,} bytes"
-    return f"{recipe.target_bpw:g} bits per weight in the blocks"
 
 
 @contextmanager
@@ -652,89 +586,3 @@ def _finish(
     before, after = json.loads(notes["before"]), json.loads(notes["after"])
     verdict = "" if after < before else ": no better, so this pass is undone"
     progress.note(f"divergence from the model's answers on sequences held out: {before:.4f} -> {after:.4f}{verdict}")
-
-
-def _identity(
-    recipe: Recipe, model: str, calibration: Calibration | None, autocast: torch.dtype, plan: TypePlan, embedding: str
-) -> dict[str, object]:
-    """Everything that decides what is learned in the blocks. Differences are named to the user by these keys.
-
-    An output matrix apart from the embedding is not in it, nor is what is not learned: blocks do not depend on these.
-    """
-    feeding = {name: type for name, type in plan.outside.items() if name == embedding}
-    return {
-        "program": learning_program(),
-        "torch": torch.__version__,
-        "model": model,
-        "calibration": calibration.fingerprint() if calibration else None,
-        "method": recipe.method,
-        "init": recipe.start,
-        "rotate": recipe.rotate or None,
-        "rank": recipe.rank,
-        "parts": recipe.parts if recipe.method == "ptq161" else None,
-        "granularity": None if recipe.granularity == "group" else recipe.granularity,
-        "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
-        "codebooks": None if recipe.codebooks == "universal" else recipe.codebooks,
-        "types": plan.types | feeding,
-        "rules": [list(rule) for rule in recipe.rules] if recipe.budgeted else None,
-        "budget": [_budget(recipe), *recipe.candidates] if recipe.budgeted else None,
-        "ends": [recipe.embedding_type, recipe.output_type] if recipe.budgeted else None,
-        "sensitivity": _SENSITIVITY_TOKENS,
-        # the last pass works on blocks of any run: it may be added, or repeated with other settings
-        "preset": {key: value for key, value in asdict(recipe.settings).items() if key != "finish_steps"},
-        "seed": recipe.seed,
-        "precision": str(autocast),
-    }
-
-
-def _metadata(recipe: Recipe, file_type: int, calibration: Calibration | None, ranges: Mapping[str, Range]) -> Metadata:
-    settings: dict[str, object] = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
-    if recipe.rank:
-        settings["rank"] = recipe.rank
-    if recipe.method == "ptq161":
-        settings["parts"] = recipe.parts
-    if recipe.preprocess:
-        settings["preprocess"] = Path(recipe.preprocess).name
-        settings["preprocess_steps"] = _schedule(recipe).steps
-    entries: dict[str, str | int] = {
-        "general.file_type": file_type,
-        "tesseraq.method": _name(recipe),
-        "tesseraq.recipe": json.dumps(settings if calibration else {"seed": recipe.seed}),
-    }
-    if recipe.scheme.rounds:
-        entries[ACTIVATIONS_KEY] = to_metadata(recipe.scheme, ranges)
-    if calibration:
-        entries["tesseraq.calibration"] = f"{calibration.name} {calibration.fingerprint()}"
-    return entries
-
-
-def _name(recipe: Recipe) -> str:
-    """What the file says of how it was made."""
-    init = f" from {recipe.start}" if recipe.method in LEARNED else ""
-    init += " rotated" if recipe.rotate else ""
-    init += " per channel" if recipe.granularity == "channel" else ""
-    init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""
-    init += ", preprocessed" if recipe.preprocess else ""
-    init += ", codebooks of its own" if recipe.codebooks == "model" else ""
-    return recipe.method + init + (f", {recipe.finish}" if recipe.finish != "none" else "")
-
-
-def _report(
-    recipe: Recipe, resumed: int, fallbacks: dict[str, str], learned: Set[str], started: float
-) -> ConversionReport:
-    """What is told of the finished file; `learned` names what was learned in its blocks."""
-    seen = inspect(recipe.out)
-    grids = [t for t in seen.tensors if t.name in learned]
-    weights = sum(math.prod(t.shape) for t in grids)
-    size = sum(t.bytes for t in grids) + sum(t.bytes for t in seen.tensors if t.name.endswith(SUFFIX))
-    return ConversionReport(
-        out=recipe.out,
-        bytes=seen.bytes,
-        bits_per_weight=seen.bpw,
-        block_bits_per_weight=8 * size / weights if weights else 0.0,
-        blocks=len({t.name.split(".")[1] for t in seen.tensors if t.name.startswith("blk.")}),
-        resumed=resumed,
-        seconds=time.monotonic() - started,
-        fallbacks=fallbacks,
-        runs_on=seen.runs_on,
-    )

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from tesseraq_gguf.cli import app as cli
-from tesseraq_gguf.conversion.pipeline import ConversionReport
+from tesseraq_gguf.conversion.report import ConversionReport
 from tesseraq_gguf.errors import ConversionError, RuntimeMissingError
 from tesseraq_gguf.recipe.recipe import PRESETS
 

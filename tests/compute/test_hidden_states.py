@@ -12,7 +12,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.compute import hidden_states
 from tesseraq_gguf.compute.hidden_states import Place, choose_place
-from tesseraq_gguf.conversion.pipeline import SilentProgress
+from tesseraq_gguf.conversion.progress import SilentProgress
 from tesseraq_gguf.errors import UsageError
 
 CPU = torch.device("cpu")

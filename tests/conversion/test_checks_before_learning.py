@@ -15,7 +15,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.conversion import pipeline
-from tesseraq_gguf.conversion.pipeline import SilentProgress
+from tesseraq_gguf.conversion.progress import SilentProgress
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf

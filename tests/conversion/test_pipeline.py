@@ -17,7 +17,7 @@ import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.conversion.pipeline import SilentProgress
+from tesseraq_gguf.conversion.progress import SilentProgress
 from tesseraq_gguf.conversion.work_directory import WorkDirectory
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import ModelError, UsageError

@@ -9,7 +9,7 @@ import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert, inspect
-from tesseraq_gguf.conversion.pipeline import SilentProgress
+from tesseraq_gguf.conversion.progress import SilentProgress
 from tesseraq_gguf.conversion.type_plan import TypePlan, rule_types
 from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.converter.writer import FileMatrix, write_plain

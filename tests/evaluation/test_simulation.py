@@ -155,7 +155,7 @@ def test_a_file_brings_its_scheme_and_its_ranges(made, text):
 @pytest.mark.slow
 def test_ranges_survive_a_killed_run(made, text, tmp_path, make_model, monkeypatch):  # noqa: F811
     """A run that was stopped after its first block ends with the same file."""
-    from tesseraq_gguf.conversion import pipeline
+    from tesseraq_gguf.conversion.progress import SilentProgress
 
     whole = made(type="tsq4", method="lrq", activations="a8-static", kv_bits=8)
     recipe = Recipe(
@@ -163,7 +163,7 @@ def test_ranges_survive_a_killed_run(made, text, tmp_path, make_model, monkeypat
         activations="a8-static", kv_bits=8, calibration=str(text), samples=6, seqlen=32, preset="fast",
     )  # fmt: skip
 
-    class Stopping(pipeline.SilentProgress):
+    class Stopping(SilentProgress):
         def block(self, result, blocks):
             raise KeyboardInterrupt
 

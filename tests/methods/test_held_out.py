@@ -14,6 +14,7 @@ from tesseraq_gguf.compute.hidden_states import Place
 from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.compute.schemes import scheme_of
 from tesseraq_gguf.conversion import pipeline
+from tesseraq_gguf.conversion.progress import SilentProgress
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.evaluation.divergence import Quantised, divergence
 from tesseraq_gguf.evaluation.simulation import final_states
@@ -249,5 +250,5 @@ def test_the_caches_have_room_for_what_is_held_out(decoder, monkeypatch, tmp_pat
     calibration = Calibration("text", drawn(8, 16), drawn(4, 16))
     for team in (Team(), Team(1, 2)):
         recipe = Recipe("m", tmp_path / "out.gguf")
-        pipeline._place(recipe, decoder, calibration, team, pipeline.SilentProgress())
+        pipeline._place(recipe, decoder, calibration, team, SilentProgress())
     assert sizes == [2 * sequences * 16 * decoder.hidden_size * 4 for sequences in (12, 6)]

@@ -12,7 +12,7 @@ from tiny_models import TEXT, make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.compute.schemes import ActivationScheme, scheme_of
-from tesseraq_gguf.conversion.pipeline import SilentProgress
+from tesseraq_gguf.conversion.progress import SilentProgress
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.inspection import inspect

@@ -1,0 +1,68 @@
+"""What a conversion made, as its caller is told."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from tesseraq_gguf.gguf_files.column_orders import SUFFIX
+from tesseraq_gguf.gguf_files.inspection import inspect
+from tesseraq_gguf.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion made.
+
+    Attributes:
+        out: the file.
+        bytes: its size.
+        bits_per_weight: of the whole file.
+        block_bits_per_weight: of the matrices that were learned; 0 if none was.
+        blocks: decoder blocks.
+        resumed: how many of them an earlier run had finished.
+        seconds: time this run took.
+        fallbacks: matrices of the blocks that were not learned, with the reason.
+        runs_on: where the file runs.
+        divergence: mean Kullback-Leibler divergence of its answers from the original's, in nats per token, on sequences
+            that nothing was learned on; None where nothing was calibrated.
+        held_out: tokens of these sequences.
+        kept_start: blocks in which learning ended worse than it began on these sequences, and was undone.
+    """
+
+    out: Path
+    bytes: int
+    bits_per_weight: float
+    block_bits_per_weight: float
+    blocks: int
+    resumed: int
+    seconds: float
+    fallbacks: dict[str, str]
+    runs_on: str
+    divergence: float | None = None
+    held_out: int = 0
+    kept_start: int = 0
+
+
+def report_on(
+    recipe: Recipe, resumed: int, fallbacks: dict[str, str], learned: Set[str], started: float
+) -> ConversionReport:
+    """Return what is told of the finished file; `learned` names what was learned in its blocks."""
+    seen = inspect(recipe.out)
+    grids = [t for t in seen.tensors if t.name in learned]
+    weights = sum(math.prod(t.shape) for t in grids)
+    size = sum(t.bytes for t in grids) + sum(t.bytes for t in seen.tensors if t.name.endswith(SUFFIX))
+    return ConversionReport(
+        out=recipe.out,
+        bytes=seen.bytes,
+        bits_per_weight=seen.bpw,
+        block_bits_per_weight=8 * size / weights if weights else 0.0,
+        blocks=len({t.name.split(".")[1] for t in seen.tensors if t.name.startswith("blk.")}),
+        resumed=resumed,
+        seconds=time.monotonic() - started,
+        fallbacks=fallbacks,
+        runs_on=seen.runs_on,
+    )
