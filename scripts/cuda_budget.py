@@ -189,7 +189,8 @@ def read(function: str, kind: Type) -> Count:
 
 def table(counts: Mapping[str, Mapping[str, Count]], release: str) -> Iterator[str]:
     """The lines of the page."""
-    yield f"`scripts/cuda_budget`, nvcc {release}. Instructions per weight, in the loop and for a row of {ROW} weights:"
+    yield f"`scripts/cuda_budget`, nvcc {release}. Instructions per weight, in the loop and for a row of {ROW}"
+    yield "weights:"
     yield ""
     columns = [f"{device.name}: {what}" for device in DEVICES for what in ("loop", "row", "share of bandwidth")]
     yield f"| type | bytes per weight | {' | '.join(columns)} |"
@@ -202,11 +203,9 @@ def table(counts: Mapping[str, Mapping[str, Count]], release: str) -> Iterator[s
             cells += [f"{one.per_weight(kind):.2f}", f"{row:.2f}", f"{min(1.0, device.share(row, kind.bits)):.0%}"]
         yield f"| {' | '.join(cells)} |"
     yield ""
-    data = "; ".join(
-        f"{device.name}: {device.processors} processors at {device.clock} GHz, {device.bandwidth} GB/s"
-        for device in DEVICES
-    )
-    yield f"The share is a bound: a processor issues 4 × 32 lanes per cycle, and nothing waits. {data}."
+    yield "The share is a bound: a processor issues 4 × 32 lanes per cycle, and nothing waits."
+    for device in DEVICES:
+        yield f"{device.name}: {device.processors} processors at {device.clock} GHz, {device.bandwidth} GB/s."
 
 
 if __name__ == "__main__":

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """What writes the reference of the recipe."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("docs_recipe")
 
 
 def test_the_front_door_is_short():
@@ -28,14 +38,55 @@ def test_links_outside_the_site_lead_somewhere(page):
     assert not missing
 
 
-def test_the_site_builds_strictly(tmp_path):
+def test_the_site_builds_strictly(recipe, tmp_path):
     """A link to a page or a heading that is not there ends the build, and so does a page without a place."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "docs", tree / "docs")
     for name in ("mkdocs.yml", "tesseraq_gguf", "examples"):
         (tree / name).symlink_to(ROOT / name)
+    (tree / "docs/reference/recipe.md").write_text(recipe.page(), encoding="utf-8")
     page = ["--output", "docs/reference/command-line.md"]
     for command in (["typer", "tesseraq_gguf.cli.app", "utils", "docs", *page], ["mkdocs", "build"]):
         build = subprocess.run([sys.executable, "-m", *command], cwd=tree, capture_output=True, text=True)
         assert build.returncode == 0, build.stderr
     assert "<h1" in (tree / "build/site/guides/first-model/index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
+def test_lines_of_prose_are_short(page):
+    """Tables, code and what is made of the program may be wider."""
+    if page.name in ("command-line.md", "recipe.md"):
+        return
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    wide = [line for line in text.splitlines() if len(line) > 100 and not re.match(r"\s*\||    ", line)]
+    assert not wide
+
+
+def test_the_reference_of_the_recipe_has_every_field(recipe):
+    from tesseraq_gguf import Recipe
+
+    table = recipe.page().partition("## What presets")[0]
+    found = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", table, re.MULTILINE))
+    assert {field.name for field in dataclasses.fields(Recipe)} <= found.keys()
+    assert found["model"] == "always"
+    assert found["seed"] == "where something is learned"
+    assert found["rank"] == "with `lrq`"
+    assert found["finish_steps"] == "with `finish`, not with `rtn`"
+    assert found["candidates"] == "with `target_bpw` or `target_size`"
+
+
+def test_a_field_without_a_meaning_is_no_reference(recipe):
+    @dataclasses.dataclass
+    class Silent:
+        """Says something of one.
+
+        Attributes:
+            one: of `options.PARTS`, in
+                two lines.
+        """
+
+        one: int = 1
+        two: int = 2
+
+    with pytest.raises(ValueError, match="Silent does not say what these mean: two"):
+        recipe.meanings(Silent)
