@@ -42,7 +42,7 @@ def test_the_site_builds_strictly(recipe, tmp_path):
     """A link to a page or a heading that is not there ends the build, and so does a page without a place."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "docs", tree / "docs")
-    for name in ("mkdocs.yml", "tesseraq_gguf", "examples"):
+    for name in ("mkdocs.yml", "tesseraq_gguf", "examples", "cpp_kernels"):
         (tree / name).symlink_to(ROOT / name)
     (tree / "docs/reference/recipe.md").write_text(recipe.page(), encoding="utf-8")
     page = ["--output", "docs/reference/command-line.md"]
@@ -90,3 +90,14 @@ def test_a_field_without_a_meaning_is_no_reference(recipe):
 
     with pytest.raises(ValueError, match="Silent does not say what these mean: two"):
         recipe.meanings(Silent)
+
+
+def test_the_architecture_has_every_layer():
+    """The page lists the layers of pyproject.toml, from the roof to the ground."""
+    contract = re.search(
+        r"^layers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.DOTALL | re.M
+    )
+    page = (ROOT / "docs/developers/architecture.md").read_text(encoding="utf-8")
+    table = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    assert contract
+    assert re.findall(r"`(\w+)`", " ".join(table)) == re.findall(r"\w+", contract[1])
