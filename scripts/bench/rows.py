@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from tesseraq_gguf.methods.table import METHODS, STARTS
+
 OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
 FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
 
@@ -60,19 +62,8 @@ class Row:
 CUSTOM_TYPES = ("tsq2", "tsq3", "tsq4", "bcq4", "bcq4_a4")
 STOCK_TYPES = ("q2_0", "q4_0", "q4_1", "q8_0")
 K_TYPES = ("q2_k", "q3_k", "q4_k")
-INITIALISATIONS = ("none", "gptq", "awq", "omniquant", "awq+gptq")
 ONE_BIT_TYPE = "ptq1_61"
-METHOD_NAMES = {
-    "rtn": "RTN",
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "awq+gptq": "AWQ+GPTQ",
-    "omniquant": "OmniQuant",
-    "tesseraq": "TesseraQ",
-    "lrq": "LRQ",
-    "flexround": "FlexRound",
-    "ptq161": "PTQ1.61",
-}
+METHOD_NAMES = {name: row.title for name, row in METHODS.items()}
 ROUNDING_SAMPLES = 512
 """Calibration sequences of the study of rounding, where it does not vary them."""
 
@@ -172,13 +163,13 @@ def _our_rows() -> Iterator[Row]:
         yield row("rtn", "LO-BCQ" if codebooks else "RTN", "--method", "rtn")
         if codebooks:
             yield row("rtn-model", "LO-BCQ, the model's own codebooks", "--method", "rtn", "--codebooks", "model")
-        for method in ("gptq", "awq", "awq+gptq") if codebooks else ("gptq", "awq", "omniquant", "awq+gptq"):
-            yield row(method.replace("+", "-"), METHOD_NAMES[method], "--method", method, *learning)
-        for start in (s for s in INITIALISATIONS if not (codebooks and s == "omniquant")):
-            names = [METHOD_NAMES[name] for name in start.split("+") if name != "none"]
-            title = " ".join(["TesseraQ", *(["from", "+".join(names)] if names else [])])
-            name = f"tesseraq-{start.replace('+', '-')}"
-            yield row(name, title, "--method", "tesseraq", "--init", start, *learning)
+        starts = [start for start in STARTS.values() if not (codebooks and start.needs == "uniform")]
+        for start in (start for start in starts if start.name != "none"):
+            yield row(start.name.replace("+", "-"), start.title, "--method", start.name, *learning)
+        for start in starts:
+            title = "TesseraQ" if start.name == "none" else f"TesseraQ from {start.title}"
+            name = f"tesseraq-{start.name.replace('+', '-')}"
+            yield row(name, title, "--method", "tesseraq", "--init", start.name, *learning)
         if type in ("tsq2", "tsq3", "tsq4"):
             learn = ("--method", "flexround", "--init", "awq")
             yield row("flexround-awq", "FlexRound from AWQ", *learn, *learning)

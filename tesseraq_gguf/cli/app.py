@@ -22,8 +22,9 @@ from tesseraq_gguf.arguments import ON_COMMAND_LINE
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES, scheme_of
 from tesseraq_gguf.compute.torchrun import rank as process_rank
 from tesseraq_gguf.errors import RuntimeMissingError, TesseraqError, UsageError
+from tesseraq_gguf.methods.table import METHODS, PARTS
 from tesseraq_gguf.printing import printable, to_json, tolerant_streams
-from tesseraq_gguf.recipe.options import FINISHES, INITIALISATIONS, METHODS, PARTS
+from tesseraq_gguf.recipe.options import FINISHES, INITIALISATIONS
 from tesseraq_gguf.recipe.recipe import CANDIDATES, PRESETS
 from tesseraq_gguf.recipe.rules import read_rules
 from tesseraq_gguf.runtime.target import CROSS
@@ -180,7 +181,7 @@ def convert(
     candidates: Annotated[
         str, typer.Option("--candidates", metavar="TYPES", help="Types that a target chooses from.")
     ] = ",".join(CANDIDATES),
-    method: Annotated[str, typer.Option("--method", help=f"How to learn: {', '.join(METHODS)}.")] = METHODS[0],
+    method: Annotated[str, typer.Option("--method", help=f"How to learn: {', '.join(METHODS)}.")] = "tesseraq",
     init: Annotated[
         str, typer.Option("--init", help=f"What learned rounding begins at: {', '.join(INITIALISATIONS)}.")
     ] = INITIALISATIONS[0],

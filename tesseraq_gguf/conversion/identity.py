@@ -15,7 +15,6 @@ from tesseraq_gguf.conversion.type_plan import TypePlan
 from tesseraq_gguf.converter.writer import Metadata
 from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.learning.preprocessing import STEPS, Preprocessing
-from tesseraq_gguf.recipe.options import LEARNED
 from tesseraq_gguf.recipe.recipe import Recipe
 
 SENSITIVITY_TOKENS = 4096
@@ -39,7 +38,7 @@ def identity_of(
         "init": recipe.start,
         "rotate": recipe.rotate or None,
         "rank": recipe.rank,
-        "parts": recipe.parts if recipe.method == "ptq161" else None,
+        "parts": recipe.parts if "parts" in recipe.method_row.options else None,
         "granularity": None if recipe.granularity == "group" else recipe.granularity,
         "activations": str(recipe.scheme) if recipe.scheme.rounds else None,
         "codebooks": None if recipe.codebooks == "universal" else recipe.codebooks,
@@ -62,7 +61,7 @@ def metadata_of(
     settings: dict[str, object] = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
     if recipe.rank:
         settings["rank"] = recipe.rank
-    if recipe.method == "ptq161":
+    if "parts" in recipe.method_row.options:
         settings["parts"] = recipe.parts
     if recipe.preprocess:
         settings["preprocess"] = Path(recipe.preprocess).name
@@ -81,7 +80,7 @@ def metadata_of(
 
 def _said(recipe: Recipe) -> str:
     """What the file says of how it was made."""
-    init = f" from {recipe.start}" if recipe.method in LEARNED else ""
+    init = f" from {recipe.start}" if recipe.method_row.begins else ""
     init += " rotated" if recipe.rotate else ""
     init += " per channel" if recipe.granularity == "channel" else ""
     init += f", activations {recipe.scheme}" if recipe.scheme.rounds else ""

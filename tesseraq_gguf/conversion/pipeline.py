@@ -27,7 +27,6 @@ from tesseraq_gguf.conversion.identity import (
     preprocessing_of,
     schedule_of,
 )
-from tesseraq_gguf.conversion.methods import method_of
 from tesseraq_gguf.conversion.program import learning_program
 from tesseraq_gguf.conversion.progress import Progress, SilentProgress
 from tesseraq_gguf.conversion.report import ConversionReport, report_on
@@ -59,6 +58,7 @@ from tesseraq_gguf.learning.preprocessing import check_installed
 from tesseraq_gguf.learning.reconstruction import BlockResult, Reconstruction
 from tesseraq_gguf.learning.rounding import round_blocks
 from tesseraq_gguf.learning.sensitivity import Sensitivity, measure_sensitivity
+from tesseraq_gguf.methods.building import method_of
 from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
@@ -331,7 +331,7 @@ def _results(
     del stored
     walk = Reconstruction(
         decoder=decoder,
-        method=method_of(recipe, decoder.hidden_size),
+        method=method_of(recipe.method, recipe.start, recipe.method_settings(decoder.hidden_size)),
         types=types,
         seed=recipe.seed,
         autocast=autocast,
@@ -339,7 +339,7 @@ def _results(
         granularity=recipe.granularity,
         activations=recipe.scheme,
         codebooks=codebooks,
-        salient="peak" if recipe.method == "ptq161" else "error",
+        salient=recipe.method_row.salient,
         team=team,
         empty=_place(recipe, decoder, calibration, team, progress).empty,
     )

@@ -17,6 +17,7 @@ from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose
 from tesseraq_gguf.learning.embeddings import embedding_costs
+from tesseraq_gguf.methods.table import STARTS
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.recipe.options import AUTO, without_order
@@ -220,17 +221,13 @@ def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePla
 
 def check_grid(recipe: Recipe, grid: Grid) -> None:
     """Refuse methods that move weights in steps of one scale where codes name codewords, or do not all reach as far."""
-    if recipe.method == "ptq161" and not grid.ordered:
-        raise UsageError(f"ptq161 learns the scales of ptq1_61: it is not possible in {grid.type}")
+    recipe.method_row.check(grid)
     if recipe.rotate and grid.ordered:
         raise UsageError(
             f"{spelled('rotate')} mixes the channels that stand out, which {grid.type} keeps apart: leave it out"
         )
-    uneven = {recipe.method, recipe.init} & {"lrq", "flexround", "omniquant"}
-    if uneven and not grid.uniform:
-        raise UsageError(
-            f"{uneven.pop()} is not possible in {grid.type}: its values are not evenly spaced, or not equally many"
-        )
+    if recipe.method_row.begins:
+        STARTS[recipe.start].check(grid)
 
 
 def rule_types(rules: Sequence[tuple[str, str]], inside: Iterable[str], ends: Sequence[str]) -> dict[str, str]:

@@ -27,6 +27,7 @@ from torch import Tensor
 from tesseraq_gguf.methods.problem import BlockProblem, Method
 from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.methods.start import Start
+from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.models.folding import Fold, folds
 from tesseraq_gguf.types.quantized import QuantizedTensor
@@ -183,3 +184,8 @@ class ClipSearch:
             name: Start(problem.grids[name].quantize(w, moments[name].diagonal()), w)
             for name, w in problem.matrices().items()
         }
+
+
+def build(_: Settings) -> ClipSearch:
+    """Return the start for its row of the table: the scales are folded in around whatever begins there."""
+    return ClipSearch()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
 from tesseraq_gguf.methods.start import NEAREST, Initialisation
+from tesseraq_gguf.methods.table import Settings
 
 RATES = {2: 2.5e-3, 3: 1.25e-3, 4: 1.25e-3, 8: 8e-5}
 """Learning rates for 5000 steps, by bits: that of LRQ's comparison for 3 (arXiv 2407.11534, appendix) halved, as
@@ -41,3 +42,8 @@ def flexround(steps: int, batch: int, initialisation: Initialisation = NEAREST) 
     return ScaledRounding(
         lambda weight, _: FullDivisor(weight), RATES, steps=steps, batch=batch, initialisation=initialisation
     )
+
+
+def build(settings: Settings, start: Initialisation) -> ScaledRounding:
+    """Return the method for its row of the table."""
+    return flexround(settings.all_steps, settings.batch, start)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Start
+from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite
 from tesseraq_gguf.types.grids import Grid
 
@@ -132,3 +133,8 @@ def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
             if not failed:
                 return upper
     raise ValueError("no factor: this is no matrix of second moments")
+
+
+def build(_: Settings) -> GPTQ:
+    """Return the start for its row of the table."""
+    return GPTQ()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
 from tesseraq_gguf.methods.start import NEAREST, Initialisation
+from tesseraq_gguf.methods.table import Settings
 
 RATES = {2: 6e-4, 3: 3e-4, 4: 3e-4, 8: 2e-5}
 """Learning rates for 5000 steps, by bits. The paper's (appendix, Llama 2 7B: 6e-4 for 3 bits, 9e-4 for 4) were measured
@@ -66,3 +67,9 @@ def lrq(steps: int, batch: int, rank: int, initialisation: Initialisation = NEAR
     return ScaledRounding(
         lambda weight, generator: LowRankDivisor(weight, rank, generator), RATES, GROWTH, steps, batch, initialisation
     )
+
+
+def build(settings: Settings, start: Initialisation) -> ScaledRounding:
+    """Return the method for its row of the table."""
+    rank = settings.own["rank"] or max(1, settings.width // PAPER_SHARE)
+    return lrq(settings.all_steps, settings.batch, rank, start)

@@ -25,10 +25,14 @@ from tesseraq_gguf.methods.descent import Descent
 from tesseraq_gguf.methods.held_out import better
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Initialisation, Start
+from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.types.grid import through
 from tesseraq_gguf.types.grids import Arrays, Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 from tesseraq_gguf.types.search import SMALLEST
+
+_CLIPPING = 5
+"""Steps in which the clipping is learned, for each step of a stage of TesseraQ."""
 
 
 @dataclass(frozen=True)
@@ -119,3 +123,8 @@ class ClippedMatrix:
         zero = -low_end / wanted
         arrays = arrays | grid.settle_zero(zero.detach(), scale.detach())
         return scale, through(zero, grid.zero(arrays)), arrays
+
+
+def build(settings: Settings) -> OmniQuant:
+    """Return the start for its row of the table."""
+    return OmniQuant(steps=_CLIPPING * settings.steps, batch=settings.batch)

@@ -38,6 +38,7 @@ from tesseraq_gguf.methods.descent import Descent
 from tesseraq_gguf.methods.held_out import better
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Nearest
+from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.models.folding import Fold, folds
 from tesseraq_gguf.types.grids import Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
@@ -59,7 +60,7 @@ class Ptq161:
     Attributes:
         steps: Adam steps of a block; the rates fall to 0 as a cosine.
         batch: samples of a step.
-        parts: how much of the method is done, one of `recipe.PARTS`.
+        parts: how much of the method is done, one of `table.PARTS`.
         scale_rate: learning rate of log d, for the paper's steps.
         column_rate: learning rate of log r2, for the paper's steps.
         growth: exponent with which the rates grow by the ratio of the paper's steps to `steps`.
@@ -189,3 +190,8 @@ def _norms(problem: BlockProblem) -> list[Fold]:
 def _vectors(problem: BlockProblem, columns: list[tuple[Fold, Tensor]]) -> dict[str, Tensor]:
     """Parameters of norms multiplied by r2 = exp(variable), by name within the block."""
     return {name: v for fold, log in columns for name, v in fold.scaled(problem.block, log.exp()).items()}
+
+
+def build(settings: Settings) -> Ptq161:
+    """Return the method for its row of the table."""
+    return Ptq161(settings.all_steps, settings.batch, settings.own["parts"])

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from tesseraq_gguf.methods.problem import BlockProblem
+from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 
@@ -61,3 +62,8 @@ class AsItStarts:
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Return the learned matrices by module name."""
         return {name: start.tensor for name, start in self.initialisation.start(problem).items()}
+
+
+def build(_: Settings) -> Nearest:
+    """Return the start for its row of the table."""
+    return NEAREST

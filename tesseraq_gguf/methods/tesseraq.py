@@ -38,6 +38,7 @@ from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.held_out import better
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Initialisation, Start
+from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.types.grids import Arrays, Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
@@ -278,3 +279,15 @@ def _soft_weight_backward(
     to_offset = gradient * scale
     to_scale = (gradient * (step + base - zero)).sum(1, keepdim=True)
     return to_offset * slope, to_scale, -to_offset.sum(1, keepdim=True)
+
+
+def build(settings: Settings, start: Initialisation) -> TesseraQ:
+    """Return the method for its row of the table."""
+    return TesseraQ(
+        steps=settings.steps,
+        batch=settings.batch,
+        rounding_rate=settings.rounding_rate,
+        scale_rate=settings.parameter_rate,
+        zero_rate=settings.parameter_rate,
+        initialisation=start,
+    )

@@ -12,21 +12,15 @@ from tesseraq_gguf.arguments import Reader, choice, device, flag, integer, numbe
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES
+from tesseraq_gguf.methods.table import METHODS, PARTS, STARTS
 from tesseraq_gguf.recipe.rules import read_rules, size_of
 from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
 
 if TYPE_CHECKING:
     from tesseraq_gguf.recipe.recipe import Recipe
 
-METHODS = ("tesseraq", "ptq161", "lrq", "flexround", "awq+gptq", "gptq", "awq", "omniquant", "rtn")
-"""Methods by name: those that learn the rounding, then those to compare with."""
-
-LEARNED = ("tesseraq", "lrq", "flexround")
-"""Those that learn the rounding, from a start."""
-
-INITIALISATIONS = ("auto", "gptq", "awq+gptq", "awq", "omniquant", "none")
-"""What they can begin at; `auto` is the one that serves best (`Recipe.start`), and LRQ's and FlexRound's papers have
-`none`."""
+INITIALISATIONS = ("auto", *STARTS)
+"""What methods can begin at; `auto` is the start that serves best (`Recipe.start`)."""
 
 FINISHES = ("none", "distill")
 """Last passes over the whole model."""
@@ -36,9 +30,6 @@ GRANULARITIES = ("group", "channel")
 
 AUTO = "auto"
 """Type of an embedding that is chosen within `target_size`."""
-
-PARTS = ("mask", "scales", "cosine")
-"""Parts of PTQ1.61, each with all before it: the mask alone, learned scales, the cosine in their loss."""
 
 CODEBOOKS = ("universal", "model")
 """Where types with codebooks have them from."""
@@ -140,7 +131,7 @@ FIELDS: dict[str, Reader] = {
     "target_bpw": _optional(number),
     "target_size": _optional(size),
     "candidates": candidates,
-    "method": choice("method", METHODS),
+    "method": choice("method", tuple(METHODS)),
     "init": choice("initialisation", INITIALISATIONS),
     "rotate": flag,
     "finish": choice("finish", FINISHES),
@@ -239,6 +230,10 @@ def without_order(type: str) -> str:
     return f"{type} is for matrices in the blocks: columns of the embedding have no order"
 
 
+def _is(name: str) -> str:
+    return "are" if name.endswith("s") else "is"
+
+
 def _useless(recipe: Recipe) -> list[tuple[Iterable[str], str]]:
     """Fields that a choice makes useless, each with the reason."""
     method, found = f"{spelled('method')} {recipe.method}", list[tuple[Iterable[str], str]]()
@@ -246,7 +241,8 @@ def _useless(recipe: Recipe) -> list[tuple[Iterable[str], str]]:
         return [([n for n in FIELDS if n not in _OF_ANY], f"{spelled('type')} {recipe.type} learns nothing")]
     if not recipe.budgeted:
         found.append((["candidates"], "there is no target to choose types for"))
-    if recipe.method == "rtn":
+    row = recipe.method_row
+    if not row.calibrates:
         found.append((["init", "finish", "rank"], f"{method} learns nothing"))
         if not recipe.calibrates:
             # preprocessing takes its steps from the preset, and sequences of that length
@@ -254,12 +250,11 @@ def _useless(recipe: Recipe) -> list[tuple[Iterable[str], str]]:
             found.append(([n for n in _CALIBRATION if n not in kept], f"{method} uses no calibration"))
         elif not recipe.preprocess:
             found.append((["preset"], f"{method} learns nothing"))
-    elif recipe.method not in LEARNED:
+    elif not row.begins:
         found.append((["init", "rank"], f"{method} knows one way"))
-    if recipe.method != "lrq":
-        found.append((["rank"], f"{spelled('rank')} is lrq's alone"))
-    if recipe.method != "ptq161":
-        found.append((["parts"], f"{spelled('parts')} are ptq161's alone"))
+    for owner in METHODS.values():
+        if owner is not row:
+            found += [([name], f"{spelled(name)} {_is(name)} {owner.name}'s alone") for name in owner.options]
     types = {*(recipe.candidates if recipe.budgeted else (recipe.type,)), recipe.embedding_type, recipe.output_type}
     if not (types | {type for _, type in recipe.rules}) & set(WITH_CODEBOOKS):
         found.append((["codebooks"], f"{recipe.type} has none"))

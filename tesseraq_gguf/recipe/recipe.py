@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from tesseraq_gguf.compute.schemes import ActivationScheme, scheme_of
+from tesseraq_gguf.methods.table import METHODS, MethodRow, Settings
 from tesseraq_gguf.recipe.options import AUTO, FIELDS, refuse_conflicts
 from tesseraq_gguf.types.facts import tensor_type
 
@@ -66,7 +67,7 @@ class Recipe:
         target_bpw: bits per weight that the blocks' matrices may have; their types are then chosen.
         target_size: bytes that the file may have; types of the blocks' matrices and the embedding are then chosen.
         candidates: types to choose from.
-        method: how codes are learned, one of `options.METHODS`.
+        method: how codes are learned, one of `table.METHODS`.
         init: what learned rounding begins at, one of `options.INITIALISATIONS`.
         rotate: mix channels by Hadamard matrices before anything is learned, where that folds into the weights.
         finish: the last pass over the whole model, one of `options.FINISHES`.
@@ -166,6 +167,24 @@ class Recipe:
         return "awq+gptq" if self.scheme.rounds else "awq"
 
     @property
+    def method_row(self) -> MethodRow:
+        """What is known of the method."""
+        return METHODS[self.method]
+
+    def method_settings(self, width: int) -> Settings:
+        """Return what the method is built from, for a model with so many channels."""
+        settings = self.settings
+        return Settings(
+            settings.steps,
+            settings.batch,
+            settings.rounding_rate,
+            settings.parameter_rate,
+            width,
+            self.rotate,
+            {name: getattr(self, name) for name in self.method_row.options},
+        )
+
+    @property
     def scheme(self) -> ActivationScheme:
         """How activations are rounded while learning."""
         return scheme_of(self.activations, self.kv_bits)
@@ -183,4 +202,4 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether calibration text is needed."""
-        return self.learns and (self.method != "rtn" or self.scheme.static or self.rotate or self.budgeted)
+        return self.learns and (self.method_row.calibrates or self.scheme.static or self.rotate or self.budgeted)

@@ -17,6 +17,7 @@ from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES
 from tesseraq_gguf.errors import TesseraqError, UsageError
 from tesseraq_gguf.evaluation.simulation import simulate
 from tesseraq_gguf.learning.own_text import write_text
+from tesseraq_gguf.methods.table import METHODS, PARTS
 from tesseraq_gguf.recipe.options import (
     AUTO,
     CODEBOOKS,
@@ -24,8 +25,6 @@ from tesseraq_gguf.recipe.options import (
     FINISHES,
     GRANULARITIES,
     INITIALISATIONS,
-    METHODS,
-    PARTS,
     PRESET_NAMES,
 )
 from tesseraq_gguf.recipe.recipe import PRESETS
@@ -276,7 +275,7 @@ SENSIBLE = {
     "target_bpw": st.sampled_from([None, 2.5, 4]),
     "target_size": st.sampled_from([None, "1G", 10**8]),
     "candidates": st.sampled_from([("tsq2", "tsq3"), "q4_0,f16"]),
-    "method": st.sampled_from(METHODS),
+    "method": st.sampled_from(list(METHODS)),
     "init": st.sampled_from(INITIALISATIONS),
     "rotate": st.booleans(),
     "finish": st.sampled_from(FINISHES),
