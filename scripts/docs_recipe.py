@@ -18,8 +18,9 @@ import typer
 from tesseraq_gguf.cli import app as cli
 from tesseraq_gguf.compute import schemes
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.methods import table
+from tesseraq_gguf.methods.table import METHODS
 from tesseraq_gguf.recipe import options
-from tesseraq_gguf.recipe.options import METHODS
 from tesseraq_gguf.recipe.recipe import PRESETS, Preset, Recipe
 
 OPTIONS = {"rules": ("--tensor-type", "--tensor-types"), "model": ("MODEL",), "out": ("OUT",)}
@@ -98,12 +99,15 @@ def meanings(described: type) -> dict[str, str]:
     said = {name: " ".join(text.split()) for name, text in found}
     if missing := {field.name for field in fields(described)} - said.keys():  # type: ignore[arg-type]
         raise ValueError(f"{described.__name__} does not say what these mean: {', '.join(sorted(missing))}")
-    return {name: re.sub(r"one of `(options|schemes)\.(\w+)`", _names, text).rstrip(".") for name, text in said.items()}
+    return {
+        name: re.sub(r"one of `(options|schemes|table)\.(\w+)`", _names, text).rstrip(".")
+        for name, text in said.items()
+    }
 
 
-def _names(table: re.Match[str]) -> str:
-    module = {"options": options, "schemes": schemes}[table[1]]
-    return f"one of {_list(list(getattr(module, table[2])))}"
+def _names(named: re.Match[str]) -> str:
+    module = {"options": options, "schemes": schemes, "table": table}[named[1]]
+    return f"one of {_list(list(getattr(module, named[2])))}"
 
 
 def applies(name: str) -> str:

@@ -73,7 +73,7 @@ class Recipe:
         finish: the last pass over the whole model, one of `options.FINISHES`.
         finish_steps: its steps; None takes the preset's.
         rank: of LRQ's scaling matrices; None means a quarter of the model's width.
-        parts: how much of PTQ1.61 its method does, one of `options.PARTS`.
+        parts: how much of PTQ1.61 its method does, one of `table.PARTS`.
         granularity: what shares a scale and a zero-point: a type's own `group`, or a `channel`, a whole row.
         activations: how activations are rounded while learning, one of `schemes.SCHEMES`.
         kv_bits: bits of keys and values while learning; None leaves them.
