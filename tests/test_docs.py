@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import importlib
 import re
 import shutil
@@ -45,11 +46,17 @@ def test_the_site_builds_strictly(recipe, tmp_path):
     for name in ("mkdocs.yml", "tesseraq_gguf", "examples", "cpp_kernels"):
         (tree / name).symlink_to(ROOT / name)
     (tree / "docs/reference/recipe.md").write_text(recipe.page(), encoding="utf-8")
-    page = ["--output", "docs/reference/command-line.md"]
-    for command in (["typer", "tesseraq_gguf.cli.app", "utils", "docs", *page], ["mkdocs", "build"]):
+    made = ["--output", "docs/reference/command-line.md"]
+    for command in (["typer", "tesseraq_gguf.cli.app", "utils", "docs", *made], ["mkdocs", "build"]):
         build = subprocess.run([sys.executable, "-m", *command], cwd=tree, capture_output=True, text=True)
         assert build.returncode == 0, build.stderr
-    assert "<h1" in (tree / "build/site/guides/first-model/index.html").read_text(encoding="utf-8")
+    site = tree / "build/site"
+    assert "<h1" in (site / "guides/first-model/index.html").read_text(encoding="utf-8")
+    page = (site / "guides/examples/index.html").read_text(encoding="utf-8")
+    shown = html.unescape(re.sub(r"<.*?>", "", page))
+    for example in (ROOT / "examples").glob("*.py"):
+        assert example.read_text(encoding="utf-8").splitlines()[0].strip('"') in shown
+    assert "sources.cmake" in (site / "developers/kernels/index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.name)
