@@ -1,4 +1,4 @@
-"""Write the reference of the recipe: every field with its option, default, meaning, and where it applies.
+"""Write the reference of the recipe: every field with its option, default, meaning and where it applies; the tables.
 
 Nothing of it is written by hand. Defaults and meanings are those of `Recipe`, groups and options those of
 `tesseraq-gguf convert`, and where a field applies is found by making recipes with it: a field that would be ignored is
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from typing import Any
 
@@ -22,6 +22,7 @@ from tesseraq_gguf.methods import table
 from tesseraq_gguf.methods.table import METHODS
 from tesseraq_gguf.recipe import options
 from tesseraq_gguf.recipe.recipe import PRESETS, Preset, Recipe
+from tesseraq_gguf.types.facts import TENSOR_TYPES
 
 OPTIONS = {"rules": ("--tensor-type", "--tensor-types"), "model": ("MODEL",), "out": ("OUT",)}
 """Options of fields that have them by another name. Those of `processes` are torchrun's."""
@@ -85,7 +86,7 @@ def page() -> str:
     for group, rows in groups.items():
         head = ["| field | option | default | meaning | applies |", "|---|---|---|---|---|"]
         parts += [f"## {group}\n", "\n".join([*head, *rows]) + "\n"]
-    return "\n".join([*parts, _presets()])
+    return "\n".join([*parts, _presets(), _methods(), _starts(), _types()])
 
 
 def meanings(described: type) -> dict[str, str]:
@@ -199,6 +200,51 @@ def _presets() -> str:
         "|---|---|" + "---:|" * len(PRESETS),
     ]
     return "## What presets stand for\n\n" + "\n".join([*head, *rows]) + "\n"
+
+
+_GRIDS = {"": "all", "uniform": "those with evenly spaced values", "ordered": "those whose columns have an order"}
+"""Types that a method works in, by what it needs of a grid."""
+
+
+def _methods() -> str:
+    rows = [
+        (
+            f"`{row.name}`",
+            row.summary,
+            "`init`" if row.begins else "",
+            ", ".join(f"`{option}`" for option in row.options),
+            _GRIDS[row.needs],
+            "yes" if row.calibrates else "no",
+        )
+        for row in METHODS.values()
+    ]
+    head = ("`method`", "does", "begins at", "own options", "types", "needs text")
+    return f"## Methods\n\n{_table(head, rows)}\n"
+
+
+def _starts() -> str:
+    rows = [(f"`{row.name}`", row.summary, _GRIDS[row.needs]) for row in table.STARTS.values()]
+    return f"## What learning begins at\n\n{_table(('`init`', 'does', 'types'), rows)}\n"
+
+
+def _types() -> str:
+    rows = [
+        (
+            f"`{type.name}`",
+            f"{type.bits_per_weight:g}",
+            str(type.block_weights),
+            str(type.id),
+            "our runtime" if type.custom else "llama.cpp",
+            f"`{type.fallback or 'f16'}`" if not type.is_float else "",
+        )
+        for type in TENSOR_TYPES.values()
+    ]
+    head = ("`type`", "bits per weight", "rows are a multiple of", "id in the file", "runs on", "other rows get")
+    return f"## Tensor types\n\n{_table(head, rows)}\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":

@@ -82,6 +82,17 @@ def test_the_reference_of_the_recipe_has_every_field(recipe):
     assert found["candidates"] == "with `target_bpw` or `target_size`"
 
 
+def test_the_reference_has_every_method_and_every_type(recipe):
+    from tesseraq_gguf.methods.table import METHODS
+    from tesseraq_gguf.types.facts import TENSOR_TYPES
+
+    tables = recipe.page().partition("## Methods")[2]
+    listed = {name: rest.split(" | ") for name, rest in re.findall(r"^\| `(\S+?)` \| (.*) \|$", tables, re.MULTILINE)}
+    assert METHODS.keys() | TENSOR_TYPES.keys() <= listed.keys()
+    assert listed["tsq2"][:4] == ["2.25", "64", "500", "our runtime"]
+    assert listed["lrq"][1:3] == ["`init`", "`rank`"]
+
+
 def test_a_field_without_a_meaning_is_no_reference(recipe):
     @dataclasses.dataclass
     class Silent:

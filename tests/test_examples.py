@@ -27,6 +27,7 @@ def test_every_example_is_run_here():
     assert tested == {path.stem for path in EXAMPLES.glob("*.py")}
 
 
+@pytest.mark.slow
 def test_convert(tiny_model, long_text, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     example("convert").main(str(tiny_model), str(out), calibration=str(long_text), **LITTLE)
@@ -37,6 +38,7 @@ def test_convert(tiny_model, long_text, tmp_path, capsys):
     assert out.is_file()
 
 
+@pytest.mark.slow
 def test_size_budget(tiny_model, long_text, tmp_path, capsys):
     # what a file holds besides its matrices is estimated from above: the whole tokenizer, and 64 KiB to spare
     size = 45_000 + (tiny_model / "tokenizer.model").stat().st_size + (1 << 16)
@@ -50,6 +52,7 @@ def test_size_budget(tiny_model, long_text, tmp_path, capsys):
     assert said.splitlines()[-1].endswith(" …")
 
 
+@pytest.mark.slow
 def test_own_text(tiny_model, long_text, tmp_path, capsys):
     out = tmp_path / "out.gguf"
     example("own_text").main(
