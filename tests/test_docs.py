@@ -39,6 +39,18 @@ def test_links_outside_the_site_lead_somewhere(page):
     assert not missing
 
 
+def test_code_in_contributing_is_the_programs():
+    """What the walks show stands in the package; how it is broken into lines does not matter."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tesseraq_gguf").rglob("*.py")]
+    program = "".join("".join(source.split()) for source in sources)
+    program = program.replace(",)", ")")
+    shown = [line for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    assert len(shown) > 10
+    missing = [line for line in shown if "".join(line.split()).replace(",)", ")") not in program]
+    assert not missing
+
+
 def test_the_site_builds_strictly(recipe, tmp_path):
     """A link to a page or a heading that is not there ends the build, and so does a page without a place."""
     tree = tmp_path / "tree"
