@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES
 from tesseraq_gguf.gguf_files.gguf_file import TensorInfo
-from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.facts import ORDERED_TYPES, WITH_CODEBOOKS, tensor_type
 
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
@@ -32,14 +30,14 @@ def is_kept(tensor: TensorInfo) -> bool:
 def smaller_type(tensor: TensorInfo, wanted: str) -> str:
     """Return the smaller of a matrix's type in a GGUF file and the one that is wanted for it."""
     wanted = fitting_type(wanted, tensor.shape[0])
-    if tensor.type in (*ORDERED_TYPES, *bcq.TYPES):  # neither an order of columns nor codebooks are copied
+    if tensor.type in (*ORDERED_TYPES, *WITH_CODEBOOKS):  # neither an order of columns nor codebooks are copied
         return wanted
     return tensor.type if tensor.bits_per_weight <= tensor_type(wanted).bits_per_weight else wanted
 
 
 def matrix_of_gguf(tensor: TensorInfo) -> dict[str, Any]:
     """Return what `FileMatrix` has to say of a matrix in a GGUF file, names of its checkpoint apart."""
-    copied = tensor.type not in (*ORDERED_TYPES, *bcq.TYPES)
+    copied = tensor.type not in (*ORDERED_TYPES, *WITH_CODEBOOKS)
     return {
         "columns": tensor.shape[0],
         "weights": tensor.weights,

@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from tesseraq_gguf.errors import VerificationError
 from tesseraq_gguf.gguf_files.column_orders import orders_of
-from tesseraq_gguf.gguf_files.dequantize import own_codebooks
+from tesseraq_gguf.gguf_files.dequantize import own_codebooks, unpacked
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
-from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.packers import packer_of
 
 _REPORT = "This is a bug: please report it with the model's name"
 
@@ -77,11 +75,7 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
         if want.type in ("f32", "i32"):
             stored = data.view(weights.dtype).reshape(weights.shape)
         else:
-            packer = packer_of(want.type)
-            arrays = packer.unpack(data)
-            if codebooks is not None and want.type in bcq.TYPES:
-                arrays["c"] = bcq.repeated(codebooks, rows)
-            stored = packer.dequantize(arrays)
+            stored = unpacked(want.type, data, codebooks)
         wrong = np.flatnonzero((_bits(stored) != _bits(weights)).any(axis=1))
         if len(wrong):
             raise VerificationError(

@@ -30,14 +30,21 @@ from tesseraq_gguf.converter.plain_types import KEPT, fitting_type, is_kept, mat
 from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
-from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES, SUFFIX, natural, orders_of, stored_orders
+from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of, stored_orders
 from tesseraq_gguf.gguf_files.dequantize import dequantized, own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
 from tesseraq_gguf.models.weights import Checkpoint
 from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.facts import FORMAT_VERSION, TENSOR_TYPES, register_with_gguf, tensor_type
+from tesseraq_gguf.types.facts import (
+    FORMAT_VERSION,
+    ORDERED_TYPES,
+    TENSOR_TYPES,
+    WITH_CODEBOOKS,
+    register_with_gguf,
+    tensor_type,
+)
 from tesseraq_gguf.types.packers import packer_of
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, load_tensors
 
@@ -127,7 +134,7 @@ class LearnedTensors:
     def codebooks(self) -> NDArray[np.int8] | None:
         """Return the codebooks that matrices bring, int8 [8, 16], or None if all have the universal ones."""
         for name, kind in self.types.items():
-            if kind in bcq.TYPES:  # all have the same
+            if kind in WITH_CODEBOOKS:  # all have the same
                 arrays = self[name].arrays
                 return bcq.codebooks_of({"c": arrays["c"].numpy()}) if "c" in arrays else None
         return None

@@ -34,7 +34,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "wrapped around, the code next to an end is the other end, which serves no group better",
     (
         "tesseraq_gguf/methods/gptq.py",
-        'arrays = {key: a[(-1)] if key == "c" else torch.cat(a, 1) for key, a in found.items()}',
+        "arrays = {key: a[(-1)] if key in grid.shared else torch.cat(a, 1) for key, a in found.items()}",
     ): "all spans have the same codebooks",
 }
 """By file and the changed line as it is then, without indentation."""

@@ -28,6 +28,7 @@ from tesseraq_gguf.recipe.options import FINISHES, INITIALISATIONS
 from tesseraq_gguf.recipe.recipe import CANDIDATES, PRESETS
 from tesseraq_gguf.recipe.rules import read_rules
 from tesseraq_gguf.runtime.target import CROSS
+from tesseraq_gguf.types.facts import TensorType, names
 
 if TYPE_CHECKING:
     from tesseraq_gguf.evaluation.tasks import LoadedTasks
@@ -52,6 +53,12 @@ runtime_app = typer.Typer(
     "It is built once, from a pinned and verified source, into a cache folder that TESSERAQ_GGUF_CACHE can move.",
 )
 app.add_typer(runtime_app, name="runtime")
+
+
+def _listed(chosen: Callable[[TensorType], object]) -> str:
+    """Names of tensor types, for help."""
+    return ", ".join(names(chosen))
+
 
 Backend = Annotated[str, typer.Option(help="Which devices it is for: cpu, or cuda for NVIDIA's GPUs as well.")]
 Portable = Annotated[bool, typer.Option("--portable", help="The portable one, and no other.")]
@@ -146,9 +153,9 @@ def convert(
         str,
         typer.Option(
             "--type",
-            help="Tensor type of the decoder blocks' matrices: tsq2, tsq3, tsq4 for our runtime; "
-            "ptq1_61 and bcq4 too; q2_0, q4_0, q4_1, q5_0, q8_0, q2_k, q3_k, q4_k for any llama.cpp. "
-            "With f16, bf16 or f32 nothing is learned.",
+            help=f"Tensor type of the decoder blocks' matrices: {_listed(lambda t: t.custom)} for our runtime; "
+            f"{_listed(lambda t: t.family and not t.custom)} for any llama.cpp. "
+            f"With {_listed(lambda t: t.is_float)} nothing is learned.",
         ),
     ] = "tsq2",
     tensor_type: Annotated[
@@ -225,7 +232,8 @@ def convert(
     codebooks: Annotated[
         str,
         typer.Option(
-            help="Codebooks of bcq types: universal, or model, designed from this model and put into the file."
+            help=f"Codebooks of {_listed(lambda t: t.codebooks)}: universal, or model, designed from this model and "
+            "put into the file."
         ),
     ] = "universal",
     rank: Annotated[

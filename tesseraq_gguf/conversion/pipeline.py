@@ -68,8 +68,7 @@ from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.recipe.rules import read_rules, rules_of
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
-from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.facts import WITH_CODEBOOKS, tensor_type
 from tesseraq_gguf.types.grids import grid_for
 from tesseraq_gguf.types.quantized import QuantizedTensor, plain_vector
 
@@ -294,7 +293,7 @@ def _codebooks(
     progress: Progress,
 ) -> torch.Tensor | None:
     """Design the model's own codebooks, unless an earlier run has; None where the universal ones serve."""
-    if recipe.codebooks == "universal" or not set(types.values()) & set(bcq.TYPES):
+    if recipe.codebooks == "universal" or not set(types.values()) & set(WITH_CODEBOOKS):
         return None
     stored = work.tensors(CODEBOOKS)
     if stored is None:

@@ -13,7 +13,6 @@ from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type, matrix_of_gguf
 from tesseraq_gguf.converter.writer import FileMatrix, check_source
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
-from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose
 from tesseraq_gguf.learning.embeddings import embedding_costs
@@ -23,14 +22,11 @@ from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.recipe.options import AUTO, without_order
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
-from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
+from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, tensor_type
 from tesseraq_gguf.types.grids import Grid, grid_for
 
 _EMBEDDING_CANDIDATES = ("q8_0",)
 """Types to choose from for embedding and output matrix, besides those for the blocks."""
-
-_WITHOUT_ORDER = "tsq2"
-"""Type of matrices whose columns cannot have the order that their type would need."""
 
 _FALLBACK = "q8_0"
 """Type of matrices that are not learned, where it fits their rows."""
@@ -143,8 +139,8 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
             continue
         if name in ruled:
             check_grid(recipe, grid_for(asked, tensor_type(asked).block_weights, recipe.granularity))
-        if stack_of(name) and asked in ORDERED_TYPES:
-            found, _ = _fitting(_WITHOUT_ORDER, columns)
+        if stack_of(name) and (instead := tensor_type(asked).without_order):
+            found, _ = _fitting(instead, columns)
             said = f"is {found}, not {asked}: experts cannot have an order of columns" if found else _UNORDERED
         else:
             found, said = _fitting(asked, columns)

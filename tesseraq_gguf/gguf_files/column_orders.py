@@ -14,11 +14,9 @@ from numpy.typing import NDArray
 
 from tesseraq_gguf.errors import FileFormatError
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo
+from tesseraq_gguf.types.facts import ORDERED_TYPES
 
 Order = NDArray[np.int32]
-
-ORDERED_TYPES = ("ptq1_61",)
-"""Types whose columns may have an order."""
 
 SUFFIX = ".order"
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tesseraq_gguf.errors import FileFormatError
 from tesseraq_gguf.gguf_files.gguf_file import ArrayValue, GgufFile, TensorInfo
 from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
+from tesseraq_gguf.types.facts import TENSOR_TYPES, WITH_CODEBOOKS, tensor_type
 from tesseraq_gguf.types.packers import packer_of
 
 
@@ -30,10 +30,15 @@ def dequantized(tensor: TensorInfo, rows: NDArray[np.uint8], codebooks: NDArray[
             return gguf.quants.dequantize(np.array(rows), gguf.GGMLQuantizationType(tensor.type_id))  # type: ignore[no-any-return]
         except NotImplementedError:
             raise FileFormatError(f"weights of type {tensor.type} ({tensor.name}) cannot be read here") from None
-    packer = packer_of(tensor.type)
-    arrays = packer.unpack(np.ascontiguousarray(rows))
-    if codebooks is not None and tensor.type in bcq.TYPES:
-        arrays["c"] = bcq.repeated(codebooks, len(rows))
+    return unpacked(tensor.type, np.ascontiguousarray(rows), codebooks)
+
+
+def unpacked(type: str, data: NDArray[np.uint8], codebooks: NDArray[np.int8] | None) -> NDArray[np.float32]:
+    """Weights of rows of bytes in a type that can be learned, as `dequantized` gives them."""
+    packer = packer_of(type)
+    arrays = packer.unpack(data)
+    if codebooks is not None and type in WITH_CODEBOOKS:
+        arrays["c"] = bcq.repeated(codebooks, len(data))
     return packer.dequantize(arrays)
 
 

@@ -11,15 +11,12 @@ from tesseraq_gguf import arguments
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, lost_orders
 from tesseraq_gguf.gguf_files.gguf_file import ArrayValue, GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.printing import printable
-from tesseraq_gguf.types.facts import TENSOR_TYPES
+from tesseraq_gguf.types.facts import TENSOR_TYPES, names
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 __all__ = ["Inspection", "TensorSummary", "TypeSummary", "inspect", "open_gguf", "render"]
-
-_RECENT = {"q2_0"}
-"""Stock types that llama.cpp has had for a short time only."""
 
 _GENERAL_KEYS = ("general.name", "general.size_label", "general.license")
 _MODEL_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length")
@@ -221,7 +218,7 @@ def _runs_on(custom: list[str], present: set[str], lost: list[str]) -> str:
         return f"nothing: columns of {lost[0]}{more} have an order that their type does not know; the file is broken"
     if custom:
         return f"tesseraq-gguf runtime only (types: {', '.join(custom)})"
-    recent = sorted(present & _RECENT)
+    recent = sorted(present & {*names(lambda t: t.recent)})
     return f"any llama.cpp recent enough to know {', '.join(recent)}" if recent else "any llama.cpp"
 
 

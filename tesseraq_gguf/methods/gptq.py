@@ -102,8 +102,7 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float, name:
             codes[:, columns] = q.T.to(torch.uint8)
             w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
             stop = columns.stop
-    # codebooks are the same in all spans
-    arrays = {key: a[0] if key == "c" else torch.cat(a, 1) for key, a in found.items()}
+    arrays = {key: a[0] if key in grid.shared else torch.cat(a, 1) for key, a in found.items()}
     back = visited.argsort()
     return Start(grid.assemble(codes[:, back], arrays), w[:, back])
 

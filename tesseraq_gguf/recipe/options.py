@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 from tesseraq_gguf.arguments import Reader, choice, device, flag, integer, number, path, refused, spelled, text
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.gguf_files.column_orders import ORDERED_TYPES
 from tesseraq_gguf.methods.table import METHODS, PARTS, STARTS
 from tesseraq_gguf.recipe.rules import read_rules, size_of
-from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
+from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, WITH_CODEBOOKS, tensor_type
 
 if TYPE_CHECKING:
     from tesseraq_gguf.recipe.recipe import Recipe
@@ -35,9 +34,6 @@ CODEBOOKS = ("universal", "model")
 """Where types with codebooks have them from."""
 
 PRESET_NAMES = ("fast", "balanced", "best")
-
-WITH_CODEBOOKS = ("bcq4", "bcq4_a4")
-"""Types whose codes name codewords of codebooks."""
 
 
 def size(name: str, value: Any) -> int:

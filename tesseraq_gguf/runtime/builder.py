@@ -32,6 +32,7 @@ from tesseraq_gguf.runtime.progress import Reporter, RichReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.runtime.target import Target
 from tesseraq_gguf.runtime.toolchain import Toolchain
+from tesseraq_gguf.types.facts import names
 
 BACKENDS: Mapping[str, tuple[str, ...]] = {"cpu": ("-DGGML_METAL=OFF",), "cuda": ("-DGGML_METAL=OFF",)}
 """CMake options by backend; those of CUDA depend on what is found. Each backend comes with that of the CPU."""
@@ -74,7 +75,7 @@ _NO_VARIANT = "Testing 0 devices"
 
 _PRODUCTS = (
     *("-o", "MUL_MAT"),
-    *("-p", r"type_a=(tsq2|tsq3|tsq4|bcq4|bcq4_a4|ptq1_61|q8_0|f16|bf16),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]"),
+    *("-p", rf"type_a=({'|'.join(names(lambda t: t.custom or t.plain))}),type_b=f32,m=16,n=(1|8),k=256,bs=\[1,1\]"),
 )
 
 _PROOFS = (("test-quantize-fns",), ("test-backend-ops", "test", "-b", "CPU", *_PRODUCTS))

@@ -1,18 +1,48 @@
-"""The tensor types of a GGUF file as facts: id, block size, bytes. One row per type, held to the C header by a test.
+"""The tensor types of a GGUF file: one row each, and whatever else lists types derives from the rows.
 
 Ids of our own types start at 500, above those of every other project, so a runtime without them refuses the file by id
-instead of misreading it. `docs/formats.md` describes each of our layouts to the bit.
+instead of misreading it. `docs/formats.md` describes each of our layouts to the bit. Tests hold the rows to the C
+header and to gguf-py. Nothing here needs torch: a row names the home of its grid and its packer, which are imported
+when somebody asks for them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from importlib import import_module
+from typing import Any, TypeVar
+
+from typing_extensions import override
 
 from tesseraq_gguf.errors import UsageError
 
 FORMAT_VERSION = 1
 """Value of the GGUF key `tesseraq.format_version`; grows when a layout changes."""
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """What the codes of a type are looked up in.
+
+    Attributes:
+        key: GGUF key of a file's own codebooks, an array of int8, codebook after codebook.
+        count: how many there are.
+        levels: codewords of each, ascending.
+        group: neighbouring weights that share one.
+        largest: largest magnitude of a codeword.
+    """
+
+    key: str
+    count: int
+    levels: int
+    group: int
+    largest: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of all of them together."""
+        return self.count, self.levels
 
 
 @dataclass(frozen=True)
@@ -25,10 +55,15 @@ class TensorType:
         file_type: value of `llama_ftype` (`general.file_type`) for a file made mostly of this type.
         block_weights: weights per block; a row's length must be a multiple of it.
         block_bytes: bytes per block.
+        family: the folder in `types/` whose `grid.py` and `packer.py` have what this type is, under its name in capital
+            letters; None if nothing is learned in it.
         custom: True if only our runtime reads it.
+        recent: True if llama.cpp has had it for a short time only.
         plain: True for what a tensor can be that is not learned: floats, and 8 bits, which need no care.
         fallback: the type that llama-quantize takes for rows that are no whole number of blocks; where that does not
             fit either, or is None, f16.
+        without_order: the type to take for matrices whose columns can have no order; None if this type wants none.
+        codebooks: what its codes are looked up in; None where they count evenly spaced values.
     """
 
     name: str
@@ -36,14 +71,23 @@ class TensorType:
     file_type: int
     block_weights: int
     block_bytes: int
-    custom: bool
+    family: str | None = None
+    custom: bool = False
+    recent: bool = False
     plain: bool = False
     fallback: str | None = None
+    without_order: str | None = None
+    codebooks: Codebooks | None = None
 
     @property
     def is_float(self) -> bool:
         """Whether it holds weights as they are: nothing can be learned in it."""
         return self.block_weights == 1
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the places of a block differ, so that its columns want an order."""
+        return self.without_order is not None
 
     @property
     def bits_per_weight(self) -> float:
@@ -55,28 +99,42 @@ class TensorType:
         return row_length % self.block_weights == 0
 
 
+_BCQ4 = Codebooks("tesseraq.bcq.codebooks", count=8, levels=16, group=8, largest=31)
+
 # The file types of the K types are the "small" ones, Q2_K_S and so on: the others promise a mix of types.
-_TYPES = (
-    TensorType("f32", 0, 0, 1, 4, False, plain=True),
-    TensorType("f16", 1, 1, 1, 2, False, plain=True),
-    TensorType("bf16", 30, 32, 1, 2, False, plain=True),
-    TensorType("q8_0", 8, 7, 32, 34, False, plain=True),
-    TensorType("q5_0", 6, 8, 32, 22, False),
-    TensorType("q4_1", 3, 3, 32, 20, False),
-    TensorType("q4_0", 2, 2, 32, 18, False),
-    TensorType("q2_0", 42, 41, 64, 18, False, fallback="q4_0"),
-    TensorType("q4_k", 12, 14, 256, 144, False, fallback="q5_0"),
-    TensorType("q3_k", 11, 11, 256, 110, False, fallback="q4_0"),
-    TensorType("q2_k", 10, 21, 256, 84, False, fallback="q4_0"),
-    TensorType("tsq2", 500, 500, 64, 18, True),
-    TensorType("tsq3", 501, 501, 64, 26, True),
-    TensorType("tsq4", 502, 502, 64, 34, True),
-    TensorType("bcq4", 503, 503, 64, 36, True),
-    TensorType("bcq4_a4", 504, 504, 64, 36, True),
-    TensorType("ptq1_61", 505, 505, 128, 27, True),
+_ROWS = (
+    TensorType("f32", 0, 0, 1, 4, plain=True),
+    TensorType("f16", 1, 1, 1, 2, plain=True),
+    TensorType("bf16", 30, 32, 1, 2, plain=True),
+    TensorType("tsq2", 500, 500, 64, 18, "tsq", custom=True),
+    TensorType("tsq3", 501, 501, 64, 26, "tsq", custom=True),
+    TensorType("tsq4", 502, 502, 64, 34, "tsq", custom=True),
+    TensorType("bcq4", 503, 503, 64, 36, "bcq", custom=True, codebooks=_BCQ4),
+    TensorType("bcq4_a4", 504, 504, 64, 36, "bcq", custom=True, codebooks=_BCQ4),
+    TensorType("ptq1_61", 505, 505, 128, 27, "ptq161", custom=True, without_order="tsq2"),
+    TensorType("q2_0", 42, 41, 64, 18, "stock", recent=True, fallback="q4_0"),
+    TensorType("q4_0", 2, 2, 32, 18, "stock"),
+    TensorType("q4_1", 3, 3, 32, 20, "stock"),
+    TensorType("q5_0", 6, 8, 32, 22, "stock"),
+    TensorType("q8_0", 8, 7, 32, 34, "stock", plain=True),
+    TensorType("q2_k", 10, 21, 256, 84, "kquants", fallback="q4_0"),
+    TensorType("q3_k", 11, 11, 256, 110, "kquants", fallback="q4_0"),
+    TensorType("q4_k", 12, 14, 256, 144, "kquants", fallback="q5_0"),
 )
 
-TENSOR_TYPES: dict[str, TensorType] = {t.name: t for t in _TYPES}
+TENSOR_TYPES: dict[str, TensorType] = {t.name: t for t in _ROWS}
+
+
+def names(chosen: Callable[[TensorType], object]) -> tuple[str, ...]:
+    """Return the names of the types that are chosen, in the order of the rows."""
+    return tuple(t.name for t in TENSOR_TYPES.values() if chosen(t))
+
+
+ORDERED_TYPES = names(lambda t: t.ordered)
+"""Types whose columns may have an order."""
+
+WITH_CODEBOOKS = names(lambda t: t.codebooks)
+"""Types whose codes name codewords of codebooks."""
 
 
 def tensor_type(name: str) -> TensorType:
@@ -90,6 +148,36 @@ def tensor_type(name: str) -> TensorType:
     except KeyError:
         known = ", ".join(TENSOR_TYPES)
         raise UsageError(f"unknown tensor type '{name}'. Known types: {known}") from None
+
+
+T = TypeVar("T")
+
+
+class OfFamilies(Mapping[str, T]):
+    """What the families' folders have for each type that can be learned, by its name, imported when it is asked for.
+
+    Args:
+        module: which module of a folder: `grid` or `packer`.
+    """
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    @override
+    def __getitem__(self, name: str) -> T:
+        family = TENSOR_TYPES[name].family
+        if family is None:
+            raise KeyError(name)
+        found: T = getattr(import_module(f"{__package__}.{family}.{self._module}"), name.upper())
+        return found
+
+    @override
+    def __iter__(self) -> Iterator[str]:
+        return iter(names(lambda t: t.family))
+
+    @override
+    def __len__(self) -> int:
+        return len(names(lambda t: t.family))
 
 
 def register_with_gguf(gguf: Any) -> None:

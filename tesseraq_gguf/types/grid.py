@@ -110,6 +110,15 @@ class Grid(ABC):
         """Stored parameters that no method learns once they are found, beside scales and zero-points."""
         return {}
 
+    @property
+    def shared(self) -> frozenset[str]:
+        """Stored parameters, by name, that are the same in all spans of a matrix."""
+        return frozenset()
+
+    def with_codebooks(self, codebooks: Tensor) -> Grid:
+        """Return the grid of a model that brings its own codebooks, int8; this one where the type has none."""
+        return self
+
     def levels(self, tensor: QuantizedTensor) -> Tensor:
         """What scales multiply once the zero-point is taken off it: [rows, groups, group], codes where uniform."""
         return self.grouped(tensor.arrays["q"])

@@ -1,6 +1,6 @@
 """Packers: integer codes and parameters to the bytes of a tensor type and back, in numpy, exactly.
 
-A packer derives nothing from floats: `unpack(pack(x)) == x`. A new type is one file here and one row in `PACKERS`.
+A packer derives nothing from floats: `unpack(pack(x)) == x`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.types.bcq.packer import BcqPacker
-from tesseraq_gguf.types.kquants.packer import Q2_K, Q3_K, Q4_K
-from tesseraq_gguf.types.ptq161.packer import Ptq161Packer
-from tesseraq_gguf.types.stock.packer import Q2_0, Q4_0, Q4_1, Q5_0, Q8_0
-from tesseraq_gguf.types.tsq.packer import TsqPacker
+from tesseraq_gguf.types.facts import OfFamilies
 
 Arrays = Mapping[str, NDArray[Any]]
 """Codes and parameters of one matrix by name, each with the matrix's rows first."""
@@ -38,22 +34,7 @@ class Packer(Protocol):
         ...
 
 
-PACKERS: dict[str, Packer] = {
-    "tsq2": TsqPacker(2),
-    "tsq3": TsqPacker(3),
-    "tsq4": TsqPacker(4),
-    "bcq4": BcqPacker(),
-    "bcq4_a4": BcqPacker(),
-    "ptq1_61": Ptq161Packer(),
-    "q2_0": Q2_0,
-    "q4_0": Q4_0,
-    "q4_1": Q4_1,
-    "q5_0": Q5_0,
-    "q8_0": Q8_0,
-    "q2_k": Q2_K,
-    "q3_k": Q3_K,
-    "q4_k": Q4_K,
-}
+PACKERS: Mapping[str, Packer] = OfFamilies("packer")
 """The packer of every tensor type that can be learned."""
 
 

@@ -211,7 +211,7 @@ def test_the_engine_keeps_two_chains(make_model, long_text):  # noqa: F811
     types = dict.fromkeys(decoder.matrix_shapes(), "tsq2")
     walk = Reconstruction(decoder, Spy(), types, seed=0, autocast=torch.float32)
     results = list(walk.run(tokens, [torch.ones(2, decoder.hidden_size)] * 2, lambda _: None))
-    from tesseraq_gguf.types.grids import TSQ2
+    from tesseraq_gguf.types.tsq.grid import TSQ2
 
     with torch.no_grad():
         first, second = decoder.load_block(0), decoder.load_block(1)

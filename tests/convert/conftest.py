@@ -10,10 +10,10 @@ import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.facts import tensor_type
-from tesseraq_gguf.types.grids import TSQ2
 from tesseraq_gguf.types.quantized import QuantizedTensor, save_tensors
-from tesseraq_gguf.types.tsq.grid import scale_code
+from tesseraq_gguf.types.tsq.grid import TSQ2
 
 
 def random_tensor(shape: tuple[int, int], seed: int) -> QuantizedTensor:
@@ -21,7 +21,7 @@ def random_tensor(shape: tuple[int, int], seed: int) -> QuantizedTensor:
     random = torch.Generator().manual_seed(seed)
     rows, groups = shape[0], shape[1] // 64
     q = torch.randint(0, 4, shape, generator=random, dtype=torch.uint8)
-    d = scale_code(torch.rand(rows, groups, generator=random) * 0.02 + 0.005)
+    d = e5m3.encode_tensor(torch.rand(rows, groups, generator=random) * 0.02 + 0.005)
     z = torch.randint(90, 140, (rows, groups), generator=random, dtype=torch.uint8)
     return TSQ2.assemble(q, {"d": d, "z": z})
 

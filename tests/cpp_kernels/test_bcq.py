@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from tesseraq_gguf.compute.kernel_arithmetic import codebook_blocks
 from tesseraq_gguf.runtime import SourceTree, cache
+from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.bcq import packer as bcq
 from tesseraq_gguf.types.packers import packer_of
-from tesseraq_gguf.types.tsq.packer import decode_scale
 
 from . import test_arm
 from .conftest import pointer
@@ -109,7 +109,7 @@ def test_dot_products(ggml_cpu: ctypes.CDLL, blocks: int, seed: int) -> None:
     da, qa = split(y)
     arrays = PACKER.unpack(data[None])
     codewords = bcq.UNIVERSAL[np.repeat(arrays["s"][0], 8), arrays["q"][0]].reshape(-1, 64).astype(np.float64)
-    scale = decode_scale(arrays["d"][0]).astype(np.float64) * da
+    scale = e5m3.decode(arrays["d"][0]).astype(np.float64) * da
     expected = (scale * (codewords * qa).sum(axis=1)).sum()
     magnitude = (scale * ((np.abs(codewords) + 32) * np.abs(qa)).sum(axis=1)).sum()
     for kernel in kernels(ggml_cpu, "ggml_vec_dot_bcq4_q8_tsq"):
@@ -145,5 +145,5 @@ def test_a_tensor_with_its_own_codebooks_explains_itself() -> None:
     arrays = PACKER.unpack(rows(3, 5, 2))
     own = np.sort(np.random.default_rng(1).integers(-31, 32, (8, 16)), axis=1).astype(np.int8)
     weights = PACKER.dequantize(arrays | {"c": bcq.repeated(own, 5)})
-    assert weights[2, 9] == decode_scale(arrays["d"])[2, 0] * own[arrays["s"][2, 1], arrays["q"][2, 9]]
+    assert weights[2, 9] == e5m3.decode(arrays["d"])[2, 0] * own[arrays["s"][2, 1], arrays["q"][2, 9]]
     assert (PACKER.pack(arrays | {"c": bcq.repeated(own, 5)}) == rows(3, 5, 2)).all()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.tsq import packer as tsq
 
 from .conftest import block_bytes, pointer
@@ -54,7 +55,7 @@ def exact(data: Array, y: Array, bits: int) -> tuple[float, float]:
     """The dot product in float64, and the sum of the magnitudes of what is added up."""
     q, d, z = tsq.unpack(data[None], bits)
     da, qa = split(y)
-    scale = tsq.decode_scale(d[0]).astype(np.float64) * da.astype(np.float64)
+    scale = e5m3.decode(d[0]).astype(np.float64) * da.astype(np.float64)
     zero = tsq.decode_zero(z[0], bits).astype(np.float64)
     codes = q.reshape(-1, 64).astype(np.float64) * qa
     shifts = zero[:, None] * qa

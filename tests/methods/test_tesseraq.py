@@ -13,8 +13,9 @@ from tesseraq_gguf.methods.gptq import GPTQ, _inverse_factor, compensate
 from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, ranked, soft_step
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.types.grids import TSQ2, grid_of
-from tesseraq_gguf.types.tsq.grid import decode_scale, scale_code
+from tesseraq_gguf.types import e5m3
+from tesseraq_gguf.types.grids import grid_of
+from tesseraq_gguf.types.tsq.grid import TSQ2
 
 CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ def test_the_soft_step_and_its_inverse():
 def test_it_starts_at_the_weights_where_nothing_clamps(matrix):
     weight, tensor = matrix
     soft = SoftMatrix(Start(tensor, weight), TSQ2)
-    d = decode_scale(tensor.arrays["d"])
+    d = e5m3.decode_tensor(tensor.arrays["d"])
     z = TSQ2.decode_zero(tensor.arrays["z"])
     position = TSQ2.grouped(weight) / d[..., None] + z[..., None]
     inside = ((position > 0.01) & (position < 2.99)).flatten(-2)
@@ -280,7 +281,7 @@ class AsInThePaper:
         """Yield the weights that each step computes its loss with, and in the end those that leave."""
         for name, start in self.method.initialisation.start(problem).items():
             grid, arrays = problem.grids[name], start.tensor.arrays
-            d, z = decode_scale(arrays["d"])[..., None], grid.decode_zero(arrays["z"])[..., None]
+            d, z = e5m3.decode_tensor(arrays["d"])[..., None], grid.decode_zero(arrays["z"])[..., None]
             position = start.weight.view(*d.shape[:2], 64) / d + z
             base = position.floor().clamp(0, 2**grid.bits - 2)
             nu = ((position - base).clamp(1e-4, 1 - 1e-4) + 0.1).div(1.2).logit()
@@ -322,7 +323,7 @@ class AsInThePaper:
 
     def _settle_scale(self, own, fixed):
         scale = (2 * torch.sigmoid(own["v"].detach()) * fixed["d"])[..., 0]
-        fixed["d"] = decode_scale(scale_code(scale))[..., None]
+        fixed["d"] = e5m3.decode_tensor(e5m3.encode_tensor(scale))[..., None]
         own["v"] = torch.zeros_like(own["v"])
 
     def _descend(self, own, moments, share, step, stage):

@@ -45,3 +45,17 @@ def test_a_fallback_can_be_learned_and_fits_where_the_type_does_not() -> None:
             assert TENSOR_TYPES[t.fallback].block_weights < t.block_weights
         elif not t.custom:
             assert t.block_weights <= 32
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_a_row_says_what_its_grid_is(name: str) -> None:
+    row, grid = TENSOR_TYPES[name], GRIDS[name]
+    assert grid.type == name
+    assert row.ordered == grid.ordered
+    assert not (row.codebooks and grid.uniform)
+    own = {"c"} if row.codebooks else set()
+    assert grid.shared == own
+    assert grid is GRIDS[name]
+    if row.without_order is not None:
+        assert TENSOR_TYPES[row.without_order].block_weights <= row.block_weights
+        assert not GRIDS[row.without_order].ordered

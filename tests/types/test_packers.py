@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
 from tesseraq_gguf.types.grids import GRIDS, grid_of
 from tesseraq_gguf.types.packers import PACKERS, packer_of
 from tesseraq_gguf.types.ptq161 import packer as ptq161
 from tesseraq_gguf.types.quantized import QuantizedTensor
-from tesseraq_gguf.types.tsq.packer import decode_scale
 
 
 @st.composite
@@ -203,7 +203,7 @@ def test_quantising_ptq_finds_values_that_are_there_and_the_nearest_to_others(we
         for step in np.array([-1, 1]):
             other = arrays | {name: (arrays[name] + step).astype(np.uint8)}
             if name == "s":
-                ratio = x.reshape(40, 3, 128)[:, :, :24] / decode_scale(other["s"])[..., None]
+                ratio = x.reshape(40, 3, 128)[:, :, :24] / e5m3.decode(other["s"])[..., None]
                 other["q"] = other["q"].copy()
                 other["q"].reshape(40, 3, 128)[:, :, :24] = np.clip(np.floor(ratio + 8), 0, 15)
             others = (w * (packer.dequantize(other) - x) ** 2).reshape(40, 3, 128)
@@ -212,7 +212,7 @@ def test_quantising_ptq_finds_values_that_are_there_and_the_nearest_to_others(we
 
 def test_scales_of_ptq_end_where_codes_do():
     scales = np.array([0.0, 2.0**-40, 2.0**-24, 1.0, 240.0, 250.0, 1e6], np.float32)
-    assert ptq161.encode_scale(scales).tolist() == [0, 0, 0, 24 * 8, 255, 255, 255]
+    assert e5m3.encode(scales).tolist() == [0, 0, 0, 24 * 8, 255, 255, 255]
     huge = np.linspace(-3e3, 3e3, 128, dtype=np.float32)[None]
     arrays = ptq161.quantize(huge)
     assert (int(arrays["s"][0, 0]), int(arrays["d"][0, 0])) == (255, 255)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tesseraq_gguf.types.e5m3 import decode, decode_tensor, encode_tensor
 from tesseraq_gguf.types.grids import GRIDS, Grid
 from tesseraq_gguf.types.tsq import packer as tsq
-from tesseraq_gguf.types.tsq.grid import decode_scale, scale_code
 from tesseraq_gguf.types.tsq.grid import with_bits as grid_with
 
 CODES = torch.arange(256, dtype=torch.uint8)
@@ -24,8 +24,8 @@ def _error(grid: Grid, weight, tensor, importance=1.0) -> float:
 
 def test_scales_equal_the_formula_and_numpy():
     exponent, mantissa = CODES.int() >> 3, CODES.int() & 7
-    assert torch.equal(decode_scale(CODES), (2.0 ** (exponent - 24) * (1 + mantissa / 8)).float())
-    np.testing.assert_array_equal(decode_scale(CODES).numpy(), tsq.decode_scale(CODES.numpy()))
+    assert torch.equal(decode_tensor(CODES), (2.0 ** (exponent - 24) * (1 + mantissa / 8)).float())
+    np.testing.assert_array_equal(decode_tensor(CODES).numpy(), decode(CODES.numpy()))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -38,14 +38,14 @@ def test_zero_points_equal_the_formula_and_numpy(bits):
 
 
 def test_every_scale_is_its_own_nearest():
-    assert torch.equal(scale_code(decode_scale(CODES)), CODES)
+    assert torch.equal(encode_tensor(decode_tensor(CODES)), CODES)
 
 
 @settings(deadline=None)
 @given(st.floats(min_value=2.0**-30, max_value=1024, width=32))
 def test_the_nearest_scale_is_chosen(d):
-    values = decode_scale(CODES).double()
-    chosen = values[int(scale_code(torch.tensor([d])))]
+    values = decode_tensor(CODES).double()
+    chosen = values[int(encode_tensor(torch.tensor([d])))]
     assert abs(float(chosen) - d) == pytest.approx(float((values - d).abs().min()), rel=1e-6)
 
 
@@ -56,7 +56,7 @@ def test_encode_chooses_the_nearest_value(grid, seed):
     random = torch.Generator().manual_seed(seed)
     weight = torch.randn(2, 128, generator=random)
     arrays = {
-        "d": scale_code(torch.rand(2, 2, generator=random) + 0.1),
+        "d": encode_tensor(torch.rand(2, 2, generator=random) + 0.1),
         "z": torch.randint(0, 256, (2, 2), generator=random, dtype=torch.uint8),
     }
     d, z = grid.scale(arrays), grid.zero(arrays)
@@ -74,7 +74,7 @@ def test_the_search_comes_close_to_brute_force(grid):
     found = (grid.dequantize(grid.quantize(weight)) - weight).square().sum(1)
     best = torch.full((12,), torch.inf)
     zeros = grid.decode_zero(CODES)
-    for d in decode_scale(torch.arange(24 * 8 - 16, 24 * 8 + 16, dtype=torch.uint8)):
+    for d in decode_tensor(torch.arange(24 * 8 - 16, 24 * 8 + 16, dtype=torch.uint8)):
         q = (weight[:, None] / d + zeros[None, :, None]).round().clamp(0, grid.highest)
         errors = (d * (q - zeros[None, :, None]) - weight[:, None]).square().sum(-1)
         best = torch.minimum(best, errors.amin(1))

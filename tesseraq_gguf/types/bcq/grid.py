@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.bcq import packer as bcq
 from tesseraq_gguf.types.grid import Arrays, Grid, Rounder
 from tesseraq_gguf.types.quantized import QuantizedTensor
-from tesseraq_gguf.types.tsq.grid import decode_scale, scale_code
 
 _TRIED = (0, -1, 1, 2)
 """E5M3 codes of d that a search tries, counted from the one that brings the largest weight to the largest codeword."""
@@ -68,7 +68,7 @@ class CodebookGrid(Grid):
 
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return decode_scale(arrays["d"])
+        return e5m3.decode_tensor(arrays["d"])
 
     @override
     def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -76,7 +76,7 @@ class CodebookGrid(Grid):
 
     @override
     def settle_scale(self, scale: Tensor) -> Arrays:
-        return {"d": scale_code(scale)}
+        return {"d": e5m3.encode_tensor(scale)}
 
     @override
     def settle_zero(self, zero: Tensor, scale: Tensor) -> Arrays:
@@ -85,6 +85,11 @@ class CodebookGrid(Grid):
     @override
     def fixed(self, arrays: Mapping[str, Tensor]) -> Arrays:
         return {key: arrays[key] for key in ("s", "c") if key in arrays}
+
+    @property
+    @override
+    def shared(self) -> frozenset[str]:
+        return frozenset({"c"})
 
     @override
     def levels(self, tensor: QuantizedTensor) -> Tensor:
@@ -136,13 +141,13 @@ class CodebookGrid(Grid):
         return {key: torch.cat([f[key] for f in found]) for key in found[0]}
 
     def _search_some(self, w: Tensor, h: Tensor, near: Tensor) -> Arrays:
-        middle = scale_code(w.abs().amax(1) / bcq.LARGEST).int()
+        middle = e5m3.encode_tensor(w.abs().amax(1) / bcq.LARGEST).int()
         best = torch.full_like(w[:, 0], torch.inf)
         best_d = middle.to(torch.uint8)
         best_s = torch.zeros(len(w), self.group // bcq.GROUP, dtype=torch.uint8, device=w.device)
         for step in _TRIED:
             code = (middle + step).clamp(0, 255).to(torch.uint8)
-            scale = decode_scale(code)
+            scale = e5m3.decode_tensor(code)
             scaled = w / scale[:, None]
             error, selector = select(scaled, h, near)
             total = error.sum(1) * scale.square()
@@ -151,8 +156,8 @@ class CodebookGrid(Grid):
             best_s = torch.where(better[:, None], selector, best_s)
         return {"d": best_d[:, None], "s": best_s}
 
+    @override
     def with_codebooks(self, codebooks: Tensor) -> CodebookGrid:
-        """Return the grid of a model that brings its own codebooks, int8 [8, 16]."""
         return CodebookGrid(
             self.type, self.bits, self.group, self.span, self.learns_zero, codebooks.to(torch.int8), True
         )
@@ -192,7 +197,7 @@ class _CodebookRounder(Rounder):
 
     def __init__(self, arrays: Arrays, codebooks: Tensor) -> None:
         self.arrays = dict(arrays)
-        self._scale = decode_scale(arrays["d"])[:, 0]
+        self._scale = e5m3.decode_tensor(arrays["d"])[:, 0]
         self._codebooks = codebooks.to(arrays["d"].device)
         self._indices = nearest_indices(self._codebooks)
         self._near = self._codebooks.float().gather(1, self._indices)
@@ -213,3 +218,6 @@ class _CodebookRounder(Rounder):
 def codebook(type: str) -> CodebookGrid:
     """Return the grid of a BCQ type with the universal codebooks."""
     return CodebookGrid(type, bits=4, group=bcq.BLOCK, span=bcq.BLOCK, learns_zero=False)
+
+
+BCQ4, BCQ4_A4 = map(codebook, ("bcq4", "bcq4_a4"))

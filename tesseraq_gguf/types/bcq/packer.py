@@ -19,10 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.types.tsq.packer import decode_scale
-
-TYPES = ("bcq4", "bcq4_a4")
-"""The types with these bytes."""
+from tesseraq_gguf.types import e5m3
 
 BLOCK = 64
 """Weights per block."""
@@ -131,4 +128,7 @@ class BcqPacker:
         """Weights float32 [rows, columns]: d·c, exact in float32."""
         q, s, d = arrays["q"], arrays["s"], arrays["d"]
         codewords = codebooks_of(arrays).reshape(-1)[np.repeat(s, GROUP, axis=1) * LEVELS + q]
-        return codewords.astype(np.float32) * np.repeat(decode_scale(d), BLOCK, axis=1)
+        return codewords.astype(np.float32) * np.repeat(e5m3.decode(d), BLOCK, axis=1)
+
+
+BCQ4 = BCQ4_A4 = BcqPacker()

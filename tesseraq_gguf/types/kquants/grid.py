@@ -291,3 +291,8 @@ def with_minimum(type: str, bits: int, group: int, scale_bits: int) -> MinGrid:
 def signed(type: str, bits: int, group: int, scale_bits: int) -> SignedGrid:
     """Return the grid of Q3_K."""
     return SignedGrid(type=type, bits=bits, group=group, span=SUPER_BLOCK, learns_zero=False, scale_bits=scale_bits)
+
+
+Q2_K = with_minimum("q2_k", bits=2, group=16, scale_bits=4)
+Q3_K = signed("q3_k", bits=3, group=16, scale_bits=6)
+Q4_K = with_minimum("q4_k", bits=4, group=32, scale_bits=6)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.grid import Arrays, Grid, Part, through
 from tesseraq_gguf.types.quantized import QuantizedTensor
-from tesseraq_gguf.types.tsq.grid import decode_scale, scale_code
 
 BLOCK = 128
 """Weights of a block."""
@@ -56,7 +56,7 @@ class _PartGrid(Grid):
 
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return decode_scale(arrays[self.name]) * self.step
+        return e5m3.decode_tensor(arrays[self.name]) * self.step
 
     @override
     def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -64,7 +64,7 @@ class _PartGrid(Grid):
 
     @override
     def settle_scale(self, scale: Tensor) -> Arrays:
-        return {self.name: scale_code(scale / self.step)}
+        return {self.name: e5m3.encode_tensor(scale / self.step)}
 
     @override
     def settle_zero(self, zero: Tensor, scale: Tensor) -> Arrays:
@@ -79,13 +79,13 @@ class _PartGrid(Grid):
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
         w, h = weight, importance
         if self.bits == 1:  # the error is a parabola in d: its vertex, rounded, is best
-            return {self.name: scale_code((h * w.abs()).sum(1) / h.sum(1))[:, None]}
-        nearest = scale_code(w.abs().amax(1) / self.middle).int()
+            return {self.name: e5m3.encode_tensor((h * w.abs()).sum(1) / h.sum(1))[:, None]}
+        nearest = e5m3.encode_tensor(w.abs().amax(1) / self.middle).int()
         best_error = torch.full_like(w[:, 0], torch.inf)
         best = nearest.to(torch.uint8)
         for step in _TRIED:
             code = (nearest + step).clamp(0, 255).to(torch.uint8)
-            scale = decode_scale(code)[:, None]
+            scale = e5m3.decode_tensor(code)[:, None]
             value = (w / scale).add_(self.middle).round_().clamp_(0, self.highest).sub_(self.middle).mul_(scale)
             error = value.sub_(w).square_().mul_(h).sum(1)
             better = error < best_error
@@ -146,7 +146,7 @@ class Ptq161Grid(Grid):
 
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return self._both(decode_scale(arrays["s"]), 2 * decode_scale(arrays["d"]))
+        return self._both(e5m3.decode_tensor(arrays["s"]), 2 * e5m3.decode_tensor(arrays["d"]))
 
     @override
     def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -156,7 +156,7 @@ class Ptq161Grid(Grid):
     @override
     def settle_scale(self, scale: Tensor) -> Arrays:
         s, d = self.gather(scale).unflatten(-1, (-1, 2)).unbind(-1)
-        return {"d": scale_code(d / 2), "s": scale_code(s)}
+        return {"d": e5m3.encode_tensor(d / 2), "s": e5m3.encode_tensor(s)}
 
     @override
     def settle_zero(self, zero: Tensor, scale: Tensor) -> Arrays:
@@ -203,7 +203,7 @@ class Ptq161Grid(Grid):
     @override
     @torch.no_grad()
     def tighten(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Arrays:
-        return {key: scale_code(decode_scale(arrays[key]) * relaxed[key].exp()) for key in ("d", "s")}
+        return {key: e5m3.encode_tensor(e5m3.decode_tensor(arrays[key]) * relaxed[key].exp()) for key in ("d", "s")}
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
@@ -216,8 +216,8 @@ class Ptq161Grid(Grid):
 
 def moved(code: Tensor, relaxed: Tensor) -> Tensor:
     """A scale, E5M3 uint8, times exp(relaxed), as it would be stored, with a straight-through gradient."""
-    wanted = decode_scale(code) * relaxed.exp()
-    return through(wanted, decode_scale(scale_code(wanted.detach())))
+    wanted = e5m3.decode_tensor(code) * relaxed.exp()
+    return through(wanted, e5m3.decode_tensor(e5m3.encode_tensor(wanted.detach())))
 
 
 def with_salient(count: int) -> Ptq161Grid:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.types.tsq.packer import decode_scale
+from tesseraq_gguf.types import e5m3
 
 TYPE = "ptq1_61"
 
@@ -36,12 +36,6 @@ SEARCH_BELOW = 8
 
 SEARCH_ABOVE = 2
 """And above it."""
-
-
-def encode_scale(scale: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """E5M3 codes nearest to scales of 0 or more; what is below or above all codes gets the nearest end. Any shape."""
-    codes = ((scale.astype(np.float32).view(np.uint32) + np.uint32(1 << 19)) >> np.uint32(20)).astype(np.int64)
-    return np.clip(codes - (103 << 3), 0, 255).astype(np.uint8)
 
 
 def quantize(x: NDArray[np.float32], importance: NDArray[np.float32] | None = None) -> dict[str, NDArray[np.uint8]]:
@@ -65,10 +59,10 @@ def quantize(x: NDArray[np.float32], importance: NDArray[np.float32] | None = No
 
     binary, weight = blocks[:, SALIENT:], w[:, SALIENT:].astype(np.float64)
     mean = _sum(weight * np.abs(binary)) / _sum(weight)
-    d = encode_scale(mean.astype(np.float32))
+    d = e5m3.encode(mean.astype(np.float32))
 
     salient, weight = blocks[:, :SALIENT], w[:, :SALIENT].astype(np.float64)
-    middle = encode_scale(np.abs(salient).max(axis=1) / np.float32(7.5)).astype(np.int64)
+    middle = e5m3.encode(np.abs(salient).max(axis=1) / np.float32(7.5)).astype(np.int64)
     s, codes, best = _round_salient(salient, weight, middle)
     for offset in (*range(-SEARCH_BELOW, 0), *range(1, SEARCH_ABOVE + 1)):
         code = middle + offset
@@ -87,7 +81,7 @@ def _round_salient(
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float64]]:
     """Round salient weights [blocks, 24] with a scale code each [blocks]: this code, the codes q, squared errors."""
     scale = code.astype(np.uint8)
-    s = decode_scale(scale).astype(np.float64)[:, None]
+    s = e5m3.decode(scale).astype(np.float64)[:, None]
     q = np.clip(np.floor(x / s + 8.0), 0, LEVELS - 1)
     # a float, so that its product with a weight is exact in double precision, fused with the sum or not
     error = ((s * (q - 7.5) - x) ** 2).astype(np.float32)
@@ -133,9 +127,12 @@ class Ptq161Packer:
 
     def dequantize(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Weights float32 [rows, columns] in the order of the file: (s/2)·(2q - 15) and ±d, exact in float32."""
-        q, d, s = arrays["q"], decode_scale(arrays["d"]), decode_scale(arrays["s"])
+        q, d, s = arrays["q"], e5m3.decode(arrays["d"]), e5m3.decode(arrays["s"])
         codes = q.reshape(*d.shape, BLOCK).astype(np.float32)
         weights = np.empty(codes.shape, np.float32)
         weights[:, :, :SALIENT] = (s / 2)[..., None] * (2 * codes[:, :, :SALIENT] - 15)
         weights[:, :, SALIENT:] = np.where(codes[:, :, SALIENT:] > 0, d[..., None], -d[..., None])
         return weights.reshape(q.shape)
+
+
+PTQ1_61 = Ptq161Packer()

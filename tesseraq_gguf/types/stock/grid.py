@@ -124,3 +124,10 @@ def symmetric(type: str, bits: int, group: int) -> SymmetricGrid:
 def offset(type: str, bits: int, group: int) -> OffsetGrid:
     """Return a grid with a half float offset."""
     return OffsetGrid(type=type, bits=bits, group=group, span=group, learns_zero=True)
+
+
+Q2_0 = symmetric("q2_0", bits=2, group=64)
+Q4_0 = symmetric("q4_0", bits=4, group=32)
+Q4_1 = offset("q4_1", bits=4, group=32)
+Q5_0 = symmetric("q5_0", bits=5, group=32)
+Q8_0 = symmetric("q8_0", bits=8, group=32)

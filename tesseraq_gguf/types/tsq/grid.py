@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tesseraq_gguf.types import search
+from tesseraq_gguf.types import e5m3, search
 from tesseraq_gguf.types.grid import Arrays, Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
@@ -21,20 +21,6 @@ GROUP = 64
 
 _FITS = 2
 """Fits whose neighbours on the grid are tried."""
-
-_EXPONENT_OFFSET = 103 << 3
-"""E5M3 code of d plus this, shifted left by 20, is the float32 bit pattern of d."""
-
-
-def scale_code(d: Tensor) -> Tensor:
-    """Round positive scales (float32, any shape) to the nearest E5M3 code (uint8), clamped to the range 2^-24 … 240."""
-    bits = d.float().contiguous().view(torch.int32)
-    return (((bits + (1 << 19)) >> 20) - _EXPONENT_OFFSET).clamp(0, 255).to(torch.uint8)
-
-
-def decode_scale(code: Tensor) -> Tensor:
-    """E5M3 codes (uint8) to float32 scales: 2^(e-24)·(1 + m/8)."""
-    return ((code.to(torch.int32) << 20) + (103 << 23)).view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -61,7 +47,7 @@ class TsqGrid(Grid):
 
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return decode_scale(arrays["d"])
+        return e5m3.decode_tensor(arrays["d"])
 
     @override
     def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -69,7 +55,7 @@ class TsqGrid(Grid):
 
     @override
     def settle_scale(self, scale: Tensor) -> Arrays:
-        return {"d": scale_code(scale)}
+        return {"d": e5m3.encode_tensor(scale)}
 
     @override
     def settle_zero(self, zero: Tensor, scale: Tensor) -> Arrays:
@@ -98,11 +84,11 @@ class TsqGrid(Grid):
         best_d = torch.zeros_like(total_h, dtype=torch.uint8)
         best_z = self.zero_code(torch.zeros_like(total_h))
         for rank in chosen:
-            nearest = scale_code(scales.gather(0, rank[None])[0]).int()
+            nearest = e5m3.encode_tensor(scales.gather(0, rank[None])[0]).int()
             z = zeros.gather(0, rank[None])[0]
             for code in (nearest, nearest + 1, nearest - 1):
                 code = code.clamp(0, 255).to(torch.uint8)
-                scale = decode_scale(code)
+                scale = e5m3.decode_tensor(code)
                 q = (w / scale[:, None] + z[:, None]).round_().clamp_(0, self.highest)
                 stored = self.zero_code((h * q).sum(1) / total_h - mean_w / scale)
                 error = self._error(w, h, scale, self.decode_zero(stored))
@@ -120,3 +106,6 @@ class TsqGrid(Grid):
 def with_bits(bits: int) -> TsqGrid:
     """Return the grid of the TSQ type with `bits`-bit codes."""
     return TsqGrid(type=f"tsq{bits}", bits=bits, group=GROUP, span=GROUP, learns_zero=True)
+
+
+TSQ2, TSQ3, TSQ4 = map(with_bits, (2, 3, 4))

@@ -14,16 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tesseraq_gguf.types import e5m3
+
 BLOCK = 64
 """Weights per block, for all TSQ types."""
 
 WIDTHS = {2: (2,), 3: (2, 1), 4: (4,)}
 """Bits of the planes that codes of so many bits stand in, low bits first."""
-
-
-def decode_scale(code: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """E5M3 codes to float32 scales: 2^(e-24)·(1 + m/8), e the high five bits, m the low three. Any shape."""
-    return ((code.astype(np.uint32) << 20) + np.uint32(103 << 23)).view(np.float32)
 
 
 def decode_zero(code: NDArray[np.uint8], bits: int) -> NDArray[np.float32]:
@@ -86,7 +83,7 @@ def dequantize(q: NDArray[np.uint8], d: NDArray[np.uint8], z: NDArray[np.uint8],
     """Weights float32 [rows, columns]: d·(q - z) per block, in the order of operations of the C reference."""
     rows, columns = q.shape
     groups = q.reshape(rows, columns // BLOCK, BLOCK).astype(np.float32)
-    return (decode_scale(d)[..., None] * (groups - decode_zero(z, bits)[..., None])).reshape(rows, columns)
+    return (e5m3.decode(d)[..., None] * (groups - decode_zero(z, bits)[..., None])).reshape(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -120,3 +117,6 @@ class TsqPacker:
     def dequantize(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Weights float32 [rows, columns]."""
         return dequantize(arrays["q"], arrays["d"], arrays["z"], self.bits)
+
+
+TSQ2, TSQ3, TSQ4 = map(TsqPacker, (2, 3, 4))
