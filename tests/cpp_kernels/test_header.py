@@ -70,7 +70,7 @@ import sys, numpy as np, gguf
 from gguf.quants import bcq_dequantize_blocks, dequantize
 from tesseraq_gguf.types.bcq import packer as bcq
 from tesseraq_gguf.types.tsq import packer as tsq
-from tesseraq_gguf.types.facts import TENSOR_TYPES
+from tesseraq_gguf.types.facts import TENSOR_TYPES, WITH_CODEBOOKS
 assert gguf.__file__.startswith(sys.argv[1]), gguf.__file__
 for t in TENSOR_TYPES.values():
     assert gguf.GGMLQuantizationType[t.name.upper()] == t.id
@@ -84,7 +84,7 @@ for bits in (2, 3, 4):
     assert (got.view(np.uint32) == expected.view(np.uint32)).all()
 data = np.random.default_rng(0).integers(0, 256, (20, 3 * 36), dtype=np.uint8)
 arrays = bcq.BcqPacker().unpack(data)
-for name in bcq.TYPES:
+for name in WITH_CODEBOOKS:
     assert (dequantize(data, gguf.GGMLQuantizationType[name.upper()]) == bcq.BcqPacker().dequantize(arrays)).all()
 own = np.sort(np.random.default_rng(1).integers(-31, 32, (8, 16)).astype(np.int8))
 got = bcq_dequantize_blocks(data.reshape(-1, 36), own.reshape(-1)).reshape(20, -1)
