@@ -234,7 +234,7 @@ def _types() -> str:
             f"{type.bits_per_weight:g}",
             str(type.block_weights),
             str(type.id),
-            "our runtime" if type.custom else "llama.cpp",
+            "our runtime" if type.custom else "a recent llama.cpp" if type.recent else "any llama.cpp",
             f"`{type.fallback or 'f16'}`" if not type.is_float else "",
         )
         for type in TENSOR_TYPES.values()

@@ -95,7 +95,8 @@ def _quality(measured: Measured, setting: Setting) -> list[str]:
     notes = report.notes(measured, setting.today).splitlines()
     return [
         prose(
-            f"Written by `scripts/bench_quality`, which ran [these commands](commands.md). The first {options.chunks} chunks of {options.ctx} tokens of "
+            "Written by `scripts/bench_quality`, which ran [these commands](commands.md). "
+            f"The first {options.chunks} chunks of {options.ctx} tokens of "
             f"{options.text.name} are measured; everything is calibrated on {options.calibration.name}. Rows that name "
             f"no preset were learned with `{options.preset}`. All matrices of the blocks have the type named, and the "
             "embedding is q8_0, unless the notes say otherwise. Divergence and agreement are against the model with "
