@@ -78,7 +78,7 @@ def learn(model: Path, out: Path) -> None:
     from dataclasses import replace
 
     from tesseraq_gguf import Recipe, convert
-    from tesseraq_gguf.recipe.recipe import PRESETS
+    from tesseraq_gguf.recipe.presets import PRESETS
 
     # one step in each stage: more take no more memory
     PRESETS["fast"] = replace(PRESETS["fast"], steps=1)

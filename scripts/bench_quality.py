@@ -38,7 +38,7 @@ from tesseraq_gguf.evaluation.perplexity import TOOL, PerplexityRun, vocabulary_
 from tesseraq_gguf.evaluation.simulation import simulate
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
-from tesseraq_gguf.recipe.recipe import PRESETS
+from tesseraq_gguf.recipe.presets import PRESETS
 from tesseraq_gguf.runtime.cuda import find_gpus
 
 ROOT = Path(__file__).resolve().parent.parent

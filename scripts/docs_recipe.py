@@ -21,7 +21,8 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.methods import table
 from tesseraq_gguf.methods.table import METHODS
 from tesseraq_gguf.recipe import options
-from tesseraq_gguf.recipe.recipe import PRESETS, Preset, Recipe
+from tesseraq_gguf.recipe.presets import PRESETS, Preset
+from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.types.facts import TENSOR_TYPES
 
 OPTIONS = {"rules": ("--tensor-type", "--tensor-types"), "model": ("MODEL",), "out": ("OUT",)}
@@ -182,9 +183,7 @@ def _options() -> dict[str, list[str]]:
 
 def _group(name: str) -> str:
     """Return under what `convert --help` lists a field."""
-    own = name if name != "rules" else "tensor_type"
-    panels = {p.name: getattr(p, "rich_help_panel", None) for p in _convert().params}
-    return panels.get(own) or "Fields"
+    return options.OPTIONS[name].group or "Fields"
 
 
 def _presets() -> str:

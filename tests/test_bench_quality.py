@@ -179,7 +179,7 @@ def test_programs_and_figures_of_other_times_are_marked() -> None:
 def test_results_know_the_program_and_what_its_presets_stand_for(tmp_path: Path) -> None:
     from bench.results import Results, figures_of, program
 
-    from tesseraq_gguf.recipe.recipe import PRESETS
+    from tesseraq_gguf.recipe.presets import PRESETS
 
     fast, balanced = (dataclasses.asdict(PRESETS[name]) for name in ("fast", "balanced"))
     del fast["finish_steps"]  # that row has no last pass

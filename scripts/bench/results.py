@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from bench.rows import Row
 from tesseraq_gguf.paths import temporary_sibling
-from tesseraq_gguf.recipe.recipe import PRESETS
+from tesseraq_gguf.recipe.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from tesseraq_gguf.compute.parallel import Team, joined
 from tesseraq_gguf.compute.schemes import Range
 from tesseraq_gguf.conversion.identity import (
     SENSITIVITY_TOKENS,
-    budget_of,
     identity_of,
     metadata_of,
     preprocessing_of,
@@ -473,7 +472,7 @@ def _within_budget(
 def _keep_choice(recipe: Recipe, plan: TypePlan, progress: Progress) -> None:
     """Write the chosen types beside the file, to be read, edited and given to --tensor-types."""
     place = recipe.out.with_name(f"{recipe.out.name}.types")
-    said = f"types of {recipe.out.name}, chosen for {budget_of(recipe)}; for --tensor-types"
+    said = f"types of {recipe.out.name}, chosen for {recipe.budget}; for --tensor-types"
     with temporary_sibling(place) as partial:
         partial.write_text(rules_of(plan.chosen, said), encoding="utf-8")
     counts = Counter(plan.chosen.values())

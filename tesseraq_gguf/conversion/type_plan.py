@@ -19,7 +19,8 @@ from tesseraq_gguf.learning.embeddings import embedding_costs
 from tesseraq_gguf.methods.table import STARTS
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
-from tesseraq_gguf.recipe.options import AUTO, without_order
+from tesseraq_gguf.recipe.conflicts import without_order
+from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
 from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, tensor_type

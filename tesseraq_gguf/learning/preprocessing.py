@@ -33,9 +33,6 @@ from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor
 PAPER_STEPS = 10_000
 """Steps that the paper's rate is for."""
 
-STEPS = {"fast": 100, "balanced": 500, "best": PAPER_STEPS}
-"""Steps by preset, unless others are asked for."""
-
 _PAPERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 """Matrices that the paper gives adapters, as most architectures call them."""
 

@@ -117,7 +117,7 @@ class StartRow(Row):
 
 _STARTS = (
     StartRow("gptq", "GPTQ", "rounds column by column and makes up for the error in those to come", "gptq:build"),
-    StartRow("awq+gptq", "AWQ+GPTQ", "AWQ's scales, then GPTQ", "gptq:build", scaled=True),
+    StartRow("awq+gptq", "AWQ+GPTQ", "takes AWQ's scales, then GPTQ", "gptq:build", scaled=True),
     StartRow("awq", "AWQ", "scales channels by what they are fed, and searches clipping", "awq:build", scaled=True),
     StartRow("omniquant", "OmniQuant", "learns the clipping of every group", "omniquant:build", needs="uniform"),
     StartRow("none", "RTN", "rounds to nearest", "start:build"),

@@ -1,19 +1,27 @@
-"""Options of a conversion: what each may be, and which have no effect together. The command line and Python share it.
+"""The options of a conversion, each declared once. No torch.
 
-Errors call an option what the user calls it: `--finish-steps` on the command line, `finish_steps` in Python.
+The command line, what a `Recipe` reads and refuses, what a run is and what its file says all come from here. The field
+of the same name in `Recipe` has the type and the default; a test holds both together.
+
+They stand in the order in which a file says how it was made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tesseraq_gguf.arguments import Reader, choice, device, flag, integer, number, path, refused, spelled, text
+from tesseraq_gguf.arguments import Reader, choice, device, flag, number, path, spelled, text
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.methods.table import METHODS, PARTS, STARTS
-from tesseraq_gguf.recipe.rules import read_rules, size_of
-from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, WITH_CODEBOOKS, tensor_type
+from tesseraq_gguf.recipe import conflicts, readers
+from tesseraq_gguf.recipe.conflicts import Judge, nothing
+from tesseraq_gguf.recipe.presets import PRESETS
+from tesseraq_gguf.recipe.readers import at_least, optional
+from tesseraq_gguf.types.facts import WITH_CODEBOOKS, names
 
 if TYPE_CHECKING:
     from tesseraq_gguf.recipe.recipe import Recipe
@@ -27,138 +35,256 @@ FINISHES = ("none", "distill")
 GRANULARITIES = ("group", "channel")
 """What shares a scale and a zero-point."""
 
-AUTO = "auto"
-"""Type of an embedding that is chosen within `target_size`."""
-
 CODEBOOKS = ("universal", "model")
 """Where types with codebooks have them from."""
 
-PRESET_NAMES = ("fast", "balanced", "best")
+MAKE, LEARN, CALIBRATION, MACHINE, EXPERIMENTS = (
+    "What to make",
+    "How to learn",
+    "Calibration",
+    "Machine",
+    "Experiments",
+)
+"""Headings under which `convert --help` lists options."""
+
+Entries = Callable[["Recipe"], Mapping[str, object]]
+"""What an option adds to what a run is, or to what its file says, by key."""
+
+_WORDS = "FILE|wikitext2|c4"
 
 
-def size(name: str, value: Any) -> int:
-    """Return bytes, given as a whole number or as text such as `1G`.
+def _none(_: Recipe) -> dict[str, object]:
+    return {}
 
-    Raises:
-        UsageError: it is neither.
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a conversion.
+
+    Attributes:
+        name: of the field; the option on the command line is called the same unless `flag` says another.
+        read: makes of what was given what it means.
+        help: what `convert --help` says of it; what it lacks is not on the command line.
+        group: its heading there; "" for what is given by its place.
+        kind: what the command line makes of the word.
+        many: whether the command line takes it often.
+        flag: its name on the command line, where the field has another.
+        metavar: what `--help` calls its value, where the kind says too little.
+        unset: what `--help` says of the default, where that says too little.
+        always: whether it has a meaning where nothing is learned.
+        clash: what it contradicts.
+        idle: why it would be ignored, where something is learned.
+        identity: what of it decides what blocks learn. Options that decide one thing together declare the same.
+        metadata: what the file says of it, beside its preset.
+        said: what the file's one line says of it.
     """
-    if isinstance(value, str):
-        return size_of(value)
-    if isinstance(value, float):
-        raise refused(name, value, "a whole number of bytes, or a size such as '200M'")
-    return integer(name, value, 1, "byte")
+
+    name: str
+    read: Reader
+    help: str = ""
+    group: str = ""
+    kind: type[Any] = str
+    many: bool = False
+    flag: str = ""
+    metavar: str | None = None
+    unset: str | None = None
+    always: bool = False
+    clash: Judge = nothing
+    idle: Judge = nothing
+    identity: Entries = _none
+    metadata: Entries = _none
+    said: Callable[[Recipe], str] = lambda _: ""
 
 
-def type_name(name: str, value: Any) -> str:
-    """Return the name of a tensor type, given in any case.
-
-    Raises:
-        UsageError: there is no such type.
-    """
-    if not isinstance(value, str):
-        raise refused(name, value, "the name of a tensor type")
-    return tensor_type(value.strip()).name
+def _listed(names: Any) -> str:
+    return ", ".join(map(str, names))
 
 
-def rules(name: str, value: Any) -> tuple[tuple[str, str], ...]:
-    """Return rules as pairs (regular expression, type).
-
-    They are given as a mapping, as pairs, as lines REGEX=TYPE, or as one text of such lines.
-
-    Raises:
-        UsageError: they are something else, or name no regular expression or no type.
-    """
-    if isinstance(value, str):
-        return read_rules(value.splitlines())
-    entries = value.items() if isinstance(value, Mapping) else value
-    if not isinstance(entries, Iterable) or isinstance(entries, bytes):
-        raise refused(name, value, "pairs (regular expression, type), a dict of these, or lines REGEX=TYPE")
-    found: list[tuple[str, str]] = []
-    for entry in entries:
-        if isinstance(entry, str):
-            found += read_rules([entry])
-        elif isinstance(entry, tuple | list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
-            found += read_rules([f"{entry[0]}={entry[1]}"]) or read_rules([f"(?:{entry[0]})={entry[1]}"])
-        else:
-            raise refused(name, entry, "a pair (regular expression, type), or a line REGEX=TYPE")
-    return tuple(found)
+def _summaries() -> str:
+    return "; ".join(f"{row.name} {row.summary}" for row in METHODS.values())
 
 
-def candidates(name: str, value: Any) -> tuple[str, ...]:
-    """Return types to choose from, given as strings, or as one with commas.
-
-    Raises:
-        UsageError: there are none, or an unknown one, or none that can be learned.
-    """
-    given = value.split(",") if isinstance(value, str) else value
-    if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
-        raise refused(name, value, "names of tensor types")
-    found = tuple(dict.fromkeys(type_name(name, one) for one in given))
-    if all(tensor_type(type).is_float for type in found):
-        raise UsageError(f"{spelled(name)} must name types to choose from, one of which at least can be learned")
-    return found
+def _budget(recipe: Recipe) -> dict[str, object]:
+    return {"budget": [recipe.budget, *recipe.candidates] if recipe.budgeted else None}
 
 
-def _embedding_type(name: str, value: Any) -> str:
-    return AUTO if isinstance(value, str) and value.strip().lower() == AUTO else type_name(name, value)
+def _ends(recipe: Recipe) -> dict[str, object]:
+    return {"ends": [recipe.embedding_type, recipe.output_type] if recipe.budgeted else None}
 
 
-def _bits(name: str, value: Any) -> int:
-    found = integer(name, value)
-    if found not in KEY_VALUE_BITS:
-        known = ", ".join(map(str, sorted(KEY_VALUE_BITS)))
-        raise UsageError(f"{spelled(name)} {found} is not possible. There are: {known}")
-    return found
+def _scheme(recipe: Recipe) -> dict[str, object]:
+    return {"activations": str(recipe.scheme) if recipe.scheme.rounds else None}
 
 
-def _at_least(least: int, what: str = "") -> Reader:
-    return lambda name, value: integer(name, value, least, what)
+def _spent(recipe: Recipe) -> dict[str, object]:
+    # the last pass works on blocks of any run: it may be added, or repeated with other settings
+    return {"preset": {key: value for key, value in asdict(recipe.settings).items() if key != "finish_steps"}}
 
 
-def _optional(read: Reader) -> Reader:
-    return lambda name, value: None if value is None else read(name, value)
+def _parts(recipe: Recipe) -> str | None:
+    return recipe.parts if "parts" in recipe.method_row.options else None
 
 
-FIELDS: dict[str, Reader] = {
-    "model": text,
-    "out": path,
-    "type": type_name,
-    "rules": rules,
-    "target_bpw": _optional(number),
-    "target_size": _optional(size),
-    "candidates": candidates,
-    "method": choice("method", tuple(METHODS)),
-    "init": choice("initialisation", INITIALISATIONS),
-    "rotate": flag,
-    "finish": choice("finish", FINISHES),
-    "finish_steps": _optional(_at_least(1)),
-    "rank": _optional(_at_least(1)),
-    "parts": choice("part of PTQ1.61", PARTS),
-    "granularity": choice("granularity", GRANULARITIES),
-    "activations": choice("rounding of activations", SCHEMES),
-    "kv_bits": _optional(_bits),
-    "codebooks": choice("kind of codebooks", CODEBOOKS),
-    "preprocess": _optional(text),
-    "preprocess_steps": _optional(_at_least(1)),
-    "preset": choice("preset", PRESET_NAMES),
-    "calibration": _optional(text),
-    "samples": _optional(_at_least(1)),
-    "seqlen": _optional(_at_least(8, "tokens")),
-    "device": device,
-    "memory_budget": _optional(size),
-    "embedding_type": _optional(_embedding_type),
-    "output_type": _optional(type_name),
-    "work_dir": _optional(path),
-    "fresh": flag,
-    "seed": _at_least(0),
-    "processes": _at_least(1),
-}
-"""What reads each field of a `Recipe`."""
+_OPTIONS = (
+    Option(
+        "model", text, "A Hugging Face folder, a hub id such as Qwen/Qwen3-0.6B, a .gguf file, or 'demo'.",
+        always=True,
+    ),
+    Option("out", path, "The GGUF file to write.", kind=Path, always=True),
+    Option(
+        "type", readers.type_name,
+        "Tensor type of the decoder blocks' matrices: "
+        f"{_listed(names(lambda t: t.custom))} for our runtime; "
+        f"{_listed(names(lambda t: t.family and not t.custom))} for any llama.cpp. "
+        f"With {_listed(names(lambda t: t.is_float))} nothing is learned.",
+        MAKE, always=True, clash=conflicts.type_beside_budget,
+    ),
+    Option(
+        "rules", readers.rules,
+        "Give matrices whose name in the checkpoint matches another type, a float type perhaps; may be given often, "
+        "the last wins. One that matches nothing in the blocks is for embedding or output matrix.",
+        MAKE, many=True, flag="--tensor-type", metavar="REGEX=TYPE", always=True, clash=conflicts.rules,
+        identity=lambda recipe: {"rules": [list(rule) for rule in recipe.rules] if recipe.budgeted else None},
+    ),
+    Option(
+        "target_bpw", optional(number),
+        "Choose each matrix's type so that the blocks take so many bits per weight; OUT.types tells which.",
+        MAKE, kind=float, clash=conflicts.two_budgets, identity=_budget,
+    ),
+    Option(
+        "target_size", optional(readers.size),
+        "Choose types, the embedding's too unless it is given, so that the file is no larger (200M, 1.5G, …).",
+        MAKE, metavar="SIZE", clash=conflicts.two_budgets, identity=_budget,
+    ),
+    Option(
+        "candidates", readers.candidates, "Types that a target chooses from.", MAKE, metavar="TYPES",
+        idle=conflicts.without_target, identity=_budget,
+    ),
+    Option(
+        "embedding_type", optional(readers.embedding_type), "Tensor type of the embedding, any that --type takes.",
+        MAKE, unset="q8_0; --type itself where nothing is learned", always=True, clash=conflicts.embedding_type,
+        identity=_ends,
+    ),
+    Option(
+        "output_type", optional(readers.type_name), "Tensor type of the output matrix.",
+        MAKE, unset="that of the embedding", always=True, clash=conflicts.output_type, identity=_ends,
+    ),
+    Option(
+        "preset", choice("preset", tuple(PRESETS)), f"How much to spend: {_listed(PRESETS)} (the paper's setting).",
+        LEARN, idle=conflicts.without_preset, identity=_spent,
+    ),
+    Option(
+        "method", choice("method", tuple(METHODS)), f"How to learn: {_summaries()}.",
+        LEARN, identity=lambda recipe: {"method": recipe.method}, said=lambda recipe: recipe.method,
+    ),
+    Option(
+        "init", choice("initialisation", INITIALISATIONS),
+        f"What learned rounding begins at: {_listed(INITIALISATIONS)}.",
+        LEARN, idle=conflicts.without_start, identity=lambda recipe: {"init": recipe.start},
+        said=lambda recipe: f" from {recipe.start}" if recipe.method_row.begins else "",
+    ),
+    Option(
+        "calibration", optional(text),
+        "Text to learn on. By default the help topics that ship with Python, which need no network.",
+        CALIBRATION, metavar=_WORDS, idle=conflicts.without_calibration,
+    ),
+    Option(
+        "samples", optional(at_least(1)), "Calibration sequences, in place of the preset's.",
+        CALIBRATION, kind=int, idle=conflicts.without_calibration, identity=_spent,
+    ),
+    Option(
+        "seqlen", optional(at_least(8, "tokens")), "Tokens of a sequence, in place of the preset's.",
+        CALIBRATION, kind=int, idle=conflicts.without_sequences, identity=_spent,
+    ),
+    Option("device", device, "auto, cpu, cuda, cuda:1, …", MACHINE),
+    Option(
+        "memory_budget", optional(readers.size),
+        "Memory of the device for activations kept from block to block (800M, 16G, …); if they need more, a GPU's go "
+        "to main memory, and those there to disk.",
+        MACHINE, metavar="SIZE", unset="a quarter of a GPU's free memory, half of the free main memory",
+        idle=conflicts.without_calibration,
+    ),
+    Option(
+        "work_dir", optional(path), "Where finished blocks are kept until the file is whole. By default beside OUT.",
+        MACHINE, kind=Path,
+    ),
+    Option("fresh", flag, "Throw the blocks of an earlier run away.", MACHINE, kind=bool),
+    Option(
+        "seed", at_least(0), "The same seed, options and machine give the same file.",
+        MACHINE, kind=int, identity=lambda recipe: {"seed": recipe.seed},
+    ),
+    Option("processes", at_least(1), always=True, identity=_spent),  # torchrun's
+    Option(
+        "rotate", flag,
+        "First mix channels by Hadamard matrices, where that folds into the weights: for activations of 4 bits or "
+        "fewer.",
+        EXPERIMENTS, kind=bool, identity=lambda recipe: {"rotate": recipe.rotate or None},
+        said=lambda recipe: " rotated" if recipe.rotate else "",
+    ),
+    Option(
+        "granularity", choice("granularity", GRANULARITIES),
+        "What shares a scale: group, the type's own; or channel, a whole row, as in some papers.",
+        EXPERIMENTS,
+        identity=lambda recipe: {"granularity": None if recipe.granularity == "group" else recipe.granularity},
+        said=lambda recipe: " per channel" if recipe.granularity == "channel" else "",
+    ),
+    Option(
+        "activations", choice("rounding of activations", SCHEMES),
+        f"Learn for activations rounded so: {_listed(SCHEMES)}. The runtime rounds them in its own way; "
+        "eval --simulate measures the file with this one.",
+        EXPERIMENTS, identity=_scheme,
+        said=lambda recipe: f", activations {recipe.scheme}" if recipe.scheme.rounds else "",
+    ),
+    Option(
+        "kv_bits", optional(readers.key_value_bits),
+        f"Learn for keys and values of so many bits: {_listed(KEY_VALUE_BITS)}.",
+        EXPERIMENTS, kind=int, unset="not rounded", identity=_scheme,
+    ),
+    Option(
+        "rank", optional(at_least(1)), "Rank of lrq's scaling matrices.",
+        EXPERIMENTS, kind=int, unset="a quarter of the model's width, as in the paper",
+        idle=conflicts.of_another_method("rank"), identity=lambda recipe: {"rank": recipe.rank},
+        metadata=lambda recipe: {"rank": recipe.rank},
+    ),
+    Option(
+        "parts", choice("part of PTQ1.61", PARTS),
+        "How much of ptq161 is done, for its ablation: mask, scales (mask and learned scales), or cosine, all of it.",
+        EXPERIMENTS, idle=conflicts.of_another_method("parts"), identity=lambda recipe: {"parts": _parts(recipe)},
+        metadata=lambda recipe: {"parts": _parts(recipe)},
+    ),
+    Option(
+        "preprocess", optional(text),
+        "Quantise once, let low-rank adapters learn this text, and quantise the result (needs peft).",
+        EXPERIMENTS, metavar=_WORDS,
+        metadata=lambda recipe: {"preprocess": Path(recipe.preprocess).name if recipe.preprocess else None},
+        said=lambda recipe: ", preprocessed" if recipe.preprocess else "",
+    ),
+    Option(
+        "preprocess_steps", optional(at_least(1)), "Steps of that, in place of the preset's.",
+        EXPERIMENTS, kind=int, clash=conflicts.preprocess_steps,
+        metadata=lambda recipe: {"preprocess_steps": recipe.preprocessing_steps if recipe.preprocess else None},
+    ),
+    Option(
+        "codebooks", choice("kind of codebooks", CODEBOOKS),
+        f"Codebooks of {_listed(WITH_CODEBOOKS)}: universal, or model, designed from this model and put into the file.",
+        LEARN, idle=conflicts.without_codebooks,
+        identity=lambda recipe: {"codebooks": None if recipe.codebooks == "universal" else recipe.codebooks},
+        said=lambda recipe: ", codebooks of its own" if recipe.codebooks == "model" else "",
+    ),
+    Option(
+        "finish", choice("finish", FINISHES),
+        "A last pass: distill lets scales and norms of the whole model learn from its full-precision answers.",
+        LEARN, clash=conflicts.finish, idle=conflicts.without_learning,
+        said=lambda recipe: "" if recipe.finish == "none" else f", {recipe.finish}",
+    ),
+    Option(
+        "finish_steps", optional(at_least(1)), "Steps of that, in place of the preset's.",
+        LEARN, kind=int, clash=conflicts.finish_steps,
+    ),
+)  # fmt: skip
 
-_OF_ANY = {"model", "out", "type", "rules", "embedding_type", "output_type", "processes"}
-"""Fields that have a meaning where nothing is learned."""
-
-_CALIBRATION = ("preset", "calibration", "samples", "seqlen", "memory_budget")
+OPTIONS = {option.name: option for option in _OPTIONS}
+"""The options by name."""
 
 
 def refuse_conflicts(recipe: Recipe, given: Set[str]) -> None:
@@ -171,87 +297,29 @@ def refuse_conflicts(recipe: Recipe, given: Set[str]) -> None:
     Raises:
         UsageError: naming the first that is found.
     """
-    _refuse_contradictions(recipe, given)
-    _refuse_types(recipe)
-    for names, reason in _useless(recipe):
-        for name in names:
-            if name in given:
-                raise UsageError(f"{reason}: {spelled(name)} has no meaning there")
+    options = [option for option in _OPTIONS if option.name in given]
+    judged = [option for option in options if recipe.learns or option.always]
+    for option in judged:
+        if message := option.clash(recipe):
+            raise UsageError(message)
+    for option in options:
+        reason = option.idle(recipe) if option in judged else f"{spelled('type')} {recipe.type} learns nothing"
+        if reason:
+            raise UsageError(f"{reason}: {spelled(option.name)} has no meaning there")
 
 
-def _refuse_contradictions(recipe: Recipe, given: Set[str]) -> None:
-    if recipe.target_bpw is not None and recipe.target_size is not None:
-        raise UsageError(f"{spelled('target_bpw')} and {spelled('target_size')} are two budgets: give one")
-    if "type" in given and recipe.budgeted:
-        raise UsageError(
-            f"{spelled('type')} gives all matrices one type, a target chooses among {spelled('candidates')}: "
-            "give one of them"
-        )
-    if recipe.embedding_type == AUTO and recipe.target_size is None:
-        raise UsageError(f"the type of the embedding can be chosen with {spelled('target_size')} only: name one")
-    if not recipe.learns:
-        return
-    finish = spelled("finish")
-    if recipe.scheme.rounds and recipe.finish != "none":
-        raise UsageError(f"{finish} learns with activations as they are: it is not possible with rounded ones")
-    if recipe.granularity == "channel" and recipe.finish != "none":
-        raise UsageError(
-            f"{finish} moves the scale of every group: it is not possible with {spelled('granularity')} channel"
-        )
-    if "finish_steps" in given and recipe.finish == "none":
-        raise UsageError(f"{spelled('finish_steps')} must go with {finish} distill")
-    if "preprocess_steps" in given and recipe.preprocess is None:
-        raise UsageError(f"{spelled('preprocess_steps')} must go with {spelled('preprocess')} TEXT")
+def identity_of(recipe: Recipe) -> dict[str, object]:
+    """Return what of a recipe decides what blocks learn, JSON-ready, beside the types of the matrices."""
+    return {key: value for option in _OPTIONS for key, value in option.identity(recipe).items()}
 
 
-def _refuse_types(recipe: Recipe) -> None:
-    for name in ("embedding_type", "output_type"):
-        if (type := getattr(recipe, name)) in ORDERED_TYPES:
-            raise UsageError(without_order(type))
-    if recipe.learns:
-        return
-    wanted = {spelled(name): getattr(recipe, name) for name in ("embedding_type", "output_type")}
-    wanted |= {f"{spelled('rules')} {pattern}": type for pattern, type in recipe.rules}
-    for what, type in wanted.items():
-        if type is not None and not tensor_type(type).plain:
-            plain = ", ".join(t.name for t in TENSOR_TYPES.values() if t.plain)
-            raise UsageError(
-                f"{what}: '{type}' can only be learned, and with {spelled('type')} {recipe.type} nothing is: "
-                f"choose one of {plain}"
-            )
+def settings_of(recipe: Recipe) -> dict[str, object]:
+    """Return the settings that a file names, JSON-ready."""
+    settings: dict[str, object] = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
+    own = {key: value for option in _OPTIONS for key, value in option.metadata(recipe).items()}
+    return settings | {key: value for key, value in own.items() if value is not None}
 
 
-def without_order(type: str) -> str:
-    """Say that embedding and output matrix cannot have a type."""
-    return f"{type} is for matrices in the blocks: columns of the embedding have no order"
-
-
-def _is(name: str) -> str:
-    return "are" if name.endswith("s") else "is"
-
-
-def _useless(recipe: Recipe) -> list[tuple[Iterable[str], str]]:
-    """Fields that a choice makes useless, each with the reason."""
-    method, found = f"{spelled('method')} {recipe.method}", list[tuple[Iterable[str], str]]()
-    if not recipe.learns:
-        return [([n for n in FIELDS if n not in _OF_ANY], f"{spelled('type')} {recipe.type} learns nothing")]
-    if not recipe.budgeted:
-        found.append((["candidates"], "there is no target to choose types for"))
-    row = recipe.method_row
-    if not row.calibrates:
-        found.append((["init", "finish", "rank"], f"{method} learns nothing"))
-        if not recipe.calibrates:
-            # preprocessing takes its steps from the preset, and sequences of that length
-            kept = ("preset", "seqlen") if recipe.preprocess else ()
-            found.append(([n for n in _CALIBRATION if n not in kept], f"{method} uses no calibration"))
-        elif not recipe.preprocess:
-            found.append((["preset"], f"{method} learns nothing"))
-    elif not row.begins:
-        found.append((["init", "rank"], f"{method} knows one way"))
-    for owner in METHODS.values():
-        if owner is not row:
-            found += [([name], f"{spelled(name)} {_is(name)} {owner.name}'s alone") for name in owner.options]
-    types = {*(recipe.candidates if recipe.budgeted else (recipe.type,)), recipe.embedding_type, recipe.output_type}
-    if not (types | {type for _, type in recipe.rules}) & set(WITH_CODEBOOKS):
-        found.append((["codebooks"], f"{recipe.type} has none"))
-    return found
+def said_of(recipe: Recipe) -> str:
+    """Return the line in which a file says how it was made."""
+    return "".join(option.said(recipe) for option in _OPTIONS)

@@ -1,4 +1,4 @@
-"""Recipe: everything that decides what a conversion makes, as data. Presets are the rows of one table."""
+"""Recipe: everything that decides what a conversion makes, as data."""
 
 from __future__ import annotations
 
@@ -7,47 +7,10 @@ from pathlib import Path
 
 from tesseraq_gguf.compute.schemes import ActivationScheme, scheme_of
 from tesseraq_gguf.methods.table import METHODS, MethodRow, Settings
-from tesseraq_gguf.recipe.options import AUTO, FIELDS, refuse_conflicts
+from tesseraq_gguf.recipe.options import OPTIONS, refuse_conflicts
+from tesseraq_gguf.recipe.presets import PREPROCESSING_STEPS, PRESETS, Preset
+from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.types.facts import tensor_type
-
-CANDIDATES = ("tsq2", "tsq3", "tsq4")
-"""Types that a budget is spent on unless others are named."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """How much calibration and learning a run spends.
-
-    Attributes:
-        samples: calibration sequences.
-        length: tokens of a sequence.
-        steps: Adam steps in each of the 20 stages of progressive adaptive rounding.
-        batch: sequences of a step.
-        rounding_rate: learning rate of the rounding variables ν.
-        parameter_rate: learning rate of scales and zero-points.
-        finish_steps: Adam steps of the last pass, if there is one.
-    """
-
-    samples: int
-    length: int
-    steps: int
-    batch: int
-    rounding_rate: float
-    parameter_rate: float
-    finish_steps: int
-
-
-PRESETS = {
-    "fast": Preset(samples=128, length=256, steps=6, batch=4, rounding_rate=6e-2, parameter_rate=1e-2, finish_steps=50),
-    "balanced": Preset(
-        samples=512, length=256, steps=50, batch=2, rounding_rate=3e-2, parameter_rate=5e-3, finish_steps=200
-    ),
-    "best": Preset(
-        samples=512, length=2048, steps=250, batch=4, rounding_rate=1e-3, parameter_rate=1e-3, finish_steps=1000
-    ),
-}
-"""`best` is the paper's setting (arXiv 2410.19103, §4.1); the others spend less and take larger steps. Rates are for
-types of 2 bits, those of more take shares of them (`methods.tesseraq.parameter_share`)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +65,7 @@ class Recipe:
     rules: tuple[tuple[str, str], ...] = ()
     target_bpw: float | None = None
     target_size: int | None = None
-    candidates: tuple[str, ...] = CANDIDATES
+    candidates: tuple[str, ...] = ("tsq2", "tsq3", "tsq4")
     method: str = "tesseraq"
     init: str = "auto"
     rotate: bool = False
@@ -135,8 +98,8 @@ class Recipe:
         Raises:
             UsageError: a field is of another kind, unknown or out of range, or would be ignored.
         """
-        for name, read in FIELDS.items():
-            object.__setattr__(self, name, read(name, getattr(self, name)))
+        for name, option in OPTIONS.items():
+            object.__setattr__(self, name, option.read(name, getattr(self, name)))
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         if self.embedding_type is None:
             unnamed = AUTO if self.target_size is not None else "q8_0" if self.learns else self.type
@@ -154,6 +117,11 @@ class Recipe:
             batch=max(preset.batch, self.processes),
             finish_steps=self.finish_steps or preset.finish_steps,
         )
+
+    @property
+    def preprocessing_steps(self) -> int:
+        """Steps of the preprocessing, if there is one."""
+        return self.preprocess_steps or PREPROCESSING_STEPS[self.preset]
 
     @property
     def start(self) -> str:
@@ -193,6 +161,13 @@ class Recipe:
     def budgeted(self) -> bool:
         """Whether types are chosen within a budget."""
         return self.target_bpw is not None or self.target_size is not None
+
+    @property
+    def budget(self) -> str:
+        """What types are chosen for, in words; where there is a budget."""
+        if self.target_size is not None:
+            return f"a file of {self.target_size:,} bytes"
+        return f"{self.target_bpw:g} bits per weight in the blocks"
 
     @property
     def learns(self) -> bool:

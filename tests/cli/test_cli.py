@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 
 from tesseraq_gguf.cli import app as cli
+from tesseraq_gguf.cli.runtime import with_runtime
 from tesseraq_gguf.conversion.report import ConversionReport
 from tesseraq_gguf.errors import ConversionError, RuntimeMissingError
-from tesseraq_gguf.recipe.recipe import PRESETS
+from tesseraq_gguf.recipe.options import CALIBRATION, EXPERIMENTS, LEARN, MACHINE, MAKE, OPTIONS
+from tesseraq_gguf.recipe.presets import PRESETS
+from tesseraq_gguf.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = [
@@ -51,6 +54,24 @@ def test_every_command_has_its_help_tested():
             yield from walk(child, [*path, name])
 
     assert sorted(walk(typer.main.get_command(cli.app), [])) == sorted(COMMANDS)
+
+
+def test_convert_has_the_options_that_are_declared_with_the_defaults_of_the_recipe():
+    parameters = {p.name: p for p in typer.main.get_command(cli.app).commands["convert"].params}
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    assert {name for name, option in OPTIONS.items() if option.help} == parameters.keys() & OPTIONS.keys()
+    for name in parameters.keys() & OPTIONS.keys():
+        parameter, option, default = parameters[name], OPTIONS[name], defaults[name]
+        assert (parameter.rich_help_panel or "") == option.group
+        assert parameter.required == (default is dataclasses.MISSING)
+        if parameter.default is not None:
+            assert option.read(name, parameter.default) == default
+
+
+def test_help_lists_options_under_headings(run):
+    lines = run("convert", "--help").out.splitlines()
+    headings = [found[1] for line in lines if (found := re.match(r"╭─ (.*?) ─", line))]
+    assert headings == ["Arguments", "Options", MAKE, LEARN, CALIBRATION, MACHINE, EXPERIMENTS]
 
 
 def test_version(run):
@@ -321,9 +342,9 @@ def test_on_a_terminal_a_missing_runtime_is_built_if_the_user_agrees(monkeypatch
     monkeypatch.setattr("tesseraq_gguf.runtime.builder.build", lambda: built.append(True))
     monkeypatch.setattr(typer, "confirm", lambda *_, **__: False)
     with pytest.raises(RuntimeMissingError):
-        cli._with_runtime(action)
+        with_runtime(action)
     monkeypatch.setattr(typer, "confirm", lambda *_, **__: True)
-    assert cli._with_runtime(action) == "done"
+    assert with_runtime(action) == "done"
 
 
 def test_a_bug_shows_its_traceback(run, tiny_gguf, monkeypatch):
@@ -431,7 +452,7 @@ def test_a_reference_is_all_of_one_type(run, tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_convert_learns_a_tiny_model(run, tiny_model, long_text, tmp_path, monkeypatch):
-    monkeypatch.setitem(PRESETS, "fast", replace(PRESETS["fast"], steps=1))
+    monkeypatch.setitem(PRESETS, "fast", dataclasses.replace(PRESETS["fast"], steps=1))
     out = tmp_path / "out.gguf"
     options = ["--preset", "fast", "--samples", 4, "--seqlen", 32, "--calibration", long_text]
     answer = run("convert", tiny_model, out, *options, "--json")

@@ -29,7 +29,7 @@ from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.learning.calibration import load_calibration
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.source import expand
-from tesseraq_gguf.recipe.recipe import PRESETS
+from tesseraq_gguf.recipe.presets import PRESETS
 from tesseraq_gguf.types.bcq import packer as bcq
 from tesseraq_gguf.types.quantized import load_tensors
 

@@ -17,7 +17,7 @@ from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose,
 from tesseraq_gguf.learning.embeddings import embedding_costs
 from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.recipe.options import AUTO
+from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.types.grids import grid_of
 

@@ -19,22 +19,85 @@ from tesseraq_gguf.evaluation.simulation import simulate
 from tesseraq_gguf.learning.own_text import write_text
 from tesseraq_gguf.methods.table import METHODS, PARTS
 from tesseraq_gguf.recipe.options import (
-    AUTO,
     CODEBOOKS,
-    FIELDS,
     FINISHES,
     GRANULARITIES,
     INITIALISATIONS,
-    PRESET_NAMES,
+    OPTIONS,
+    identity_of,
+    said_of,
+    settings_of,
 )
-from tesseraq_gguf.recipe.recipe import PRESETS
+from tesseraq_gguf.recipe.presets import PRESETS
+from tesseraq_gguf.recipe.readers import AUTO
 
 PAIRS = (("down_proj", "tsq3"), ("layers.0", "q4_0"))
 
 
-def test_every_field_has_a_reader():
-    assert list(FIELDS) == [field.name for field in dataclasses.fields(Recipe)]
-    assert tuple(PRESETS) == PRESET_NAMES
+def test_every_field_is_declared_and_nothing_else():
+    assert sorted(OPTIONS) == sorted(field.name for field in dataclasses.fields(Recipe))
+
+
+CHANGES = {
+    "model": {},
+    "out": {},
+    "type": {"type": "tsq3"},
+    "rules": {"target_bpw": 3.0, "rules": "down=f16"},
+    "target_bpw": {"target_bpw": 3.0},
+    "target_size": {"target_size": "1G"},
+    "candidates": {"target_bpw": 3.0, "candidates": "tsq2,q4_0"},
+    "embedding_type": {"target_bpw": 3.0, "embedding_type": "f16"},
+    "output_type": {"target_bpw": 3.0, "output_type": "f16"},
+    "preset": {"preset": "fast"},
+    "method": {"method": "gptq"},
+    "init": {"init": "none"},
+    "calibration": {"calibration": "text.txt"},
+    "samples": {"samples": 8},
+    "seqlen": {"seqlen": 64},
+    "device": {"device": "cuda"},
+    "memory_budget": {"memory_budget": "1G"},
+    "work_dir": {"work_dir": "work"},
+    "fresh": {"fresh": True},
+    "seed": {"seed": 3},
+    "processes": {"processes": 8},
+    "rotate": {"rotate": True},
+    "granularity": {"granularity": "channel"},
+    "activations": {"activations": "a8"},
+    "kv_bits": {"kv_bits": 8},
+    "rank": {"method": "lrq", "rank": 4},
+    "parts": {"type": "ptq1_61", "method": "ptq161", "parts": "mask"},
+    "preprocess": {"preprocess": "text.txt"},
+    "preprocess_steps": {"preprocess": "text.txt", "preprocess_steps": 3},
+    "codebooks": {"type": "bcq4", "codebooks": "model"},
+    "finish": {"finish": "distill"},
+    "finish_steps": {"finish": "distill", "finish_steps": 3},
+}
+"""A recipe that has each option, where it has a meaning."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_changes_what_it_declares_to_change(name):
+    option, changed = OPTIONS[name], CHANGES[name]
+    before = Recipe("m", "o", **{key: value for key, value in changed.items() if key != name})
+    after = Recipe("m", "o", **changed)
+    assert (option.identity(before) != option.identity(after)) == (identity_of(before) != identity_of(after))
+    assert option.said(after) in said_of(after)
+    added = {k: v for k, v in settings_of(after).items() if settings_of(before).get(k) != v}
+    spent = {"preset", *dataclasses.asdict(after.settings), "seed"}
+    assert {k: v for k, v in added.items() if k not in spent} == {
+        k: v for k, v in option.metadata(after).items() if v != option.metadata(before).get(k)
+    }
+
+
+def test_options_that_decide_what_blocks_learn_say_so():
+    """A new option joins one of both: what decides nothing in the blocks, or what makes another run."""
+    silent = {
+        "model", "out", "type", "calibration", "preprocess", "preprocess_steps",  # what is read, and what becomes of it
+        "device", "memory_budget", "work_dir", "fresh",
+        "finish", "finish_steps",
+    }  # fmt: skip
+    empty = {name for name, option in OPTIONS.items() if not option.identity(Recipe("m", "o"))}
+    assert empty == silent
 
 
 @pytest.mark.parametrize(
@@ -288,7 +351,7 @@ SENSIBLE = {
     "codebooks": st.sampled_from(CODEBOOKS),
     "preprocess": st.sampled_from([None, "text.txt"]),
     "preprocess_steps": st.sampled_from([None, 3]),
-    "preset": st.sampled_from(PRESET_NAMES),
+    "preset": st.sampled_from(list(PRESETS)),
     "samples": st.sampled_from([None, 8]),
     "embedding_type": st.sampled_from([None, AUTO, "f16", "tsq4", "PTQ1_61"]),
     "output_type": st.sampled_from([None, "q8_0", "tsq3"]),
@@ -309,7 +372,7 @@ def test_options_together_are_a_recipe_or_one_line(options):
 
 
 @settings(max_examples=400, deadline=None)
-@given(field=st.sampled_from(list(FIELDS)), value=ODD)
+@given(field=st.sampled_from(list(OPTIONS)), value=ODD)
 def test_odd_values_are_a_recipe_or_one_line(field, value):
     try:
         Recipe(**({"model": "m", "out": "o"} | {field: value}))

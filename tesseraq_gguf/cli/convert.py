@@ -1,0 +1,110 @@
+"""The command that makes a file. Its options are those of a recipe, declared in `recipe.options`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tesseraq_gguf.cli.output import Stopped, print_json, quieten_transformers, size
+from tesseraq_gguf.cli.parameters import Json, given, takes_a_recipe
+from tesseraq_gguf.compute.torchrun import rank as process_rank
+from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.recipe.options import MAKE, OPTIONS, refuse_conflicts
+from tesseraq_gguf.recipe.recipe import Recipe
+from tesseraq_gguf.recipe.rules import read_rules
+
+if TYPE_CHECKING:
+    from tesseraq_gguf.conversion.report import ConversionReport
+
+
+@takes_a_recipe
+def convert(
+    context: typer.Context,
+    tensor_types: Annotated[
+        Path | None,
+        typer.Option(
+            "--tensor-types",
+            metavar="FILE",
+            help="What --tensor-type takes, from a file, one rule in a line.",
+            rich_help_panel=MAKE,
+        ),
+    ] = None,
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Learn a model and write it as a GGUF file.
+
+    Every finished block is on disk at once: after Ctrl-C, or worse, the same command goes on where it was.
+    OUT appears only when it is whole and every learned tensor in it was compared with what was learned.
+
+    \b
+    Examples:
+      tesseraq-gguf convert demo out.gguf
+      tesseraq-gguf convert Qwen/Qwen3-0.6B qwen.gguf --calibration wikitext2
+      tesseraq-gguf convert ./my-model my-model.gguf --preset best --device cuda
+      tesseraq-gguf convert demo rounded.gguf --method rtn
+      tesseraq-gguf convert demo mixed.gguf --target-bpw 2.75
+      tesseraq-gguf convert demo down.gguf --type tsq2 --tensor-type mlp.down_proj=tsq3
+      tesseraq-gguf convert demo reference.gguf --type f16
+    """
+    named = {name: options[name] for name in given(context) & OPTIONS.keys()}
+    rules = _rules(tensor_types, named.pop("rules", ()))
+    recipe = Recipe(**named | ({"rules": rules} if rules else {}))
+    refuse_conflicts(recipe, named.keys())  # also those that were given as they are by default
+    try:
+        report = _run(recipe)
+    except KeyboardInterrupt:
+        raise Stopped("stopped; finished blocks are kept, run the same command again to go on") from None
+    if report is None:
+        return  # the first process tells
+    if as_json:
+        print_json({name: getattr(report, name) for name in report.__dataclass_fields__})
+    else:
+        _print_report(report)
+
+
+def _rules(file: Path | None, given: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Rules REGEX=TYPE of a file, then those given; the last that matches wins."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file else []
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text"
+        raise UsageError(f"the rules {file} cannot be read: {reason}") from None
+    return read_rules([*lines, *given])
+
+
+def _run(recipe: Recipe) -> ConversionReport | None:
+    """Convert, and show how it goes; in all processes but the first, do so in silence and return None."""
+    from tesseraq_gguf.cli.progress import ConvertProgress
+
+    if process_rank():
+        from tesseraq_gguf.conversion.pipeline import convert as run
+
+        quieten_transformers()
+        run(recipe)
+        return None
+    with ConvertProgress() as progress:
+        progress.stage("Loading torch")
+        from tesseraq_gguf.conversion.pipeline import convert as run
+
+        quieten_transformers()
+        return run(recipe, progress)
+
+
+def _print_report(report: ConversionReport) -> None:
+    learned = f", {report.block_bits_per_weight:.2f} in the learned matrices" if report.block_bits_per_weight else ""
+    print(f"{report.out}: {size(report.bytes)}, {report.bits_per_weight:.2f} bits per weight{learned}")
+    if report.divergence is not None:
+        print(
+            f"Divergence from the original, on {report.held_out:,} tokens held out: "
+            f"{report.divergence:.4f} nats per token"
+        )
+    if report.kept_start:
+        print(
+            f"Learning was undone in {report.kept_start} of {report.blocks} blocks: "
+            "it ended worse than it began on the sequences held out. More --samples would help"
+        )
+    print(f"Runs on: {report.runs_on}")
