@@ -76,7 +76,9 @@ class Bench:
         hidden = final_states(
             self.decoder, self.tokens, rounding=lambda _: rounding, weights=of_block, embeddings=self.embeddings
         )
-        return Figures(*measure(hidden, self.tokens, self._answers, self._reference, self._answers))
+        perplexity, error, kld, top1 = measure(hidden, self.tokens, self._answers, self._reference, self._answers)
+        assert kld is not None and top1 is not None  # there is a reference
+        return Figures(perplexity, error, kld, top1)
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every matrix of the blocks by checkpoint name."""

@@ -296,12 +296,12 @@ def report(
             ],
         )
     if "gather" in kernels:
-        shares = {
+        times = {
             columns: f"{kernels[f'ptq1_61_x{w}'] / (WIDTH * kernels['gather']):.2%}"
             for columns, w in ((1, 1), (PROMPT, 4), (PROMPT, 12))
             if f"ptq1_61_x{w}" in kernels
         }
-        found = " and ".join(f"{share} (columns: {columns})" for columns, share in shares.items())
+        found = " and ".join(f"{share} (columns: {columns})" for columns, share in times.items())
         lines += [
             "### Ordering activations",
             "",
@@ -324,8 +324,8 @@ def report(
         ]
         lines += model_table(models, read, peak)
         for title, what, pairs in (("Decoding", "decoding", DECODING), ("Prompts", "prompt", PROMPTS)):
-            found = [(a, b, models[a][what] / models[b][what], goal) for a, b, goal in pairs if {a, b} <= models.keys()]
-            lines += [f"### {title}, against others", "", *ratios(found)]
+            known = [(a, b, models[a][what] / models[b][what], goal) for a, b, goal in pairs if {a, b} <= models.keys()]
+            lines += [f"### {title}, against others", "", *ratios(known)]
     if other:
         lines += [f"## The same models, with the instructions of `{options.variant}`", ""]
         lines += ["A copy of the portable runtime with this one variant of the CPU backend.", ""]

@@ -38,7 +38,7 @@ QUARTERS = tuple(0.7 * (0.002 / 0.7) ** (stage / 19) for stage in range(20))
 
 TEN_STAGES = (0.8, 0.6, 0.45, 0.33, 0.24, 0.17, 0.11, 0.06, 0.03, 0.01)
 
-BASE = {"steps": 10, "batch": 4, "rounding_rate": 5e-2, "scale_rate": 1e-2, "zero_rate": 1e-2}
+BASE: Mapping[str, Any] = {"steps": 10, "batch": 4, "rounding_rate": 5e-2, "scale_rate": 1e-2, "zero_rate": 1e-2}
 """What a setting does not change: 200 steps."""
 
 TESSERAQ: Mapping[str, tuple[int | None, Mapping[str, Any]]] = {
@@ -80,7 +80,7 @@ def settings(method: str, starts: dict[str, Start], width: int) -> dict[str, Set
     if method == "tesseraq":
         given = Given(starts)
         return {
-            name: (samples, TesseraQ(**(BASE | dict(changes)), initialisation=given))
+            name: (samples, TesseraQ(**{**BASE, **changes}, initialisation=given))
             for name, (samples, changes) in TESSERAQ.items()
         }
     steps, batch = 20 * BASE["steps"], BASE["batch"]

@@ -16,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,7 +68,11 @@ def measure(options: argparse.Namespace, team: Team) -> None:
     def time_of(run: Callable[[int], object]) -> tuple[float, int]:
         return timed(run, device, clock, options.steps)
 
-    bare, peak = time_of(lambda steps: [forward_and_backward(problem, options.batch) for _ in range(steps)])
+    def bare_passes(steps: int) -> None:
+        for _ in range(steps):
+            forward_and_backward(problem, options.batch)
+
+    bare, peak = time_of(bare_passes)
     size = f"{problem_size(problem) / 1e6:.1f} million weights, {options.batch} × {options.tokens} tokens"
     say(f"{size}, {str(problem.autocast).removeprefix('torch.')}, {where}\n")
     say("| | ms a step | of the bare pass | peak memory |\n| --- | ---: | ---: | ---: |")
@@ -83,7 +88,7 @@ def measure(options: argparse.Namespace, team: Team) -> None:
     for name, make in methods.items():
         if not re.search(options.methods, name):
             continue
-        seconds, peak = time_of(lambda steps, make=make: learn(problem, make(steps)))
+        seconds, peak = time_of(partial(learn_for, problem, make))
         say(f"| {name} | {1e3 * seconds:.1f} | {seconds / bare:.2f} | {_gigabytes(peak)} |", flush=True)
     if options.autoround:
         seconds = autoround_step(options)
@@ -153,6 +158,11 @@ def forward_and_backward(problem: BlockProblem, batch: int) -> None:
 def learn(problem: BlockProblem, method: Method) -> None:
     """Learn the block, from the same random numbers each time."""
     method.learn(replace(problem, generator=torch.Generator().manual_seed(0)))
+
+
+def learn_for(problem: BlockProblem, make: Callable[[int], Method], steps: int) -> None:
+    """Learn the block by the method that takes so many steps."""
+    learn(problem, make(steps))
 
 
 def timed(

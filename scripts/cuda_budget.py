@@ -22,9 +22,9 @@ from bench.markers import write_part
 from tesseraq_gguf.runtime import ensure_source
 from tesseraq_gguf.types.facts import TENSOR_TYPES
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tests.cpp_kernels.cuda_sources import FLAGS, HERE, backend, include_paths
+from cpp_kernels.cuda_sources import FLAGS, HERE, backend, include_paths
 
 ROW = 4096
 """Weights of a row: the width of a 7B model."""

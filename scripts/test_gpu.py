@@ -27,9 +27,9 @@ from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.runtime import Runtime, ensure_source, find_runtime
 from tesseraq_gguf.runtime.cuda import Gpu, find_gpus
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from tests.conftest import make_tiny_model
+from tiny_llama import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -170,7 +170,7 @@ def measure_learner(folder: Path) -> tuple[float, int]:
     shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
     seconds = []
     for blocks in (1, 2):
-        model = make_tiny_model(folder / f"learner-{blocks}", **shape, num_hidden_layers=blocks)
+        model = make_tiny_model(folder / f"learner-{blocks}", None, **shape, num_hidden_layers=blocks)
         torch.cuda.reset_peak_memory_stats()
         report = convert(Recipe(str(model), folder / f"learned-{blocks}.gguf", preset="balanced", device="cuda"))
         seconds.append(report.seconds)

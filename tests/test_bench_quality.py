@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def scripts() -> Iterator[None]:
     sys.path.remove(str(SCRIPTS))
 
 
-def a_row(name: str = "llama-q2_k", **different: object):
+def a_row(name: str = "llama-q2_k", **different: Any):
     from bench.rows import all_rows
 
     return dataclasses.replace(next(row for row in all_rows() if row.name == name), **different)
@@ -38,7 +39,7 @@ def a_row(name: str = "llama-q2_k", **different: object):
 def a_result(**different: object):
     from bench.results import Result
 
-    values = {
+    values: dict[str, Any] = {
         "key": "k", "bits": 2.625, "types": {"q2_k": 126}, "embedding": "q8_0", "perplexity": 20.126,
         "perplexity_error": 0.5, "kld": 0.4321, "top1": 0.655, "seconds": 30.0, "cpu_seconds": 300.0, "figures": {},
     }  # fmt: skip

@@ -10,8 +10,13 @@ import pytest
 def test_passes():
     pass
 
+@pytest.mark.gpu
 @pytest.mark.skipif(True, reason="needs a GPU")
 def test_expected():
+    pass
+
+@pytest.mark.skipif(True, reason="needs a GPU")
+def test_without_its_marker():
     pass
 
 def test_within():
@@ -43,17 +48,18 @@ def some_tests(pytester: pytest.Pytester) -> pytest.Pytester:
 
 def test_locally_a_skip_is_a_skip(some_tests: pytest.Pytester) -> None:
     result = some_tests.runpytest_inprocess("-p", "no:cacheprovider")
-    result.assert_outcomes(passed=1, skipped=4, xfailed=1)
+    result.assert_outcomes(passed=1, skipped=5, xfailed=1)
     assert result.ret == 0
 
 
 def test_a_complete_machine_has_no_others_than_those_expected(some_tests: pytest.Pytester) -> None:
     result = some_tests.runpytest_inprocess("-p", "no:cacheprovider", "--strict-skips", "-ra")
-    result.assert_outcomes(passed=1, skipped=2, errors=2, xfailed=1)
+    result.assert_outcomes(passed=1, skipped=2, errors=3, xfailed=1)
     assert result.ret == 1
     result.stdout.fnmatch_lines_random(["*nobody expected it*: needs a harp", "*: its strings are missing"])
+    result.stdout.fnmatch_lines(["*it lacks the marker gpu: needs a GPU"])
     result.stdout.fnmatch_lines_random(["SKIPPED*needs a GPU", "SKIPPED*this processor has no avx512f"])
-    assert "2 errors" in result.outlines[-1]
+    assert "3 errors" in result.outlines[-1]
 
 
 def test_a_file_that_skips_as_a_whole_fails_too(some_tests: pytest.Pytester) -> None:

@@ -15,8 +15,8 @@ import pytest
 
 from tesseraq_gguf.runtime.threads import usable_processors
 
-MEMORY = 4 << 30
-"""Bytes that must be free for each process: tests start compilers and programs with models beside themselves."""
+MEMORY = 2 << 30
+"""Bytes that must be free for each process; with the compilers and programs that its tests start, one takes 0.9 GB."""
 
 
 @pytest.hookimpl(optionalhook=True)

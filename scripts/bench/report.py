@@ -36,7 +36,9 @@ def starts_table(measured: Measured) -> str:
     found = {(row.type, row.method): result for row, result in measured if row.type and row.family == OURS}
 
     def cell(type: str, start: str) -> str:
-        alone = [found[type, name] for name in _ALONE.get(start, (start,)) if (type, name) in found]
+        alone: list[Result | None] = [
+            found[type, name] for name in _ALONE.get(start, (start,)) if (type, name) in found
+        ]
         learned = found.get((type, f"TesseraQ from {start}" if start not in _ALONE else "TesseraQ"))
         shown = [f"{r.kld:.{4 if r.kld < 0.1 else 3}f}" if r else "…" for r in (*(alone or [None]), learned)]
         return " → ".join(shown) if alone or learned else ""

@@ -202,9 +202,9 @@ def _our_rows() -> Iterator[Row]:
             note += f"; {_FORMER_PASS}"
             yield row("own-long-distill", title, *finish, "--finish-steps", "300", *most, note=note)
             note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
-            learn = ("--method", "flexround", "--init", "awq", "--finish", "distill")
+            flexround = ("--method", "flexround", "--init", "awq", "--finish", "distill")
             yield row(
-                "flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *learn, *more, note=note
+                "flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *flexround, *more, note=note
             )
 
 
@@ -222,8 +222,8 @@ def _one_bit_rows() -> Iterator[Row]:
     for start in ("gptq", "awq"):
         learn = ("--method", "tesseraq", "--init", start)
         yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-{start}", f"TesseraQ from {METHOD_NAMES[start]}", *learn)
-    learn = ("--method", "tesseraq", "--init", "gptq", "--finish", "distill")
-    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-distill", "TesseraQ from GPTQ, distilled", *learn)
+    distilled = ("--method", "tesseraq", "--init", "gptq", "--finish", "distill")
+    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-distill", "TesseraQ from GPTQ, distilled", *distilled)
 
 
 def _ptq161_rows() -> Iterator[Row]:

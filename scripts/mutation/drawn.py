@@ -94,8 +94,8 @@ def candidates(file: str, source: str) -> Iterator[tuple[str, int, int, str]]:
             if isinstance(node.value, bool):
                 yield "constant", *span(node), str(not node.value)
             elif isinstance(node.value, int):
-                for other in (node.value + 1, node.value - 1):
-                    yield "constant", *span(node), str(other) if other >= 0 else f"({other})"
+                for number in (node.value + 1, node.value - 1):
+                    yield "constant", *span(node), str(number) if number >= 0 else f"({number})"
             elif isinstance(node.value, float):
                 yield "constant", *span(node), repr(node.value * 2 if node.value else 1.0)
         elif isinstance(node, ast.Call):

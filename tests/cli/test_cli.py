@@ -330,7 +330,7 @@ def test_a_runtime_for_other_patches_is_named(run, tiny_gguf, long_text, tmp_pat
 
 
 def test_on_a_terminal_a_missing_runtime_is_built_if_the_user_agrees(monkeypatch):
-    built = []
+    built: list[bool] = []
 
     def action():
         if not built:

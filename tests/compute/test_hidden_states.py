@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,13 @@ def test_the_file_is_the_same(make_model, long_text: Path, tmp_path: Path, metho
             self.said += text
 
     model, told = str(make_model("llama").folder), Notes()
-    settings = {"preset": "fast", "samples": 8, "seqlen": 32, "calibration": str(long_text), "device": "cpu"}
+    settings: dict[str, Any] = {
+        "preset": "fast",
+        "samples": 8,
+        "seqlen": 32,
+        "calibration": str(long_text),
+        "device": "cpu",
+    }
     memory, disk = tmp_path / "memory.gguf", tmp_path / "disk.gguf"
     convert(Recipe(model, memory, method=method, **settings))
     convert(Recipe(model, disk, method=method, memory_budget=1, **settings), told)

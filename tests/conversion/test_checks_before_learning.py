@@ -128,7 +128,7 @@ def test_what_is_only_written_need_not_be_known_to_the_learner(make_model, tmp_p
     assert report.blocks == 2
     old = tmp_path / "old"
     shutil.copytree(source.folder, old)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in old.glob("model*"):
         weights |= load_file(file) if file.suffix == ".safetensors" else {}
         file.unlink()

@@ -47,6 +47,7 @@ class Losses(SilentProgress):
 
 
 @pytest.mark.runtime
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_as_on_the_processor(
@@ -57,7 +58,9 @@ def test_as_on_the_processor(
 ) -> None:
     found = {}
     for device in ("cpu", "cuda"):
-        options = {"preset": "fast", "samples": 8, "seqlen": 64, "calibration": str(long_text)} | CASES[case]
+        options: dict[str, Any] = {"preset": "fast", "samples": 8, "seqlen": 64, "calibration": str(long_text)} | CASES[
+            case
+        ]
         found[device] = Losses()
         model = str(make_model("llama-256").folder)
         convert(Recipe(model, tmp_path / f"{device}.gguf", device=device, **options), found[device])

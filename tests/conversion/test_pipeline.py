@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ pytestmark = pytest.mark.slow
 
 class Listener(SilentProgress):
     def __init__(self) -> None:
-        self.results, self.notes, self.steps = [], [], 0
+        self.results: list[Any] = []
+        self.notes: list[str] = []
+        self.steps = 0
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -51,7 +54,7 @@ class Listener(SilentProgress):
 
 
 def _recipe(source, out, text, **options) -> Recipe:
-    settings = {"preset": "fast", "samples": 8, "seqlen": 32, "calibration": str(text)}
+    settings: dict[str, Any] = {"preset": "fast", "samples": 8, "seqlen": 32, "calibration": str(text)}
     if options.get("method") == "rtn":  # it learns nothing, from no text
         settings = {}
     return Recipe(str(source.folder), out, **settings | {"device": "cpu"} | options)
@@ -152,7 +155,10 @@ def test_whatever_changes_the_result_is_noticed(make_model, long_text, tmp_path)
     place = {"work_dir": tmp_path / "work"}
     convert(_recipe(source, tmp_path / "out.gguf", text, **place))
     first = (tmp_path / "out.gguf").read_bytes()
-    for change in [{"seed": 1}, {"samples": 9}, {"method": "gptq"}, {"preset": "balanced"}, {"rotate": True}]:
+    changes: list[dict[str, Any]] = [
+        {"seed": 1}, {"samples": 9}, {"method": "gptq"}, {"preset": "balanced"}, {"rotate": True},
+    ]  # fmt: skip
+    for change in changes:
         with pytest.raises(UsageError, match="differs in"):
             convert(_recipe(source, tmp_path / "out.gguf", text, **place, **change))
     text.write_text(long_text.read_text()[7:])
@@ -412,7 +418,7 @@ def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_pat
     ids=str,
 )
 def test_learning_begins_where_it_measured_best(options, start):
-    assert Recipe("demo", "out.gguf", **options).start == start
+    assert Recipe("demo", Path("out.gguf"), **options).start == start
 
 
 @pytest.mark.parametrize("options", [{"method": "lrq"}, {"method": "flexround"}, {"init": "omniquant"}])
@@ -440,7 +446,9 @@ def test_ordered_columns_from_model_to_file(method, origin, make_model, long_tex
     if origin == "gguf":
         write_plain(source, tmp_path / "model.gguf", "f16")
         source = resolve_model(str(tmp_path / "model.gguf"))
-    given = {} if method == "rtn" else {"samples": 8, "seqlen": 32, "calibration": str(long_text), "preset": "fast"}
+    given: dict[str, Any] = {"samples": 8, "seqlen": 32, "calibration": str(long_text), "preset": "fast"}
+    if method == "rtn":
+        given = {}
     model = str(source.gguf or source.folder)
     recipe = Recipe(
         model, tmp_path / "out.gguf", type="ptq1_61", method=method, device="cpu", embedding_type="f32",
@@ -523,7 +531,7 @@ class Stopper(Listener):
 
 def test_preprocessing_makes_another_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
     source, whole = make_model("llama-256"), tmp_path / "whole.gguf"
-    options = {"type": "ptq1_61", "method": "ptq161", "embedding_type": "f16"}
+    options: dict[str, Any] = {"type": "ptq1_61", "method": "ptq161", "embedding_type": "f16"}
     plain = _recipe(source, tmp_path / "plain.gguf", long_text, **options)
     options |= {"preprocess": str(long_text), "preprocess_steps": 4}
     told = Listener()
@@ -547,7 +555,7 @@ def test_a_rotated_model_gives_the_same_answers(kind, origin, make_model, long_t
     if origin == "gguf":
         write_plain(source, tmp_path / "source.gguf", "f32")
         source = resolve_model(str(tmp_path / "source.gguf"))
-    options = {"type": "q8_0", "method": "rtn", "rotate": True, "embedding_type": "f32"}
+    options: dict[str, Any] = {"type": "q8_0", "method": "rtn", "rotate": True, "embedding_type": "f32"}
     model = str(source.gguf or source.folder)
     convert(Recipe(model, tmp_path / "out.gguf", calibration=str(long_text), samples=2, seqlen=32, **options), told)
     whole = kind == "llama-odd" and origin == "folder"

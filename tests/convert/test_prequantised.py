@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -124,10 +125,10 @@ def test_packed_checkpoints_are_not_written_either(make_model, tmp_path):
         write_plain(ModelSource("packed", tmp_path / "packed"), tmp_path / "out.gguf", "f16")
 
 
-class _Converter:
+class _Converter(worker.Converter):
     """Reads a checkpoint as `change` has it, given the rows of a tensor as they are."""
 
-    def __init__(self, change):
+    def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]):
         self._change = change
 
     def read(self, weights, names):

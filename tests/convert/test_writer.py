@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from saved_logits import answered, logit_error, saved_logits
 
 from tesseraq_gguf.converter import writer
-from tesseraq_gguf.converter.writer import WrittenFile, check_output, check_source, write_gguf, write_plain
+from tesseraq_gguf.converter.writer import Metadata, WrittenFile, check_output, check_source, write_gguf, write_plain
 from tesseraq_gguf.errors import ConversionError, ModelError, UsageError, VerificationError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models import Decoder, ModelSource
@@ -118,7 +118,7 @@ def write(make_model, learn, tmp_path_factory):
             notes: list[str] = []
             steps: list[tuple[int, int]] = []
             out = tmp_path_factory.mktemp(kind) / "out.gguf"
-            metadata = {"tesseraq.method": "random", "tesseraq.recipe": '{"seed": 1}', "tesseraq.seed": 1}
+            metadata: Metadata = {"tesseraq.method": "random", "tesseraq.recipe": '{"seed": 1}', "tesseraq.seed": 1}
             source = make_model(kind)
             made[kind] = (
                 write_gguf(
@@ -446,7 +446,7 @@ def test_interrupting_ends_the_child_and_leaves_nothing(make_model, learn, tmp_p
 
 
 def test_the_child_ends_with_its_parent(make_model, learn, tmp_path):
-    job = {
+    job: dict[str, object] = {
         "task": "write", "name": "m", "folder": str(make_model("llama").folder), "gguf": None, "metadata": {},
         "out": str(tmp_path / "out.gguf"), "learned": [str(f) for f in learn(make_model("llama"))],
         "type": "q8_0", "types": {},

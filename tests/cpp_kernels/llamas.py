@@ -84,7 +84,8 @@ def write_model(
         split: arguments of GGUFWriter that make several files.
     """
     arrays = path.with_suffix(".npz")
-    np.savez(arrays, **{name: array for name, (array, _) in tensors.items()})
+    named: dict[str, Any] = {name: array for name, (array, _) in tensors.items()}
+    np.savez(arrays, **named)
     tokens = ["<unk>", "<s>", "</s>", "\u2581", *LETTERS]
     job = {
         "types": {name: type for name, (_, type) in tensors.items()},

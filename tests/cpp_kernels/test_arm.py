@@ -10,7 +10,7 @@ import pytest
 
 from tesseraq_gguf.runtime import SourceTree
 
-pytestmark = pytest.mark.runtime
+pytestmark = [pytest.mark.runtime, pytest.mark.qemu]
 
 HERE = Path(__file__).parent
 

@@ -7,6 +7,7 @@ our types alone, of MMQ the kernels with the largest tiles. `scripts/test_builds
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def spilling(kernels: list[Kernel], allowed: int = 0) -> list[str]:
 
 @pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_compiles_and_does_not_spill(
-    source: SourceTree, tmp_path: Path, name: str, architecture: str, record_property: pytest.RecordProperty
+    source: SourceTree, tmp_path: Path, name: str, architecture: str, record_property: Callable[[str, object], None]
 ) -> None:
     kernels = compile_unit(source, name, architecture, tmp_path)
     if name in KERNELS:

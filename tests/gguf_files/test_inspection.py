@@ -10,6 +10,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -137,7 +138,7 @@ def test_truncated_tensor_data(tmp_path):
         open_gguf(path)
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "version 1": ({"version": 1}, "GGUF version 1"),
     "version 9": ({"version": 9}, "GGUF version 9"),
     "big-endian": ({"version": 3 << 24}, "big-endian"),

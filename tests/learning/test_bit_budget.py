@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -152,9 +153,8 @@ def text(tmp_path_factory):
 
 
 def _recipe(source, out, text, **options) -> Recipe:
-    return Recipe(
-        str(source.folder), out, **({"method": "gptq", "calibration": str(text), "samples": 6, "seqlen": 32} | options)
-    )
+    settings: dict[str, Any] = {"method": "gptq", "calibration": str(text), "samples": 6, "seqlen": 32}
+    return Recipe(str(source.folder), out, **settings | options)
 
 
 @pytest.mark.slow

@@ -93,7 +93,8 @@ def test_it_lowers_the_loss_where_channels_are_loud(start, left, problem_on):
 def test_the_exponent_is_the_one_that_errs_least(problem_on):
     """Against the paper's losses, on the inputs themselves."""
     problem, chosen = problem_on("q4_0"), {}
-    fed, modules = {}, problem.block.matrices()
+    fed: dict[str, list[torch.Tensor]] = {}
+    modules = problem.block.matrices()
     problem.observe(6, lambda name, x: fed.setdefault(name, []).append(x[0].double()))
     x = {name: torch.cat(parts) for name, parts in fed.items()}
     means = {name: inputs.abs().mean(0) for name, inputs in x.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -199,7 +200,7 @@ def test_the_divergence_feels_all_that_was_learned(decoder):
     model = dataclasses.replace(quantised(decoder), blocks=lambda _: {})
     prefix, norm = decoder.final_norm()
     name = decoder.output_name()
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "the output matrix": {"embeddings": {name: decoder.output_weight() * 1.5}},
         "the embedding": {"embeddings": {decoder.embedding_name(): decoder.matrix(decoder.embedding_name()).flip(0)}},
         "the final norm": {"final": {f"{prefix}weight": plain_vector(2 * norm.weight.detach())}},

@@ -13,13 +13,13 @@ from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.ptq161 import Ptq161, energy, minus_log_cosine
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
-from tesseraq_gguf.types.ptq161.grid import BLOCK, SALIENT, with_salient
+from tesseraq_gguf.types.ptq161.grid import BLOCK, SALIENT, Ptq161Grid, with_salient
 
 
 @pytest.fixture
 def problem():
     found = mlp_problem("ptq1_61", 256, 128)
-    order = order_of(score([found.block.module.up.weight], None, "error"))
+    order = order_of(score([found.block.matrices()["up"].weight], None, "error"))
     found.block.reorder(["up"], order)
     return found
 
@@ -164,7 +164,7 @@ def test_gptq_rounds_signs_before_the_weights_that_can_take_their_errors():
     x = torch.randn(600, 40, generator=random) @ torch.randn(40, 256, generator=random)
     moment = (x.T @ x + 100 * torch.eye(256)) / len(x)
 
-    class InOrder(type(with_salient(24))):
+    class InOrder(Ptq161Grid):
         @property
         def parts(self):
             return tuple(reversed(super().parts))

@@ -191,7 +191,7 @@ class Moments:
     def learn(self, problem) -> dict[str, QuantizedTensor]:
         expected = {}
         for name, module in problem.block.matrices().items():
-            seen = []
+            seen: list[torch.Tensor] = []
             handle = module.register_forward_pre_hook(lambda _m, args, seen=seen: seen.append(args[0].flatten(0, -2)))
             for sequence in range(len(problem.inputs)):
                 if sequence >= 2 and (not stack_of(name) or sum(map(len, seen)) >= RARE):
@@ -269,15 +269,22 @@ def test_experts_of_one_stack_have_one_type(make_model, tmp_path):  # noqa: F811
         convert(Recipe(str(source.folder), tmp_path / "out.gguf", type="tsq2", method="rtn", rules=rules))
 
 
+class Noted(SilentProgress):
+    """Remembers what is said."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def test_a_budget_gives_all_experts_of_a_stack_one_type(make_model, tmp_path):  # noqa: F811
     source, text = make_model("mixtral"), tmp_path / "text.txt"
     text.write_text(TEXT * 30)
-    notes = []
-    progress = SilentProgress()
-    progress.note = notes.append
     out = tmp_path / "out.gguf"
     recipe = Recipe(str(source.folder), out, target_bpw=2.9, method="rtn", calibration=str(text), samples=4, seqlen=32)
-    convert(recipe, progress)
+    convert(recipe)
     tensors = [t for t in inspect(out).tensors if t.name.startswith("blk.") and t.type.startswith("tsq")]
     assert len({t.type for t in tensors}) > 1
     assert 8 * sum(t.bytes for t in tensors) / sum(math.prod(t.shape) for t in tensors) <= 2.9
@@ -286,15 +293,13 @@ def test_a_budget_gives_all_experts_of_a_stack_one_type(make_model, tmp_path):  
 def test_what_was_rare_is_said(make_model, tmp_path):  # noqa: F811
     source, text = make_model("mixtral"), tmp_path / "text.txt"
     text.write_text(TEXT * 30)
-    notes = []
-    progress = SilentProgress()
-    progress.note = notes.append
+    progress = Noted()
     recipe = Recipe(
         str(source.folder), tmp_path / "out.gguf", method="gptq", calibration=str(text), samples=1, seqlen=16
     )
     convert(dataclasses.replace(recipe, type="tsq2"), progress)
     # 16 tokens go to 2 of 4 experts each: no expert sees 32
-    assert [n for n in notes if n.startswith("block 1: experts 0, 1, 2, 3 were fed fewer than 32")]
+    assert [n for n in progress.notes if n.startswith("block 1: experts 0, 1, 2, 3 were fed fewer than 32")]
     assert any(stack_of(name) for name in Decoder(source, CPU).matrix_shapes())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tesseraq_gguf.methods.start import AsItStarts, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ, inverse_soft_step, ranked, soft_step
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.types import e5m3
+from tesseraq_gguf.types.bcq.grid import CodebookGrid
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.tsq.grid import TSQ2
 
@@ -112,7 +114,7 @@ def test_what_leaves_is_what_was_learned(matrix):
 
 def test_second_moments_are_those_of_the_inputs(problem):
     moments = problem.second_moments(samples=5)
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
     handle = problem.block.matrices()["mlp.down_proj"].register_forward_pre_hook(lambda _, a: seen.update(x=a[0]))
     with torch.no_grad():
         problem.forward(problem.inputs[:5])
@@ -234,6 +236,7 @@ def test_what_leaves_a_codebook_grid_is_what_was_learned(own):
     grid = grid_of("bcq4")
     if own:
         codebooks = torch.randint(-31, 32, (8, 16), generator=torch.Generator().manual_seed(3)).sort(1).values
+        assert isinstance(grid, CodebookGrid)
         grid = grid.with_codebooks(codebooks)
     weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
     start = Start(grid.quantize(weight), weight)
@@ -275,7 +278,7 @@ class AsInThePaper:
     method: TesseraQ
     shares: dict[str, float]
     variables: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    fixed: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    fixed: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def course(self, problem) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the weights that each step computes its loss with, and in the end those that leave."""
@@ -343,7 +346,7 @@ class AsInThePaper:
 
 
 @pytest.mark.parametrize(("type", "share"), [("tsq2", 1.0), ("tsq3", 3 / 7)])
-def test_the_whole_course_is_the_papers(type, share):
+def test_the_whole_course_is_the_papers(type, share, monkeypatch):
     """Every step's weights, and those that leave, are those of an implementation that shares no code with ours."""
     method = TesseraQ(
         steps=3, batch=3, rounding_rate=3e-2, scale_rate=2e-2, zero_rate=1e-2, scale_decay=0.1,
@@ -358,7 +361,7 @@ def test_the_whole_course_is_the_papers(type, share):
             course.append({name: w.detach().clone() for name, w in weights.items()})
         return loss(weights, samples)
 
-    ours.loss = seen
+    monkeypatch.setattr(ours, "loss", seen)
     learned = method.learn(ours)
     course.append({name: ours.grids[name].dequantize(tensor) for name, tensor in learned.items()})
     reference = AsInThePaper(method, dict.fromkeys(learned, share))

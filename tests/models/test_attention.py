@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -10,17 +12,21 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from tesseraq_gguf.models.attention import SHORT, attend
 
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Queries, keys and values."""
 
-def _inputs(length: int, heads: int = 6, groups: int = 2, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+
+def _inputs(length: int, heads: int = 6, groups: int = 2, dtype: torch.dtype = torch.float32) -> Inputs:
     generator = torch.Generator().manual_seed(0)
-    return [
+    query, key, value = (
         torch.randn(2, n, length, 16, generator=generator).to(dtype).requires_grad_() for n in (heads, groups, groups)
-    ]
+    )
+    return query, key, value
 
 
 def _module(heads: int = 6, groups: int = 2) -> nn.Module:
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal = heads // groups, True
+    vars(module).update(num_key_value_groups=heads // groups, is_causal=True)
     return module.eval()
 
 
@@ -28,7 +34,7 @@ def _window(length: int) -> torch.Tensor:
     return torch.ones(1, 1, length, length, dtype=torch.bool).tril().triu(-20)
 
 
-def _grown(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+def _grown(out: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     return list(torch.autograd.grad((out.float() * weights).sum(), inputs))
 
@@ -38,7 +44,7 @@ def _grown(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
 def test_short_sequences_in_bfloat16_see_what_they_should(masked, autocast):
     inputs = _inputs(48, dtype=torch.float32 if autocast else torch.bfloat16)
     mask = {"window": _window(48), "added": torch.zeros(1, 6, 48, 48).masked_fill(~_window(48), -1e4)}.get(masked)
-    given = {"scaling": 0.3, "is_causal": masked == "causal"}
+    given: dict[str, Any] = {"scaling": 0.3, "is_causal": masked == "causal"}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out, _ = attend(_module(), *inputs, mask, **given)
     wanted, _ = sdpa_attention_forward(_module(), *(x.float() for x in inputs), mask, **given)

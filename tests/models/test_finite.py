@@ -22,6 +22,7 @@ from tesseraq_gguf.methods.flexround import flexround
 from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.lrq import lrq
 from tesseraq_gguf.methods.omniquant import OmniQuant
+from tesseraq_gguf.methods.problem import Method
 from tesseraq_gguf.methods.ptq161 import Ptq161, minus_log_cosine
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
@@ -144,7 +145,7 @@ class _Dead(nn.Module):
         return self.down(torch.relu(self.up(self.norm(x))) * 0)
 
 
-METHODS = {
+METHODS: dict[str, tuple[str, Method]] = {
     "gptq": ("tsq2", AsItStarts(GPTQ())),
     "awq": ("tsq2", AWQ(AsItStarts(ClipSearch()))),
     "omniquant": ("tsq2", AsItStarts(OmniQuant(3, 2))),
@@ -216,7 +217,7 @@ def test_divisors_that_leave_in_the_last_step_are_seen(method, monkeypatch):
 
 def test_half_precision_that_overflows_is_an_error():
     problem = mlp_problem("tsq2", 128, 128)
-    problem.block.module.down.weight *= 1e6
+    problem.block.matrices()["down"].weight *= 1e6
     with torch.no_grad():
         targets = torch.cat([problem.block.run(h, {}) for h in problem.inputs.split(1)])
     assert targets.isfinite().all()
@@ -227,7 +228,7 @@ def test_half_precision_that_overflows_is_an_error():
 
 def test_the_matrix_that_overflows_is_named_even_when_what_follows_does_too():
     problem = mlp_problem("tsq2", 128, 128)
-    problem.block.module.up.weight *= 1e30
+    problem.block.matrices()["up"].weight *= 1e30
     hidden = problem.inputs[:1]
     assert origin(problem.block, lambda: problem.forward(hidden)) == "from layers.0.up.weight on"
     assert origin(problem.block, lambda: problem.forward(hidden * torch.nan)) == "in front of layers.0.up.weight"

@@ -151,7 +151,7 @@ def test_what_would_change_the_block_is_dropped(habit, expected):
     torch.manual_seed(3)
     module = _Block(habit).requires_grad_(False)
     for parameter in module.parameters():
-        parameter += 0.1 * torch.randn_like(parameter)
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
     block = LoadedBlock(0, "layers.0.", module)
     hidden = torch.randn(1, 20, 16)
     before = _run(block, hidden, {})

@@ -59,6 +59,7 @@ def test_a_model_that_does_not_allow_it_is_left_alone(kind, make_model, tmp_path
 def test_dtypes_stay_and_a_second_call_writes_nothing(make_model, tmp_path):  # noqa: F811
     decoder = Decoder(make_model("llama"), CPU)
     rotated = rotated_model(decoder, tmp_path / "rotated", seed=3)
+    assert rotated is not None
     assert {t.dtype for t in tensors(rotated).values()} == {torch.bfloat16}
     before = {file: file.stat().st_mtime_ns for file in rotated.folder.iterdir()}
     assert rotated_model(decoder, tmp_path / "rotated", seed=3) == rotated
@@ -80,6 +81,7 @@ def test_a_channel_that_stands_out_does_so_no_longer(make_model, tmp_path):  # n
     loud["model.embed_tokens.weight"][:, 7] *= 50
     save_file(loud, file, metadata={"format": "pt"})
     rotated = rotated_model(Decoder(source, CPU), tmp_path / "rotated", seed=3)
+    assert rotated is not None
 
     def peak(model: ModelSource) -> float:
         hidden = Decoder(model, CPU).stem(TOKENS)[0].flatten(0, 1)

@@ -66,7 +66,7 @@ def test_a_gguf_file_becomes_the_same_model(make_model, tmp_path, monkeypatch):
     file = tmp_path / "tiny.gguf"
     write_plain(source, file, "f32", tree=tree)
     before = file.read_bytes()
-    said = []
+    said: list[str] = []
     expanded = resolve_model(str(file), said.append)
     again = resolve_model(str(file), said.append)
     assert (expanded.gguf, again.folder) == (file, expanded.folder)

@@ -99,7 +99,8 @@ def test_neighbours_are_codes_around_a_weight(grid, weight):
 
 def test_a_rounder_rounds_as_encode_does(grid, weight):
     span = weight[:, : grid.span]
-    q, value, arrays = torch.empty_like(span, dtype=torch.uint8), torch.empty_like(span), {}
+    arrays: dict[str, torch.Tensor] = {}
+    q, value = torch.empty_like(span, dtype=torch.uint8), torch.empty_like(span)
     for part, columns in grid.parts:
         inside = slice(columns.start, columns.stop)
         rounder = part.rounder(part.search(span[:, inside]))

@@ -86,7 +86,7 @@ def test_each_weight_stands_where_the_formats_page_says(bits):
             np.testing.assert_array_equal(block, expected)
 
 
-EXAMPLES = {
+EXAMPLES: dict[str, tuple[str, int, dict[int, float], float]] = {
     "tsq2": ("c8 78 1b", 18, {0: 2.5, 16: 0.5, 32: -1.5, 48: -3.5}, -3.5),
     "tsq3": ("c8 78 1b" + " 00" * 15 + " 81", 26, {0: 7, 16: -3, 32: -5, 48: -7, 56: 1}, -7.0),
     "tsq4": ("c8 78 1b", 34, {0: 8, 32: -12}, -14.0),

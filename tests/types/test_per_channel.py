@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.types.bcq.grid import CodebookGrid
 from tesseraq_gguf.types.grids import GRIDS, grid_for, grid_of
 
 COLUMNS = 256
@@ -50,6 +51,7 @@ def test_super_blocks_have_no_scale_per_row(tensor_type):
 def test_codebooks_are_those_given_where_a_type_has_any():
     own = torch.randint(-31, 32, (8, 16), generator=torch.Generator().manual_seed(3)).sort(1).values.to(torch.int8)
     grid = grid_for("bcq4", COLUMNS, "group", own)
+    assert isinstance(grid, CodebookGrid)
     assert torch.equal(grid.codebooks, own)
     assert grid_for("bcq4", COLUMNS, "group") is grid_of("bcq4")
     assert grid_for("tsq2", COLUMNS, "group", own) is grid_of("tsq2")
