@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -148,7 +149,7 @@ def _allowed(method: str, given: Mapping[str, Any]) -> bool:
 
 def _made(**given: Any) -> bool:
     try:
-        Recipe("model", "out.gguf", **given)
+        Recipe("model", Path("out.gguf"), **given)
     except UsageError:
         return False
     return True

@@ -26,7 +26,7 @@ TOKENS = torch.arange(24).reshape(3, 8)
 def test_identity_and_metadata_are_those_recorded(run, monkeypatch):
     monkeypatch.setattr(identity, "learning_program", lambda: "PROGRAM")
     monkeypatch.setattr(torch, "__version__", "TORCH")
-    recipe = Recipe("model", "out.gguf", **run["options"])
+    recipe = Recipe("model", Path("out.gguf"), **run["options"])
     calibration = Calibration("python-topics", TOKENS, TOKENS[:1] + 1) if recipe.calibrates else None
     text = Calibration("own", TOKENS + 5) if recipe.preprocess else None
     main = recipe.candidates[0] if recipe.budgeted else recipe.type

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +40,7 @@ def test_stages_are_those_of_the_method():
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("name", [row.name for row in METHODS.values() if row.begins])
 def test_what_learns_begins_at_any_start(name, start):
-    method = method_of(name, start, SETTINGS)
+    method: Any = method_of(name, start, SETTINGS)
     if STARTS[start].scaled:
         assert isinstance(method, AWQ)
         method = method.then
@@ -81,7 +83,7 @@ def test_a_row_refuses_the_grids_it_cannot_use(row):
 
 
 def test_a_recipe_gives_a_method_its_own_options_and_no_others():
-    settings = Recipe("m", "o", method="lrq", rank=8, rotate=True, preset="fast").method_settings(64)
+    settings = Recipe("m", Path("o"), method="lrq", rank=8, rotate=True, preset="fast").method_settings(64)
     assert settings == Settings(6, 4, 6e-2, 1e-2, 64, True, {"rank": 8})
-    assert Recipe("m", "o").method_settings(64).own == {}
-    assert Recipe("m", "o", type="ptq1_61", method="ptq161").method_settings(64).own == {"parts": "cosine"}
+    assert Recipe("m", Path("o")).method_settings(64).own == {}
+    assert Recipe("m", Path("o"), type="ptq1_61", method="ptq161").method_settings(64).own == {"parts": "cosine"}
