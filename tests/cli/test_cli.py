@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -57,7 +58,8 @@ def test_every_command_has_its_help_tested():
 
 
 def test_convert_has_the_options_that_are_declared_with_the_defaults_of_the_recipe():
-    parameters = {p.name: p for p in typer.main.get_command(cli.app).commands["convert"].params}
+    group: Any = typer.main.get_command(cli.app)
+    parameters = {p.name: p for p in group.commands["convert"].params}
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     assert {name for name, option in OPTIONS.items() if option.help} == parameters.keys() & OPTIONS.keys()
     for name in parameters.keys() & OPTIONS.keys():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def test_every_field_is_declared_and_nothing_else():
     assert sorted(OPTIONS) == sorted(field.name for field in dataclasses.fields(Recipe))
 
 
-CHANGES = {
+CHANGES: dict[str, dict[str, Any]] = {
     "model": {},
     "out": {},
     "type": {"type": "tsq3"},
