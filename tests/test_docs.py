@@ -54,7 +54,7 @@ def test_the_site_builds_strictly(recipe, tmp_path):
     """A link to a page or a heading that is not there ends the build, and so does a page without a place."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "docs", tree / "docs")
-    for name in ("mkdocs.yml", "tesseraq_gguf", "examples", "cpp_kernels"):
+    for name in ("mkdocs.yml", "tesseraq_gguf", "examples", "cpp_kernels", "CHANGELOG.md"):
         (tree / name).symlink_to(ROOT / name)
     (tree / "docs/reference/recipe.md").write_text(recipe.page(), encoding="utf-8")
     made = ["--output", "docs/reference/command-line.md"]
@@ -67,6 +67,7 @@ def test_the_site_builds_strictly(recipe, tmp_path):
     shown = html.unescape(re.sub(r"<.*?>", "", page))
     for example in (ROOT / "examples").glob("*.py"):
         assert example.read_text(encoding="utf-8").splitlines()[0].strip('"') in shown
+    assert "Keep a Changelog" in (site / "changelog/index.html").read_text(encoding="utf-8")
     assert "sources.cmake" in (site / "developers/kernels/index.html").read_text(encoding="utf-8")
 
 
