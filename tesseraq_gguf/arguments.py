@@ -31,8 +31,11 @@ ON_COMMAND_LINE: ContextVar[bool] = ContextVar("ON_COMMAND_LINE", default=False)
 
 def spelled(name: str) -> str:
     """Return what the user calls an option: `--kv-bits` on the command line, `kv_bits` in Python."""
-    if not ON_COMMAND_LINE.get():
-        return name
+    return as_option(name) if ON_COMMAND_LINE.get() else name
+
+
+def as_option(name: str) -> str:
+    """Return what an option is called on the command line."""
     return _SPELLINGS.get(name, f"--{name.replace('_', '-')}")
 
 

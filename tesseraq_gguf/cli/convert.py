@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tesseraq_gguf.cli.output import Stopped, print_json, quieten_transformers, size
-from tesseraq_gguf.cli.parameters import Json, given, takes_a_recipe
+from tesseraq_gguf.cli.parameters import Json, given, of_a_recipe, takes
 from tesseraq_gguf.compute.torchrun import rank as process_rank
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.recipe.options import MAKE, OPTIONS, refuse_conflicts
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tesseraq_gguf.conversion.report import ConversionReport
 
 
-@takes_a_recipe
+@takes(of_a_recipe())
 def convert(
     context: typer.Context,
     tensor_types: Annotated[

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tesseraq_gguf.cli.output import bar, print_json, print_line, quieten_transformers, size
-from tesseraq_gguf.cli.parameters import Json, given
+from tesseraq_gguf.cli.parameters import Json, given, of_fields, takes
 from tesseraq_gguf.cli.runtime import with_runtime
 from tesseraq_gguf.compute.schemes import SCHEMES, scheme_of
 from tesseraq_gguf.errors import UsageError
@@ -20,19 +21,24 @@ from tesseraq_gguf.printing import printable
 if TYPE_CHECKING:
     from tesseraq_gguf.evaluation.tasks import LoadedTasks
 
+Watch = Callable[[str, int, int], None]
+"""Told what is counted, how much of it is done, and of how much."""
 
-def evaluate(
-    context: typer.Context,
-    file: Annotated[Path, typer.Argument(help="The GGUF file to measure.")],
+
+@dataclass(frozen=True)
+class Measurement:
+    """What to measure, as the command line takes it."""
+
+    file: Annotated[Path, typer.Argument(help="The GGUF file to measure.")]
     text: Annotated[
         Path | None, typer.Option("--text", help="A plain text file that the model was not learned on.")
-    ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk of the text.")] = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", help="Measure so many chunks. By default all.")] = None,
+    ] = None
+    ctx: Annotated[int, typer.Option("--ctx", help="Tokens of a chunk of the text.")] = 512
+    chunks: Annotated[int | None, typer.Option("--chunks", help="Measure so many chunks. By default all.")] = None
     reference: Annotated[
         Path | None,
         typer.Option("--reference", help="A GGUF file to compare with on the text, usually the same model in 16 bits."),
-    ] = None,
+    ] = None
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -40,26 +46,79 @@ def evaluate(
             help="Tasks of lm-evaluation-harness: names, patterns, .yaml files, or folders of these with a slash. "
             "A task file can run code of its own (!function): read those of strangers first.",
         ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Ask so many items of each task. By default all.")] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Ask so many items of each task. By default all.")] = None
     shots: Annotated[
         int | None, typer.Option(help="Examples before each item.", show_default="what the task says, mostly 0")
-    ] = None,
+    ] = None
     simulate: Annotated[
         bool,
         typer.Option(
             "--simulate", help="Measure in torch, with activations rounded as the file's matrices were learned for."
         ),
-    ] = False,
+    ] = False
     activations: Annotated[
         str | None,
         typer.Option(help=f"With --simulate: round so instead: {', '.join(SCHEMES)}.", show_default="the file's own"),
-    ] = None,
+    ] = None
     kv_bits: Annotated[
         int | None, typer.Option("--kv-bits", help="With --simulate and --activations: bits of keys and values.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
+    ] = None
+
+    def check(self, given: Set[str]) -> None:
+        """Refuse what would be ignored; `given` names the options that the user gave."""
+        if self.text is None and self.tasks is None:
+            raise UsageError("nothing to measure on: give --text, --tasks, or both")
+        belongs = {"text": ("ctx", "chunks", "reference", "simulate"), "tasks": ("limit", "shots")}
+        for needed, options in belongs.items():
+            if needed not in given and (useless := [name for name in options if name in given]):
+                raise UsageError(f"--{useless[0]} has no meaning without --{needed}")
+        if self.simulate and self.tasks is not None:
+            raise UsageError(
+                "--simulate is for a text alone: tasks run in llama.cpp, so give --tasks a command of its own"
+            )
+        for name, value in (("--activations", self.activations), ("--kv-bits", self.kv_bits)):
+            if value is not None and not self.simulate:
+                raise UsageError(
+                    f"{name} has a meaning with --simulate only: llama.cpp rounds activations in its own way"
+                )
+        if self.kv_bits is not None and self.activations is None:
+            raise UsageError(
+                "--kv-bits belongs to a scheme: give --activations as well, none if it is keys and values alone"
+            )
+
+    def run(self) -> dict[str, Any]:
+        """Measure, and return the figures by name."""
+        from tesseraq_gguf.gguf_files.inspection import inspect
+
+        found: dict[str, Any] = {}
+        facts = inspect(self.file)
+        with bar() as watch:
+            loaded = None if self.tasks is None else _load_tasks(self.tasks, self.shots, watch)
+            if self.text is not None:
+                found |= self._on_text(self.text, lambda what, done, all: watch(f"measuring the {what}", done, all))
+            if loaded is not None:
+                from tesseraq_gguf.evaluation.tasks import evaluate_tasks
+
+                found |= {"bytes": facts.bytes, "bpw": facts.bpw, "parts": facts.parts}
+                found |= evaluate_tasks(self.file, loaded, self.limit, watch).to_json()
+        return found
+
+    def _on_text(self, text: Path, watch: Watch) -> dict[str, Any]:
+        on = (self.file, text, self.ctx, self.chunks, self.reference)
+        if self.simulate:
+            from tesseraq_gguf.evaluation.simulation import simulate
+
+            scheme = None if self.activations is None else scheme_of(self.activations, self.kv_bits)
+            quieten_transformers()
+            return simulate(*on, scheme, watch=watch).to_json()
+        from tesseraq_gguf.evaluation.perplexity import evaluate
+
+        return evaluate(*on, watch).to_json()
+
+
+@takes(of_fields(Measurement))
+def evaluate(context: typer.Context, as_json: Json = False, **options: Any) -> None:
     """Measure a GGUF file: perplexity on a text, divergence from a reference file, and answers to tasks.
 
     For --text, llama.cpp's llama-perplexity does the work. With --reference it also gives the mean Kullback-Leibler
@@ -78,67 +137,30 @@ def evaluate(
       tesseraq-gguf eval out.gguf --tasks arc_easy,hellaswag --limit 200
       tesseraq-gguf eval out.gguf --tasks scripts/tasks/everyday.yaml --shots 3
     """
-    asked = given(context)
-    if text is None and tasks is None:
-        raise UsageError("nothing to measure on: give --text, --tasks, or both")
-    for needed, options in {"text": ("ctx", "chunks", "reference", "simulate"), "tasks": ("limit", "shots")}.items():
-        if needed not in asked and (useless := [name for name in options if name in asked]):
-            raise UsageError(f"--{useless[0]} has no meaning without --{needed}")
-    if simulate and tasks is not None:
-        raise UsageError("--simulate is for a text alone: tasks run in llama.cpp, so give --tasks a command of its own")
-    for name, value in (("--activations", activations), ("--kv-bits", kv_bits)):
-        if value is not None and not simulate:
-            raise UsageError(f"{name} has a meaning with --simulate only: llama.cpp rounds activations in its own way")
-    if kv_bits is not None and activations is None:
-        raise UsageError(
-            "--kv-bits belongs to a scheme: give --activations as well, none if it is keys and values alone"
-        )
-
-    def on_text(path: Path, watch: Callable[[str, int, int], None]) -> Any:
-        if simulate:
-            from tesseraq_gguf.evaluation.simulation import simulate as run_in_torch
-
-            scheme = None if activations is None else scheme_of(activations, kv_bits)
-            quieten_transformers()
-            return run_in_torch(file, path, ctx, chunks, reference, scheme, watch=watch)
-        from tesseraq_gguf.evaluation.perplexity import evaluate as run
-
-        return run(file, path, ctx, chunks, reference, watch)
-
-    def measure() -> dict[str, Any]:
-        from tesseraq_gguf.gguf_files.inspection import inspect
-
-        found: dict[str, Any] = {}
-        facts = inspect(file)
-        with bar() as watch:
-            loaded = None if tasks is None else _load_tasks(tasks, shots, watch)
-            if text is not None:
-                found |= on_text(text, lambda what, done, all: watch(f"measuring the {what}", done, all)).to_json()
-            if loaded is not None:
-                from tesseraq_gguf.evaluation.tasks import evaluate_tasks
-
-                found |= {"bytes": facts.bytes, "bpw": facts.bpw, "parts": facts.parts}
-                found |= evaluate_tasks(file, loaded, limit, watch).to_json()
-        return found
-
-    found = measure() if simulate else with_runtime(measure)
+    measurement = Measurement(**options)
+    measurement.check(given(context))
+    found = measurement.run() if measurement.simulate else with_runtime(measurement.run)
     if as_json:
         print_json(found)
-        return
-    if text is not None:
+    else:
+        _print_found(found)
+
+
+def _print_found(found: Mapping[str, Any]) -> None:
+    if "perplexity" in found:
         print(f"perplexity      {found['perplexity']:.4f} ± {found['perplexity_error']:.4f}")
     if found.get("kld") is not None:
         print(f"KL divergence   {found['kld']:.5f}")
         print(f"same top token  {100 * found['top1_agreement']:.2f} %")
     parts = f" in {found['parts']} parts" if found["parts"] > 1 else ""
     print(f"size            {size(found['bytes'])}{parts}, {found['bpw']:.3f} bits per weight")
-    if tasks is not None:
+    if "tasks" in found:
         _print_tasks(found["tasks"])
         if found["truncated"]:
             print_line(f"{found['truncated']} requests were longer than the context and lost their beginning", "yellow")
 
 
-def _load_tasks(tasks: str, shots: int | None, watch: Callable[[str, int, int], None]) -> LoadedTasks:
+def _load_tasks(tasks: str, shots: int | None, watch: Watch) -> LoadedTasks:
     """Load tasks before a text takes its minutes: what is wrong with them, or with the runtime, is said first."""
     from tesseraq_gguf.evaluation.tasks import load_tasks
     from tesseraq_gguf.runtime import find_runtime

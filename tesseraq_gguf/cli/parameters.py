@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from tesseraq_gguf.arguments import as_option
 from tesseraq_gguf.recipe.options import OPTIONS, Option
 from tesseraq_gguf.recipe.recipe import Recipe
 
@@ -20,39 +21,50 @@ def given(context: typer.Context) -> set[str]:
     return {name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"}  # type: ignore[union-attr]
 
 
-def takes_a_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a recipe as parameters, in place of its `**options`.
+def takes(made: Sequence[inspect.Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return what gives a command parameters in place of its `**options`: after its context, before its own."""
 
-    They come after its context and before what else it takes. A default is that of the recipe's field.
-    """
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    context, *others = (parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        named = inspect.signature(command, eval_str=True).parameters.values()
+        context, *own = (parameter for parameter in named if parameter.kind is not parameter.VAR_KEYWORD)
+        parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (context, *made, *own)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
+
+    return decorate
+
+
+def of_fields(described: type[Any]) -> list[inspect.Parameter]:
+    """Return the parameters that the annotated fields of a dataclass are."""
+    hints = get_type_hints(described, include_extras=True)
+    return [_made(field.name, field.default, hints[field.name]) for field in fields(described)]
+
+
+def of_a_recipe() -> list[inspect.Parameter]:
+    """Return the parameters that the options of a recipe are, as they are declared, with its fields' defaults."""
     defaults = {field.name: field.default for field in fields(Recipe)}
-    declared = [_parameter(option, defaults[option.name]) for option in OPTIONS.values() if option.help]
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (context, *declared, *others)]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
-    return command
+    return [_declared(option, defaults[option.name]) for option in OPTIONS.values() if option.help]
 
 
-def _parameter(option: Option, default: Any) -> inspect.Parameter:
-    """What typer takes for an option as it is declared; a default that is MISSING makes it one that must be given."""
+def _declared(option: Option, default: Any) -> inspect.Parameter:
     kind = list[option.kind] if option.many else option.kind  # type: ignore[name-defined]
     info: Any
     if not option.group:
         info = typer.Argument(help=option.help, metavar=option.metavar)
     else:
         info = typer.Option(
-            option.flag or f"--{option.name.replace('_', '-')}",
+            as_option(option.name),
             help=option.help,
             metavar=option.metavar,
             show_default=option.unset or True,
             rich_help_panel=option.group,
         )
     shown = ",".join(default) or None if isinstance(default, tuple) else default
-    return inspect.Parameter(
-        option.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=inspect.Parameter.empty if shown is MISSING else shown,
-        annotation=Annotated[kind | None if shown is None else kind, info],  # type: ignore[valid-type]
-    )
+    return _made(option.name, shown, Annotated[kind | None if shown is None else kind, info])
+
+
+def _made(name: str, default: Any, annotation: Any) -> inspect.Parameter:
+    """A parameter; without a default it must be given."""
+    given = inspect.Parameter.empty if default is MISSING else default
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=given, annotation=annotation)

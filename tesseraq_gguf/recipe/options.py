@@ -62,13 +62,12 @@ class Option:
     """One option of a conversion.
 
     Attributes:
-        name: of the field; the option on the command line is called the same unless `flag` says another.
+        name: of the field; `arguments.as_option` says what it is called on the command line.
         read: makes of what was given what it means.
         help: what `convert --help` says of it; what it lacks is not on the command line.
         group: its heading there; "" for what is given by its place.
         kind: what the command line makes of the word.
         many: whether the command line takes it often.
-        flag: its name on the command line, where the field has another.
         metavar: what `--help` calls its value, where the kind says too little.
         unset: what `--help` says of the default, where that says too little.
         always: whether it has a meaning where nothing is learned.
@@ -85,7 +84,6 @@ class Option:
     group: str = ""
     kind: type[Any] = str
     many: bool = False
-    flag: str = ""
     metavar: str | None = None
     unset: str | None = None
     always: bool = False
@@ -143,7 +141,7 @@ _OPTIONS = (
         "rules", readers.rules,
         "Give matrices whose name in the checkpoint matches another type, a float type perhaps; may be given often, "
         "the last wins. One that matches nothing in the blocks is for embedding or output matrix.",
-        MAKE, many=True, flag="--tensor-type", metavar="REGEX=TYPE", always=True, clash=conflicts.rules,
+        MAKE, many=True, metavar="REGEX=TYPE", always=True, clash=conflicts.rules,
         identity=lambda recipe: {"rules": [list(rule) for rule in recipe.rules] if recipe.budgeted else None},
     ),
     Option(
