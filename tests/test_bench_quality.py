@@ -1,4 +1,4 @@
-"""The pure parts of `scripts/bench_quality`, and that padding keeps a model's answers."""
+"""The pure parts of `scripts/run bench quality`, and that padding keeps a model's answers."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts() -> Iterator[None]:
-    """Let `bench` and `pad_gemma` be imported, as running a script does."""
+    """Let `bench` be imported, as running a script does."""
     sys.path.insert(0, str(SCRIPTS))
     yield
     sys.path.remove(str(SCRIPTS))
 
 
 def a_row(name: str = "llama-q2_k", **different: Any):
-    from bench.rows import all_rows
+    from bench.quality.rows import all_rows
 
     return dataclasses.replace(next(row for row in all_rows() if row.name == name), **different)
 
 
 def a_result(**different: object):
-    from bench.results import Result
+    from bench.quality.results import Result
 
     values: dict[str, Any] = {
         "key": "k", "bits": 2.625, "types": {"q2_k": 126}, "embedding": "q8_0", "perplexity": 20.126,
@@ -47,8 +47,8 @@ def a_result(**different: object):
 
 
 def test_rows_have_names_of_their_own_and_commands_that_fill() -> None:
-    from bench.rows import FAMILIES, all_rows
-    from bench_quality import SHOWN
+    from bench.quality.__main__ import SHOWN
+    from bench.quality.rows import FAMILIES, all_rows
 
     rows = all_rows()
     assert len({row.name for row in rows}) == len(rows)
@@ -61,7 +61,7 @@ def test_rows_have_names_of_their_own_and_commands_that_fill() -> None:
 
 
 def test_k_and_i_quants_are_made_from_the_padded_model() -> None:
-    from bench.rows import all_rows
+    from bench.quality.rows import all_rows
 
     for row in all_rows():
         if row.type and (row.type.endswith("_k") or row.type.startswith("iq")):
@@ -69,7 +69,7 @@ def test_k_and_i_quants_are_made_from_the_padded_model() -> None:
 
 
 def test_learned_rows_name_what_they_begin_at() -> None:
-    from bench.rows import all_rows
+    from bench.quality.rows import all_rows
 
     for row in all_rows():
         for command in row.commands:
@@ -79,7 +79,7 @@ def test_learned_rows_name_what_they_begin_at() -> None:
 
 
 def test_results_survive_and_go_stale(tmp_path: Path) -> None:
-    from bench.results import Results, result_key
+    from bench.quality.results import Results, result_key
 
     row, setting = a_row(), {"chunks": 24, "text": "a"}
     key = result_key(row, setting)
@@ -94,8 +94,8 @@ def test_results_survive_and_go_stale(tmp_path: Path) -> None:
 
 
 def test_rows_stand_under_their_size_the_least_divergence_first() -> None:
-    from bench.pages import bands
-    from bench.report import table
+    from bench.quality.pages import bands
+    from bench.quality.report import table
 
     measured = [
         (a_row("llama-q3_k"), a_result(bits=3.4375)),
@@ -123,8 +123,8 @@ def test_rows_stand_under_their_size_the_least_divergence_first() -> None:
 
 def test_every_table_has_a_page(tmp_path: Path) -> None:
     """The pages are written where they are missing, keep what stands around the markers, and lines stay short."""
-    from bench.places import Options
-    from bench_quality import write_report
+    from bench.quality.__main__ import write_report
+    from bench.quality.places import Options
 
     rows = ("ours-tsq2-gptq", "rounding-tsq3-rtn", "ptq161-mask", "a4-awq", "llama-q2_k")
     kept = (20.0, 1.0, 0.5, 0.9)
@@ -158,7 +158,7 @@ TODAY = {"fast": {"samples": 128, "steps": 6}, "balanced": {"samples": 512, "ste
 
 
 def test_programs_and_figures_of_other_times_are_marked() -> None:
-    from bench.report import figure_notes, notes, table
+    from bench.quality.report import figure_notes, notes, table
 
     row, other = a_row("ours-tsq2-tesseraq-awq"), a_row("ours-tsq2-tesseraq-gptq")
     then = {"fast": {"samples": 128, "steps": 12}}
@@ -178,7 +178,7 @@ def test_programs_and_figures_of_other_times_are_marked() -> None:
 
 
 def test_results_know_the_program_and_what_its_presets_stand_for(tmp_path: Path) -> None:
-    from bench.results import Results, figures_of, program
+    from bench.quality.results import Results, figures_of, program
 
     from tesseraq_gguf.recipe.presets import PRESETS
 
@@ -207,8 +207,8 @@ def test_results_know_the_program_and_what_its_presets_stand_for(tmp_path: Path)
 
 
 def test_no_result_on_the_page_is_without_its_program() -> None:
-    from bench.results import Results
-    from bench.rows import all_rows
+    from bench.quality.results import Results
+    from bench.quality.rows import all_rows
 
     rows = {row.name for row in all_rows()}
     stored = Results(SCRIPTS.parent / "docs/results/quality.json")._read()
@@ -218,7 +218,7 @@ def test_no_result_on_the_page_is_without_its_program() -> None:
 
 
 def test_starts_stand_beside_what_is_learned_from_them() -> None:
-    from bench.report import starts_table
+    from bench.quality.report import starts_table
 
     measured = [
         (a_row("ours-tsq2-rtn"), a_result(kld=10.34)),
@@ -240,7 +240,7 @@ def test_starts_stand_beside_what_is_learned_from_them() -> None:
 
 
 def test_notes_tell_of_mixtures() -> None:
-    from bench.report import notes
+    from bench.quality.report import notes
 
     mixed = a_result(types={"q2_k": 100, "q4_k": 26}, embedding="q6_k")
     said = notes([(a_row("llama-q3_k"), a_result()), (a_row("autoround-q2_k_s"), mixed)], {})
@@ -260,7 +260,7 @@ def test_only_the_part_between_the_markers_changes() -> None:
 
 
 def test_a_plot_names_the_best_of_each_size_and_leaves_out_what_is_no_model(tmp_path: Path) -> None:
-    from bench.plot import plot
+    from bench.quality.plot import plot
 
     measured = [
         (a_row("reference"), a_result(bits=16.0, perplexity=12.3)),
@@ -279,7 +279,7 @@ def test_a_plot_names_the_best_of_each_size_and_leaves_out_what_is_no_model(tmp_
 
 
 def test_a_front_has_what_nothing_smaller_beats() -> None:
-    from bench.plot import front
+    from bench.quality.plot import front
 
     assert front([(3.0, 2.0), (2.0, 5.0), (2.0, 4.0), (4.0, 2.5), (4.5, 1.0)]) == [(2.0, 4.0), (3.0, 2.0), (4.5, 1.0)]
     assert front([(2.0, 1.0), (3.0, 1.0)]) == [(2.0, 1.0)]
@@ -299,7 +299,7 @@ def gemma(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_a_padded_model_gives_the_same_answers(gemma: Path, tmp_path: Path) -> None:
     import torch
-    from pad_gemma import pad
+    from bench.quality.pad_gemma import pad
     from transformers import AutoModelForCausalLM
 
     padded = tmp_path / "padded.gguf"
@@ -316,7 +316,7 @@ def test_a_padded_model_gives_the_same_answers(gemma: Path, tmp_path: Path) -> N
 
 
 def test_padding_keeps_everything_else(gemma: Path, tmp_path: Path) -> None:
-    from pad_gemma import pad
+    from bench.quality.pad_gemma import pad
 
     padded = tmp_path / "padded.gguf"
     pad(gemma, padded, 1024)
@@ -334,7 +334,7 @@ def test_padding_keeps_everything_else(gemma: Path, tmp_path: Path) -> None:
 def test_padding_refuses_what_it_does_not_understand(
     source: ModelSource, gemma: Path, tiny_gguf: Path, tmp_path: Path
 ) -> None:
-    from pad_gemma import pad
+    from bench.quality.pad_gemma import pad
 
     out = tmp_path / "out.gguf"
     with pytest.raises(UsageError, match="not a Gemma 3 model"):

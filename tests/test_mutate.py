@@ -1,4 +1,4 @@
-"""The lists of `scripts/mutate`: they fit the code as it is, and drawing is repeatable."""
+"""The lists of `scripts/run check mutate`: they fit the code as it is, and drawing is repeatable."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts() -> Iterator[None]:
-    """Let `mutation` be imported, as running the script does."""
+    """Let `check` be imported, as running the script does."""
     sys.path.insert(0, str(ROOT / "scripts"))
     yield
     sys.path.remove(str(ROOT / "scripts"))
 
 
 def test_the_named_ones_fit_the_code_as_it_is() -> None:
-    from mutation.named import NAMED, named
+    from check.mutate.named import NAMED, named
 
     mutations = named(ROOT)
     assert len({m.name for m in mutations}) == len(NAMED)
@@ -32,7 +32,7 @@ def test_the_named_ones_fit_the_code_as_it_is() -> None:
 
 
 def test_a_mutation_that_went_stale_is_an_error() -> None:
-    from mutation.mutation import StaleError, replaced
+    from check.mutate.mutation import StaleError, replaced
 
     for text in ("text that is not there", "import"):
         with pytest.raises(StaleError, match=r"named\.py"):
@@ -40,7 +40,7 @@ def test_a_mutation_that_went_stale_is_an_error() -> None:
 
 
 def test_what_is_drawn_is_the_same_every_time_and_of_each_line_once() -> None:
-    from mutation.drawn import draw
+    from check.mutate.drawn import draw
 
     drawn = draw(ROOT, 20, 0, "packer")
     assert drawn == draw(ROOT, 30, 0, "packer")[:20]
@@ -52,8 +52,8 @@ def test_what_is_drawn_is_the_same_every_time_and_of_each_line_once() -> None:
 
 
 def test_mutations_known_to_be_equivalent_are_still_there_and_have_a_reason() -> None:
-    from mutation.drawn import candidates
-    from mutation.equivalent import EQUIVALENT
+    from check.mutate.drawn import candidates
+    from check.mutate.equivalent import EQUIVALENT
 
     possible = {
         (file, line.strip())
@@ -84,7 +84,7 @@ def f(a: int = 3, *, strict=True) -> int:
 
 
 def test_what_can_be_wrong() -> None:
-    from mutation.drawn import candidates
+    from check.mutate.drawn import candidates
 
     found = set()
     for _, first, last, instead in candidates("f.py", SOURCE):

@@ -1,1 +1,1 @@
-"""Parts of `scripts/bench_quality`: the rows to measure, what they are made from, their results, the report."""
+"""What measures, and where it puts what was measured."""

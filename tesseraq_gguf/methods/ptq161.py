@@ -15,7 +15,7 @@ with AdamW without decay. On the grid of PTQ1_61 this becomes:
   attention's output, up for down), r2 is a factor of that matrix's rows, which d of these rows already is.
 - The paper's code binarises around a mean μ of the row, α·sign(W - μ) + μ. The type has no place for it, and
   there is little to gain: of the squared error of the demo model's binary weights it would take 0.7 %
-  (`scripts/bench_salient --mean`).
+  (`scripts/run bench salient --mean`).
 - Mean squared error and cosine are of different size, by what the residual stream is; here the error is relative to
   the target's energy. Both are in the metric of the engine's sensitivity: on a block of the demo model, where rounding
   alone left a loss of 124 and the block's own weights 47, 60 steps came to 99 with it and to 114 without.

@@ -1,4 +1,4 @@
-"""Every method on a GPU learns what it learns on the processor; `scripts/test_gpu` runs this where there is one."""
+"""Every method on a GPU learns what it learns on the processor; `scripts/run check gpu` runs this on one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 // Fuzz target: any bytes are rows of TSQ, BCQ and PTQ1_61 blocks. Dequantization, dot products, repacking and the products of repacked rows must
 // neither read nor write outside of what they are given, must give finite numbers where those exist, and NaN where an activation is not
-// finite, and SIMD must agree with plain arithmetic. For libFuzzer (scripts/fuzz), or with fuzz_main.cpp as a program of its own.
+// finite, and SIMD must agree with plain arithmetic. For libFuzzer (scripts/run check fuzz), or with fuzz_main.cpp as a program of its own.
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"

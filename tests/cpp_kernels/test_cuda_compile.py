@@ -1,7 +1,7 @@
 """CUDA kernels without a GPU: every file that we touch compiles for every generation of devices, and nothing spills.
 
 Of the files that all types share, other types' kernels are left out where they take long: `mmvq.cu` is compiled with
-our types alone, of MMQ the kernels with the largest tiles. `scripts/test_builds cuda` compiles everything.
+our types alone, of MMQ the kernels with the largest tiles. `scripts/run check builds cuda` compiles everything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fuzz target on fixed inputs: any bytes are rows of our types. `scripts/fuzz` lets libFuzzer search for more."""
+"""The fuzz target on fixed inputs: any bytes are rows of our types. `scripts/run check fuzz` searches for more."""
 
 from __future__ import annotations
 

@@ -1,0 +1,317 @@
+"""The rows of the quality table as data: how a file is made, and what its block matrices must be.
+
+Commands are templates. `{out}` is the file to make; the other names in braces are things that several rows share
+(`places.py` makes them): models, importance matrices, texts, tokens, programs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from tesseraq_gguf.methods.table import METHODS, STARTS
+from tesseraq_gguf.types.facts import ORDERED_TYPES, names
+
+OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
+FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
+
+TYPES, ROUNDING, PTQ161, ACTIVATIONS = "types", "rounding", "ptq161", "activations"
+"""Studies: what a type of some size can do, ours and theirs; how rounding is learned, by what it generalises to; what
+the parts of PTQ1.61 bring, one after the other; and what is left with activations of few bits."""
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file to make and measure.
+
+    Attributes:
+        name: what it is called in `--rows` and among the results.
+        family: whose work it is.
+        method: how it was quantised, as the table says it.
+        type: type that every matrix of the blocks must have; None if the tool mixes types.
+        padded: whether the model's rows were padded to a multiple of 256.
+        commands: what makes the file.
+        bits: bits per weight, if the file does not tell.
+        note: what a reader must know.
+        study: which table it stands in. Rows of `ROUNDING` learn on four fifths of the calibration text and are
+            measured on the rest of it as well.
+        rank: of LRQ's scaling matrices, as a share 1/n of the model's width: n. None for other methods.
+        samples: calibration sequences, where the study says so.
+        scheme: how activations are rounded in the measurement, which torch then makes; None leaves it to llama.cpp.
+    """
+
+    name: str
+    family: str
+    method: str
+    type: str | None
+    padded: bool
+    commands: tuple[Command, ...]
+    bits: float | None = None
+    note: str = ""
+    study: str = TYPES
+    rank: int | None = None
+    samples: int | None = None
+    scheme: str | None = None
+
+    def filled(self, places: Mapping[str, object]) -> list[list[str]]:
+        """Return the commands with every name in braces replaced."""
+        return [[word.format_map(places) for word in command] for command in self.commands]
+
+
+CUSTOM_TYPES = names(lambda t: t.custom and not t.ordered)
+STOCK_TYPES = names(lambda t: t.family == "stock" and t.name != "q5_0")  # which only stands in for q4_k
+K_TYPES = names(lambda t: t.family == "kquants")
+(ONE_BIT_TYPE,) = ORDERED_TYPES
+METHOD_NAMES = {name: row.title for name, row in METHODS.items()}
+ROUNDING_SAMPLES = 512
+"""Calibration sequences of the study of rounding, where it does not vary them."""
+
+RANKS = (16, 8, 4, 2)
+"""Ranks of the same, as shares of the model's width: a sixteenth to a half."""
+
+# what `--pure` is told, by the type that comes of it: the file type IQ2_S is made of iq2_xs, IQ2_M of iq2_s
+LLAMA_TYPES = {
+    "iq1_s": "IQ1_S",
+    "tq1_0": "TQ1_0",
+    "iq1_m": "IQ1_M",
+    "iq2_xxs": "IQ2_XXS",
+    "iq2_xs": "IQ2_XS",
+    "iq2_s": "IQ2_M",
+    "q2_k": "Q2_K",
+    "iq3_xxs": "IQ3_XXS",
+    "q3_k": "Q3_K",
+    "q4_0": "Q4_0",
+    "q4_k": "Q4_K",
+    "iq4_xs": "IQ4_XS",
+    "iq4_nl": "IQ4_NL",
+    "mxfp4": "MXFP4_MOE",
+    "q8_0": "Q8_0",
+}
+AUTOROUND_BITS = 2 + (16 + 2) / 64
+"""2-bit codes, and for each group of 64 a scale of 16 bits and a zero-point of 2."""
+
+
+_FORMER_PASS = "its last pass is the former one, which compared a quarter of the positions of 8 sequences in a step"
+_MIXED = "the calibration text and 131,072 tokens of the model's own (`tesseraq-gguf write-text`)"
+
+
+def all_rows() -> list[Row]:
+    """Return every row, in the order in which they are measured."""
+    return [
+        *_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_one_bit_rows(), *_budget_rows(),
+        *_rounding_rows(), *_ptq161_rows(), *_activation_rows(),
+    ]  # fmt: skip
+
+
+def _references() -> Iterator[Row]:
+    yield Row("reference", REFERENCE, "none", "f16", False, (("cp", "{plain_reference}", "{out}"),))
+    note = "the same model with padded rows: its distance from the row above is the noise of the measurement"
+    yield Row("reference-padded", REFERENCE, "none", "f16", True, (("cp", "{padded_reference}", "{out}"),), note=note)
+
+
+def _llama_rows() -> Iterator[Row]:
+    def row(name: str, type: str, padded: bool, note: str = "", mixed: bool = False) -> Row:
+        model = "padded" if padded else "plain"
+        matrix = f"{{{model}_imatrix{'_mixed' if mixed else ''}}}"
+        command = (
+            "{quantize}", "--pure", "--imatrix", matrix, "--token-embedding-type", "q8_0",
+            f"{{{model}_f16}}", "{out}", LLAMA_TYPES[type], "{threads}",
+        )  # fmt: skip
+        method = f"imatrix{', own text too' if mixed else ''}"
+        return Row(name, LLAMA_CPP, method, type, padded, (command,), note=note)
+
+    for type in LLAMA_TYPES:
+        yield row(f"llama-{type}", type, True)
+    yield row(
+        "llama-iq3_xxs-own", "iq3_xxs", True, f"its importance matrix is of {_MIXED}, the whole of it", mixed=True
+    )
+    yield row("llama-q4_0-plain", "q4_0", False, "unpadded: its blocks of 32 fit rows of 640")
+
+
+def _autoround_rows() -> Iterator[Row]:
+    learn = ("{autoround}", "{autoround_script}")
+    gguf = ("--format", "gguf:q2_k_s", "--llama-cpp", "{llama_cpp}")
+    last = ("--iters", "{iters}", "--threads", "{threads}")
+    yield Row(
+        "autoround-w2g64", AUTOROUND, "W2, groups of 64, asymmetric", "f16", False,
+        (
+            (*learn, "{plain_folder}", "{out}.folder", "{tokens}", "--format", "fake", *last),
+            ("{cli}", "convert", "{out}.folder", "{out}", "--type", "f16", "--embedding-type", "q8_0"),
+        ),
+        bits=AUTOROUND_BITS,
+        note="its dequantised weights, written in 16 bits; no GGUF type holds them",
+    )  # fmt: skip
+    yield Row(
+        "autoround-q2_k_s", AUTOROUND, "its export to Q2_K_S", None, True,
+        ((*learn, "{padded_folder}", "{out}", "{tokens}", *gguf, *last),),
+        note="types of the matrices are its own choice",
+    )  # fmt: skip
+
+
+def _our_rows() -> Iterator[Row]:
+    for type in (*CUSTOM_TYPES, *STOCK_TYPES, *K_TYPES):
+        padded = type in K_TYPES
+
+        def row(name: str, method: str, *options: str, type: str = type, padded: bool = padded, note: str = "") -> Row:
+            model = "{padded_f16}" if padded else "{plain_model}"
+            command = ("{cli}", "convert", model, "{out}", "--type", type, "--embedding-type", "q8_0", *options)
+            return Row(f"ours-{type}-{name}", OURS, method, type, padded, (command,), note=note)
+
+        learning = ("--preset", "{preset}", "--calibration", "{calibration}")
+        codebooks = type.startswith("bcq")
+        yield row("rtn", "LO-BCQ" if codebooks else "RTN", "--method", "rtn")
+        if codebooks:
+            yield row("rtn-model", "LO-BCQ, the model's own codebooks", "--method", "rtn", "--codebooks", "model")
+        starts = [start for start in STARTS.values() if not (codebooks and start.needs == "uniform")]
+        for start in (start for start in starts if start.name != "none"):
+            yield row(start.name.replace("+", "-"), start.title, "--method", start.name, *learning)
+        for start in starts:
+            title = "TesseraQ" if start.name == "none" else f"TesseraQ from {start.title}"
+            name = f"tesseraq-{start.name.replace('+', '-')}"
+            yield row(name, title, "--method", "tesseraq", "--init", start.name, *learning)
+        if type in ("tsq2", "tsq3", "tsq4"):
+            learn = ("--method", "flexround", "--init", "awq")
+            yield row("flexround-awq", "FlexRound from AWQ", *learn, *learning)
+            yield row("flexround-distill", "FlexRound from AWQ, distilled", *learn, "--finish", "distill", *learning)
+        # a row names what it begins at: it must not change with `--init auto`
+        begun = ("--method", "tesseraq", "--init", "gptq")
+        finish = (*begun, "--finish", "distill")
+        yield row("tesseraq-distill", "TesseraQ from GPTQ, distilled", *finish, *learning)
+        if type == "tsq2":  # the default preset, to show what more learning buys
+            more = ("--preset", "balanced", "--calibration", "{calibration}")
+            yield row("balanced", "TesseraQ from GPTQ, `balanced`", *begun, *more)
+            # as many sequences as a text of 386 leaves to learn on when a last pass holds some out
+            note = "its blocks are those of the row that adds “distilled” to it, before the last pass"
+            title = "TesseraQ from GPTQ, `balanced`, 363 sequences"
+            yield row("balanced-363", title, *begun, *more, "--samples", "363", note=note)
+            title = "TesseraQ from GPTQ, `balanced`, distilled"
+            yield row("balanced-distill", title, *finish, *more)
+            from_awq = ("--method", "tesseraq", "--init", "awq", "--finish", "distill")
+            yield row("balanced-awq-distill", "TesseraQ from AWQ, `balanced`, distilled", *from_awq, *more)
+            mixed = ("--preset", "balanced", "--calibration", "{mixed_text}", "--samples", "1024")
+            title = "TesseraQ from GPTQ, `balanced`, own text too, distilled"
+            yield row("own-distill", title, *finish, *mixed, note=f"learned on {_MIXED}")
+            yield row(
+                "own-awq-distill", "TesseraQ from AWQ, `balanced`, own text too, distilled",
+                *from_awq, *mixed, note=f"learned on {_MIXED}; {_FORMER_PASS}",
+            )  # fmt: skip
+            most = ("--preset", "balanced", "--calibration", "{more_mixed_text}", "--samples", "2048")
+            title = "TesseraQ from GPTQ, `balanced`, much own text, distilled for long"
+            note = "learned on the calibration text and 393,216 tokens of the model's own, of three seeds"
+            note += f"; {_FORMER_PASS}"
+            yield row("own-long-distill", title, *finish, "--finish-steps", "300", *most, note=note)
+            note = "learned when `balanced` had 20 × 25 steps of 4 sequences and a last pass of 80"
+            flexround = ("--method", "flexround", "--init", "awq", "--finish", "distill")
+            yield row(
+                "flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *flexround, *more, note=note
+            )
+
+
+def _ptq1_61(name: str, title: str, *options: str, study: str = TYPES, note: str = "") -> Row:
+    command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", ONE_BIT_TYPE, "--embedding-type", "q8_0")
+    if "rtn" not in options:
+        options += ("--preset", "{preset}", "--calibration", "{calibration}")
+    return Row(name, OURS, title, ONE_BIT_TYPE, False, ((*command, *options),), study=study, note=note)
+
+
+def _one_bit_rows() -> Iterator[Row]:
+    """PTQ1_61 by the paper's method, and by those that go beyond it: they learn signs and 4-bit codes too."""
+    for method in ("rtn", "gptq", "ptq161"):
+        yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-{method}", METHOD_NAMES[method], "--method", method)
+    for start in ("gptq", "awq"):
+        learn = ("--method", "tesseraq", "--init", start)
+        yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-{start}", f"TesseraQ from {METHOD_NAMES[start]}", *learn)
+    distilled = ("--method", "tesseraq", "--init", "gptq", "--finish", "distill")
+    yield _ptq1_61(f"ours-{ONE_BIT_TYPE}-tesseraq-distill", "TesseraQ from GPTQ, distilled", *distilled)
+
+
+def _ptq161_rows() -> Iterator[Row]:
+    """The paper's ablation: each row does what the one before does, and one thing more."""
+    for name, title, options in (
+        ("mask", "mask", ("--parts", "mask")),
+        ("scales", "+ learned scales", ("--parts", "scales")),
+        ("cosine", "+ cosine in the loss", ("--parts", "cosine")),
+        ("preprocess", "+ preprocessing", ("--parts", "cosine", "--preprocess", "{calibration}")),
+    ):
+        yield _ptq1_61(f"ptq161-{name}", title, "--method", "ptq161", *options, study=PTQ161)
+
+
+def _budget_rows() -> Iterator[Row]:
+    """Types chosen within a budget, against one type for all: their rounding is GPTQ's, as cheap as it is good."""
+    for bits in ("2.75",):
+        command = ("{cli}", "convert", "{plain_model}", "{out}", "--target-bpw", bits, "--embedding-type", "q8_0",
+                   "--method", "gptq", "--preset", "{preset}", "--calibration", "{calibration}")  # fmt: skip
+        note = "types chosen among TSQ2, TSQ3 and TSQ4 by what each matrix costs the model's answers"
+        yield Row(f"ours-budget-{bits}-gptq", OURS, f"GPTQ, `--target-bpw {bits}`", None, False, (command,), note=note)
+
+
+def _rounding_rows() -> Iterator[Row]:
+    """LRQ against FlexRound, TesseraQ and what they begin at: same type, same text, same number of steps."""
+
+    def row(type: str, method: str, *, init: str = "", rank: int | None = None, samples: int = ROUNDING_SAMPLES) -> Row:
+        name = f"rounding-{type}-{method}"
+        command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", type, "--embedding-type", "q8_0",
+                   "--method", method, *(("--init", init) if init else ()))  # fmt: skip
+        if method != "rtn":
+            command += ("--preset", "{preset}", "--calibration", "{learned_text}")
+            command += ("--samples", str(samples), "--seqlen", "128")
+        if rank:
+            command += ("--rank", f"{{width_{rank}th}}")
+            name += f"-rank{rank}"
+        if samples != ROUNDING_SAMPLES:
+            name += f"-{samples}"
+        title = METHOD_NAMES[method]
+        if init not in ("", "none"):
+            name += f"-{init}"
+            title += f" from {METHOD_NAMES[init]}"
+        return Row(name, OURS, title, type, False, (command,), study=ROUNDING, rank=rank, samples=samples)
+
+    for type in ("tsq3", "tsq4", "q4_0"):
+        for method in ("rtn", "awq", "gptq"):
+            yield row(type, method)
+        for init in ("none", "gptq", "awq"):  # the papers', and ours
+            yield row(type, "lrq", init=init, rank=4)
+            yield row(type, "flexround", init=init)
+        for init in ("gptq", "awq"):
+            yield row(type, "tesseraq", init=init)
+    for rank in RANKS:
+        if rank != 4:  # is among the rows above
+            yield row("tsq3", "lrq", init="none", rank=rank)
+    for samples in (8, 32, 128):
+        yield row("tsq3", "awq", samples=samples)
+        yield row("tsq3", "lrq", init="none", rank=4, samples=samples)
+        yield row("tsq3", "flexround", init="none", samples=samples)
+        yield row("tsq3", "tesseraq", init="gptq", samples=samples)
+
+
+def _activation_rows() -> Iterator[Row]:
+    """W4A4 and W3A3: rounding alone, what brings it into shape, and TesseraQ, which learns with activations rounded."""
+    learning = ("--preset", "{preset}", "--calibration", "{calibration}")
+    learned = ("--method", "tesseraq", "--rotate", "--activations")
+    for type, scheme in (("tsq4", "a4"), ("tsq3", "a3")):
+        for name, title, options in (
+            ("rtn", "RTN", ("--method", "rtn")),
+            ("awq", "AWQ", ("--method", "awq", *learning)),
+            (
+                "rotated",
+                "rotation, RTN",
+                ("--method", "rtn", "--rotate", "--samples", "8", "--calibration", "{calibration}"),
+            ),
+            ("rotated-gptq", "rotation, GPTQ", ("--method", "gptq", "--rotate", *learning)),
+            ("start", "rotation, AWQ+GPTQ", ("--method", "awq+gptq", "--rotate", "--activations", scheme, *learning)),
+            ("tesseraq", "rotation, TesseraQ from AWQ+GPTQ", (*learned, scheme, "--init", "awq+gptq", *learning)),
+        ):
+            command = (
+                "{cli}",
+                "convert",
+                "{plain_model}",
+                "{out}",
+                "--type",
+                type,
+                "--embedding-type",
+                "q8_0",
+                *options,
+            )
+            yield Row(f"{scheme}-{name}", OURS, title, type, False, (command,), study=ACTIVATIONS, scheme=scheme)

@@ -1,0 +1,1 @@
+"""What makes constants that files depend on."""
