@@ -34,7 +34,8 @@ the same preset. An ellipsis was not measured."""
 ROUNDING_SAID = """All rows have the same text and the same number of steps of the same size. They learn on sequences
 of 128 tokens, from four fifths of the calibration text: every fifth stretch of 2000 characters is kept back. The kept
 part is text like that learned on. The other perplexity and divergence are those of the text that all pages measure, of
-another domain. Variables are the numbers learned at once, in a block. Peak memory is that of the whole conversion."""
+another domain. Variables are the numbers learned at once, in a block. Ranks are shares of the width. Peak memory is
+that of the whole conversion."""
 
 PTQ161_SAID = """Each row does one thing more than the one named before it: the mask of activation peaks alone, signs
 and 4-bit channels rounded to nearest; then scales of signs and of input channels, learned from the blocks' squared
@@ -79,7 +80,7 @@ def pages(measured: Measured, setting: Setting) -> dict[str, str]:
     if rows := studies[ROUNDING]:
         parts["results/rounding.md"] = [
             prose(ROUNDING_SAID),
-            report.rounding_table(rows, today),
+            *(part for type in dict.fromkeys(row.type for row, _ in rows) for part in _rounding(rows, type, today)),
             _figures(rows, today),
         ]
     return {page: "\n\n".join(filter(None, part)) for page, part in parts.items()}
@@ -140,6 +141,10 @@ def _commands(measured: Measured, setting: Setting) -> list[str]:
         ),
         report.commands([m for m in measured if m[0].family != REFERENCE], setting.shown),
     ]
+
+
+def _rounding(measured: Measured, type: str | None, today: Figures) -> tuple[str, str]:
+    return f"## {str(type).upper()}", report.rounding_table([m for m in measured if m[0].type == type], today)
 
 
 def _figures(measured: Measured, today: Figures) -> str:

@@ -50,20 +50,18 @@ def starts_table(measured: Measured) -> str:
 
 
 def rounding_table(measured: Measured, today: Figures) -> str:
-    """Lay the study of rounding out: by type, samples, then divergence on the text that is measured."""
-    heads = ("type", "method", "sequences", "variables", "peak memory", "perplexity", "KL divergence",
+    """Lay the study of rounding out for one type: by samples, then divergence on the text that is measured."""
+    heads = ("method", "sequences", "variables", "peak memory", "perplexity", "KL divergence",
              "perplexity, kept part", "KL divergence, kept part", "made in", "program")  # fmt: skip
-    types = list(dict.fromkeys(row.type for row, _ in measured))
-    ordered = sorted(measured, key=lambda m: (types.index(m[0].type), -(m[0].samples or 0), m[1].kld))
-    lines = [heads, ("---", "---", *["---:"] * (len(heads) - 2)), *(_rounding_cells(*m, today) for m in ordered)]
+    ordered = sorted(measured, key=lambda m: (-(m[0].samples or 0), m[1].kld))
+    lines = [heads, ("---", *["---:"] * (len(heads) - 1)), *(_rounding_cells(*m, today) for m in ordered)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _rounding_cells(row: Row, result: Result, today: Figures) -> tuple[str, ...]:
     assert result.kept
-    rank = f", rank 1/{row.rank} of the width" if row.rank else ""
+    rank = f", rank 1/{row.rank}" if row.rank else ""
     return (
-        _type(row),
         row.method + rank,
         "" if row.method == "RTN" else str(row.samples),
         f"{result.variables:,}" if result.variables else "",
