@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX
 from tesseraq_gguf.gguf_files.inspection import inspect
-from tesseraq_gguf.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -48,21 +47,28 @@ class ConversionReport:
 
 
 def report_on(
-    recipe: Recipe, resumed: int, fallbacks: dict[str, str], learned: Set[str], started: float
+    out: Path, started: float, learned: Set[str] = frozenset(), fallbacks: dict[str, str] | None = None
 ) -> ConversionReport:
-    """Return what is told of the finished file; `learned` names what was learned in its blocks."""
-    seen = inspect(recipe.out)
+    """Return what a finished file says, and what is told beside it.
+
+    Args:
+        out: the file.
+        started: when the work on it began, by `time.monotonic`.
+        learned: what was learned in its blocks, by name in the file.
+        fallbacks: matrices of the blocks that were not learned, with the reason.
+    """
+    seen = inspect(out)
     grids = [t for t in seen.tensors if t.name in learned]
     weights = sum(math.prod(t.shape) for t in grids)
     size = sum(t.bytes for t in grids) + sum(t.bytes for t in seen.tensors if t.name.endswith(SUFFIX))
     return ConversionReport(
-        out=recipe.out,
+        out=out,
         bytes=seen.bytes,
         bits_per_weight=seen.bpw,
         block_bits_per_weight=8 * size / weights if weights else 0.0,
         blocks=len({t.name.split(".")[1] for t in seen.tensors if t.name.startswith("blk.")}),
-        resumed=resumed,
+        resumed=0,
         seconds=time.monotonic() - started,
-        fallbacks=fallbacks,
+        fallbacks=fallbacks or {},
         runs_on=seen.runs_on,
     )

@@ -1,4 +1,4 @@
-"""Which tensor type every matrix gets: as asked, as its rows and llama.cpp's converter allow, or within a budget."""
+"""Which tensor type every matrix gets: as asked, and as its rows and llama.cpp's converter allow."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
 from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type, matrix_of_gguf
 from tesseraq_gguf.converter.writer import FileMatrix, check_source
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
-from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose
-from tesseraq_gguf.learning.embeddings import embedding_costs
+from tesseraq_gguf.learning.bit_budget import bytes_of
 from tesseraq_gguf.methods.table import STARTS
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
@@ -26,9 +23,6 @@ from tesseraq_gguf.runtime.source import SourceTree
 from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, tensor_type
 from tesseraq_gguf.types.grids import Grid, grid_for
 
-_EMBEDDING_CANDIDATES = ("q8_0",)
-"""Types to choose from for embedding and output matrix, besides those for the blocks."""
-
 _FALLBACK = "q8_0"
 """Type of matrices that are not learned, where it fits their rows."""
 
@@ -36,12 +30,6 @@ _ITS_TYPE = "{its type}"
 """Stands for a type that is not known yet in what is said of a matrix."""
 
 _UNORDERED = f"is not learned and is {_ITS_TYPE}: experts cannot have an order of columns"
-
-_ORDER_BYTES = 4
-"""Of a column's place in an order."""
-
-_SPARE = 1 << 16
-"""Bytes left for metadata that is not known before the file is written."""
 
 
 @dataclass(frozen=True)
@@ -119,11 +107,11 @@ class TypePlan:
     def candidates(self, recipe: Recipe, decoder: Decoder) -> dict[str, list[str]]:
         """Types that a budget may give each matrix of the blocks; those that a rule names are settled."""
         shapes = decoder.matrix_shapes()
-        ruled = rule_types(recipe.rules, shapes, _ends(decoder))
+        ruled = rule_types(recipe.rules, shapes, ends_of(decoder))
         return {n: _possible(recipe, n, shapes[n][1]) for n in self.types if n not in ruled}
 
 
-def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: SourceTree) -> TypePlan:
+def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
     """Choose the tensor type of each matrix of a model that is to be learned, budgets apart.
 
     Raises:
@@ -131,7 +119,7 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
         ModelError: no matrix of the blocks can be learned.
     """
     types, plain, fallbacks = {}, {}, dict[str, str]()
-    shapes, ends = decoder.matrix_shapes(), _ends(decoder)
+    shapes, ends = decoder.matrix_shapes(), ends_of(decoder)
     ruled = rule_types(recipe.rules, shapes, ends)
     for name, (_, columns) in shapes.items():
         asked = ruled.get(name) or _first(recipe, name, columns)
@@ -163,7 +151,7 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
             outside[name] = found
         else:  # floats, and 8 bits, where rounding to nearest is as good as any
             plain[name] = fitting_type(asked if tensor_type(asked).plain else _FALLBACK, columns)
-    check = check_source(source, shapes, decoder.samples(), tree=tree)
+    check = check_source(decoder.source, shapes, decoder.samples(), tree=tree)
     for name, reason in check.dropped.items():
         if name in types or name in outside:
             fallbacks[name] = f"is not learned and gets a stock type: {reason}"
@@ -171,7 +159,7 @@ def plan_types(recipe: Recipe, source: ModelSource, decoder: Decoder, tree: Sour
             if outside.pop(name, None):
                 plain[name] = fitting_type(_FALLBACK, decoder.hidden_size)
     if not types:
-        raise _nothing_learned(recipe, source, plain.keys() & decoder.matrix_shapes().keys())
+        raise _nothing_learned(recipe, decoder.source, plain.keys() & decoder.matrix_shapes().keys())
     known = types | outside | plain
     plain |= {
         name: _left_alone(target, matrix, plain.get(decoder.embedding_name(), _FALLBACK))
@@ -214,6 +202,13 @@ def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePla
     plan = TypePlan({}, {}, plain, file)
     _check_file(plan, ruled)
     return plan
+
+
+def check_types(recipe: Recipe) -> None:
+    """Refuse methods that cannot learn a type which the recipe names for the blocks, before there is a model."""
+    for wanted in map(tensor_type, recipe.candidates if recipe.budgeted else (recipe.type,)):
+        if not wanted.is_float:
+            check_grid(recipe, grid_for(wanted.name, wanted.block_weights, recipe.granularity))
 
 
 def check_grid(recipe: Recipe, grid: Grid) -> None:
@@ -332,8 +327,8 @@ def _shapes_to_place(source: ModelSource) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _ends(decoder: Decoder) -> list[str]:
-    """Names of embedding and output matrix; one, where they are the same."""
+def ends_of(decoder: Decoder) -> list[str]:
+    """Return the names of embedding and output matrix; one, where they are the same."""
     return list(dict.fromkeys((decoder.embedding_name(), decoder.output_name())))
 
 
@@ -347,88 +342,6 @@ def _first(recipe: Recipe, name: str, columns: int) -> str:
     """The type that a matrix gets where no rule says one: under a budget, for a start, any that it can have."""
     learned = [t for t in _possible(recipe, name, columns) if not tensor_type(t).is_float] if recipe.budgeted else []
     return learned[0] if learned else recipe.candidates[0] if recipe.budgeted else recipe.type
-
-
-def within_budget(
-    recipe: Recipe, plan: TypePlan, source: ModelSource, decoder: Decoder, meter: CostMeter, tokens: Tensor
-) -> TypePlan:
-    """Choose types that cost least within the recipe's budget.
-
-    Args:
-        recipe: names the budget and the types to choose from.
-        plan: what is settled.
-        source: the model.
-        decoder: the same.
-        meter: what the blocks' matrices cost.
-        tokens: that it was measured on, int64 [samples, length].
-
-    Raises:
-        UsageError: the budget is too small for the smallest types.
-    """
-    shapes = decoder.matrix_shapes()
-    together = _together(meter.candidates)
-    items = {name: _item(members, meter, shapes) for name, members in together.items()}
-    settled = sum(plan.bytes_of(name, shape) for name, shape in shapes.items() if name not in meter.candidates)
-    # orders of columns at most: which inputs will need one is not known yet
-    wanted = [name for name, costs in meter.costs.items() if costs.keys() & set(ORDERED_TYPES)]
-    settled += sum(_ORDER_BYTES * shapes[name][1] for name in wanted)
-
-    def choice(budget: int) -> TypePlan:
-        chosen = choose(items, budget)
-        return plan.with_choice({n: t for name, t in chosen.items() for n in together.get(name, [name])}, decoder)
-
-    if recipe.target_bpw is not None:
-        weights = sum(rows * columns for rows, columns in shapes.values())
-        return choice(int(recipe.target_bpw * weights / 8) - settled)
-    shape = (decoder.config.vocab_size, decoder.hidden_size)
-    open_ends = _open_ends(recipe, decoder)
-    for name in open_ends:
-        types = [t for t in (*recipe.candidates, *_EMBEDDING_CANDIDATES) if tensor_type(t).fits(shape[1])]
-        types = [t for t in types if t not in ORDERED_TYPES]  # columns of an embedding have no order
-        types = list(dict.fromkeys(types)) or ["f16"]
-        careful = [t for t in types if not tensor_type(t).plain]
-        costs = embedding_costs(decoder, name, careful, tokens, meter.final, meter.bottom)
-        # eight bits are taken to cost nothing: what they do is far below what the other types do
-        items[name] = Item({t: bytes_of(shape, t) for t in types}, dict.fromkeys(types, 0.0) | costs)
-    settled += sum(plan.bytes_of(name, shape) for name in _ends(decoder) if name not in open_ends)
-    others = {n for m in plan.file.values() for n in m.names} - shapes.keys() - set(_ends(decoder))
-    settled += sum(plan.bytes_in_file(m) for m in plan.file.values() if others & set(m.names))
-    assert recipe.target_size is not None
-    rest = _bytes_of_the_rest(source, decoder, shapes)
-    return choice(recipe.target_size - settled - rest)
-
-
-def _together(names: Iterable[str]) -> dict[str, list[str]]:
-    """Matrices that must have one type: those of a stack, by its name; each other one is on its own."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        found.setdefault(stack_of(name) or name, []).append(name)
-    return found
-
-
-def _item(members: list[str], meter: CostMeter, shapes: Mapping[str, tuple[int, int]]) -> Item:
-    """Sizes and costs of matrices with one type. An expert that no token came to has no costs."""
-    types = meter.candidates[members[0]]
-    known = [meter.costs[name] for name in members if name in meter.costs]
-    return Item(
-        {t: sum(bytes_of(shapes[name], t) for name in members) for t in types},
-        {t: sum(costs[t] for costs in known) for t in types},
-    )
-
-
-def _bytes_of_the_rest(source: ModelSource, decoder: Decoder, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """What a file holds besides its matrices: header, vocabulary, norms. Rather too much than too little."""
-    vectors = sum(
-        p.numel() for index in range(len(decoder)) for p in decoder.load_block(index, hollow=shapes).module.parameters()
-        if p.dim() == 1
-    )  # fmt: skip
-    if source.gguf:
-        file = open_gguf(source.gguf)
-        header = file.bytes - sum(t.bytes for t in file.tensors)
-    else:
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-        header = max((f.stat().st_size for n in names if (f := source.folder / n).is_file()), default=0)
-    return header + 4 * (vectors + decoder.hidden_size) + 96 * len(shapes) + _SPARE
 
 
 def _fitting(asked: str, columns: int) -> tuple[str | None, str]:
@@ -454,13 +367,3 @@ def _asked_outside(recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str]
     first = "q8_0" if recipe.embedding_type == AUTO else recipe.embedding_type
     asked = {output: recipe.output_type or first} | {embedding: first}
     return asked | {name: ruled[name] for name in asked if name in ruled}
-
-
-def _open_ends(recipe: Recipe, decoder: Decoder) -> list[str]:
-    """Names of embedding and output matrix, as far as their types are to be chosen within the size of the file."""
-    if recipe.embedding_type != AUTO:
-        return []
-    ends = _ends(decoder)
-    ruled = rule_types(recipe.rules, decoder.matrix_shapes(), ends)
-    settled = {ends[1]} if len(ends) > 1 and recipe.output_type else set[str]()
-    return [name for name in ends if name not in ruled and name not in settled]

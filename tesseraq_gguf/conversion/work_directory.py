@@ -22,6 +22,7 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.learning.reconstruction import BlockResult
 from tesseraq_gguf.methods.held_out import Verdict
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.types.quantized import QuantizedTensor, load_tensors, save_tensors
 
 EMBEDDINGS = "embeddings"
@@ -158,6 +159,11 @@ class WorkDirectory:
         """Whether this process writes; what others are given to keep is kept by the first one."""
         return True
 
+    def part(self, name: str, without: str) -> WorkDirectory:
+        """Return a directory within, of a run that is this one but for a part of its identity."""
+        identity = {key: value for key, value in self._identity.items() if key != without}
+        return WorkDirectory(self.folder / name, identity, fresh=False)
+
     def alone(self) -> WorkDirectory:
         """Return the directory for the process that goes on alone."""
         return self
@@ -291,6 +297,11 @@ def shared_work(team: Team, open_own: Callable[[], WorkDirectory]) -> Iterator[W
             yield _Shared(team, work)
     else:
         yield _Shared(team, None)
+
+
+def work_folder(recipe: Recipe) -> Path:
+    """Return the folder of a recipe's work directory."""
+    return recipe.work_dir or recipe.out.with_name(f"{recipe.out.name}.tesseraq-work")
 
 
 def finished_block(index: int) -> str:

@@ -47,6 +47,10 @@ class Calibration:
     tokens: Tensor
     held_out: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
+    def first(self, tokens: int) -> Tensor:
+        """Return the first sequences that hold so many tokens together, one at least, int64 [samples, length]."""
+        return self.tokens[: max(1, tokens // self.tokens.shape[1])]
+
     def fingerprint(self) -> str:
         """Return a hash of the tokens: of those held out as well, which decide what is kept."""
         everything = self.tokens.numpy().tobytes() + self.held_out.numpy().tobytes()

@@ -14,8 +14,11 @@ from tesseraq_gguf.compute.activations import ActivationRounding
 from tesseraq_gguf.compute.hidden_states import Place
 from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.compute.schemes import scheme_of
-from tesseraq_gguf.conversion import pipeline
+from tesseraq_gguf.conversion import quantise
 from tesseraq_gguf.conversion.progress import SilentProgress
+from tesseraq_gguf.conversion.run import Run
+from tesseraq_gguf.conversion.texts import Texts
+from tesseraq_gguf.conversion.work_directory import WorkDirectory
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.evaluation.divergence import Quantised, divergence
 from tesseraq_gguf.evaluation.simulation import final_states
@@ -31,6 +34,7 @@ from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.recipe.recipe import Recipe
+from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.quantized import plain_vector
 
@@ -247,9 +251,11 @@ def test_processes_share_what_is_held_out(size):
 
 def test_the_caches_have_room_for_what_is_held_out(decoder, monkeypatch, tmp_path):
     sizes = []
-    monkeypatch.setattr(pipeline, "choose_place", lambda size, *_: sizes.append(size) or Place("cpu", tmp_path))
+    monkeypatch.setattr(quantise, "choose_place", lambda size, *_: sizes.append(size) or Place("cpu", tmp_path))
     calibration = Calibration("text", drawn(8, 16), drawn(4, 16))
     for team in (Team(), Team(1, 2)):
         recipe = Recipe("m", tmp_path / "out.gguf")
-        pipeline._place(recipe, decoder, calibration, team, SilentProgress())
+        work = WorkDirectory(tmp_path / "work", {}, fresh=False)
+        run = Run(recipe, decoder, Texts(calibration), team, work, ensure_source(), SilentProgress())
+        quantise._place(run, calibration)
     assert sizes == [2 * sequences * 16 * decoder.hidden_size * 4 for sequences in (12, 6)]
