@@ -13,6 +13,7 @@ from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import FINAL, finished_block
 from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.learning.distillation import Distillation
+from tesseraq_gguf.models.quantised import Quantised
 
 
 def finish(run: Run, model: Model) -> None:
@@ -43,17 +44,8 @@ def _distil(
     work = run.work
     folder = work.scratch(f"last-pass-{hashlib.sha256(schedule.encode()).hexdigest()[:8]}")
     with run.memory_explained():
-        distilled = distillation.run(
-            model.decoder,
-            work.block,
-            calibration.tokens,
-            calibration.held_out,
-            run.recipe.seed,
-            run.autocast,
-            folder,
-            run.progress.advance,
-            dequantized_outside(work),
-        )
+        quantised = Quantised(model.decoder, work.block, dequantized_outside(work), autocast=run.autocast)
+        distilled = distillation.run(quantised, calibration, run.recipe.seed, folder, run.progress.advance)
         work.forget(FINAL)  # an earlier pass is over no longer: its blocks are replaced one by one
         for index in range(len(model.decoder)):
             work.keep_tensors(finished_block(index), distilled.blocks(index))

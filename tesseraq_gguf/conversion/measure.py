@@ -9,8 +9,9 @@ from tesseraq_gguf.compute.schemes import Range
 from tesseraq_gguf.conversion.outside import dequantized_outside
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import FINAL
-from tesseraq_gguf.evaluation.divergence import Quantised, divergence
+from tesseraq_gguf.evaluation.divergence import divergence
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.quantised import Quantised
 
 
 def measure(run: Run, model: Model, ranges: Mapping[str, Range]) -> float | None:
@@ -26,7 +27,7 @@ def measure(run: Run, model: Model, ranges: Mapping[str, Range]) -> float | None
     run.progress.stage("Measuring the model's answers on sequences held out")
     quantised = _quantised(run, model, ranges)
     with run.memory_explained():
-        return divergence(run.original, quantised, run.calibration.held_out, run.autocast, run.progress.advance)
+        return divergence(run.original, quantised, run.calibration.held_out, run.progress.advance)
 
 
 def _quantised(run: Run, model: Model, ranges: Mapping[str, Range]) -> Quantised:
@@ -43,4 +44,5 @@ def _quantised(run: Run, model: Model, ranges: Mapping[str, Range]) -> Quantised
         dequantized_outside(run.work),
         final[0] if final else {},
         rounding,
+        run.autocast,
     )

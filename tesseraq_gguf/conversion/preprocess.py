@@ -9,6 +9,7 @@ from tesseraq_gguf.conversion.quantise import quantise
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import BEFORE, CARRIED, PREPROCESSED, WorkDirectory
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 
@@ -24,7 +25,11 @@ def preprocess(run: Run, model: Model) -> Model:
             run.progress.stage("Learning on the quantised model")
         with run.memory_explained():
             source = schedule_of(run.recipe).run(
-                decoder, first.block, text.tokens, run.recipe.seed, run.autocast, merged, run.progress.advance
+                Quantised(decoder, first.block, autocast=run.autocast),
+                text.tokens,
+                run.recipe.seed,
+                merged,
+                run.progress.advance,
             )
     return replace(model, decoder=Decoder(source, decoder.device))
 

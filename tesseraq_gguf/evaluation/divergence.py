@@ -3,40 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.compute.activations import ActivationRounding
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.evaluation.simulation import final_states
-from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
-from tesseraq_gguf.types.quantized import QuantizedTensor
+from tesseraq_gguf.models.decoder import Decoder
+from tesseraq_gguf.models.quantised import Quantised
 
 _POSITIONS = 128
 """Answers, of two models, that are in memory at a time."""
-
-
-@dataclass(frozen=True)
-class Quantised:
-    """A model as its file will have it.
-
-    Attributes:
-        decoder: gives what was not learned.
-        blocks: gives what was learned for a block, by checkpoint name.
-        embeddings: embedding and output matrix, dequantised, by checkpoint name, where they were rounded with care. Of
-            those in floats or 8 bits what is lost is not felt.
-        final: parameters of the final norm that were learned, by checkpoint name.
-        rounding: gives what rounds a block's activations, or None.
-    """
-
-    decoder: Decoder
-    blocks: Callable[[int], Mapping[str, QuantizedTensor]]
-    embeddings: Mapping[str, Tensor]
-    final: Mapping[str, QuantizedTensor]
-    rounding: Callable[[LoadedBlock], ActivationRounding | None] = lambda _: None
 
 
 @torch.no_grad()
@@ -44,16 +22,14 @@ def divergence(
     original: Decoder,
     model: Quantised,
     tokens: Tensor,
-    autocast: torch.dtype,
     report: Callable[[int, int], None] = lambda *_: None,
 ) -> float:
     """Mean Kullback-Leibler divergence KL(p || p̂) of answers in nats per token, over all positions.
 
     Args:
         original: whose answers are p.
-        model: whose answers are p̂.
+        model: whose answers are p̂; products with both models' output matrices are in its autocast.
         tokens: int64 [sequences, length].
-        autocast: dtype of the products with output matrices.
         report: called with (blocks done, blocks in all), those of both models.
 
     Raises:
@@ -69,8 +45,8 @@ def divergence(
         lambda block: block.adopt(model.blocks(block.index)),
         model.embeddings,
     )
-    true = _answers(original, {}, {}, autocast)
-    answers = _answers(model.decoder, model.embeddings, model.final, autocast)
+    true = _answers(Quantised(original, lambda _: {}, autocast=model.autocast))
+    answers = _answers(model)
     total = 0.0
     for at in torch.arange(tokens.numel()).split(_POSITIONS):
         p, q = true(wanted.flatten(0, 1)[at]), answers(got.flatten(0, 1)[at])
@@ -84,11 +60,10 @@ def divergence(
     return max(0.0, found)
 
 
-def _answers(
-    decoder: Decoder, embeddings: Mapping[str, Tensor], final: Mapping[str, QuantizedTensor], dtype: torch.dtype
-) -> Callable[[Tensor], Tensor]:
+def _answers(model: Quantised) -> Callable[[Tensor], Tensor]:
     """From final hidden states [positions, hidden] to log-probabilities, with what was learned in place."""
-    head, given = decoder.head, embeddings.get(decoder.output_name())
-    weight = (decoder.output_weight() if given is None else given.to(decoder.device)).to(dtype)
-    vectors = {n.removeprefix(head.prefix): t.arrays["values"].to(decoder.device) for n, t in final.items()}
+    decoder, head = model.decoder, model.decoder.head
+    given = model.embeddings.get(decoder.output_name())
+    weight = (decoder.output_weight() if given is None else given.to(decoder.device)).to(model.autocast)
+    vectors = {n.removeprefix(head.prefix): t.arrays["values"].to(decoder.device) for n, t in model.final.items()}
     return lambda hidden: head.logits(hidden.to(decoder.device), weight, vectors).log_softmax(-1)

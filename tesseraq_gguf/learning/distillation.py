@@ -29,8 +29,10 @@ from torch import Tensor
 
 from tesseraq_gguf.compute.affine import Affine
 from tesseraq_gguf.errors import NotFiniteError
-from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.learning.calibration import Calibration
+from tesseraq_gguf.models.decoder import BlockInputs, LoadedBlock
 from tesseraq_gguf.models.finite import check_finite, finite
+from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.types.grids import Arrays, grid_of
 from tesseraq_gguf.types.quantized import QuantizedTensor, plain_vector
@@ -83,38 +85,31 @@ class Distillation:
 
     def run(
         self,
-        decoder: Decoder,
-        blocks: Callable[[int], LearnedBlock],
-        tokens: Tensor,
-        held_out: Tensor,
+        model: Quantised,
+        calibration: Calibration,
         seed: int,
-        autocast: torch.dtype,
         folder: Path,
         report: Callable[[int, int], None] = lambda *_: None,
-        embeddings: Mapping[str, Tensor] | None = None,
     ) -> Distilled:
         """Learn.
 
         Args:
-            decoder: the full-precision model.
-            blocks: gives what was learned for a block.
-            tokens: calibration tokens to learn on, int64 [samples, length].
-            held_out: tokens that nothing was learned on, int64 [samples, length], of the same length.
+            model: what was quantised; its decoder is the full-precision model.
+            calibration: tokens to learn on, and those that nothing was learned on.
             seed: of the order of sequences.
-            autocast: dtype of matrix products; float32 means no autocast.
             folder: takes the variables of the blocks; must exist. What a pass of the same schedule left there after
                 it was stopped is gone on with: it must be of the same blocks, tokens and seed.
             report: called with (steps done, steps in all).
-            embeddings: learned embedding and output matrix, dequantised, by checkpoint name, where there are any.
 
         Raises:
             NotFiniteError: the model's answers, or gradients on the way down, are not finite.
         """
         kept = _Kept(folder, asdict(self))
-        student = _Student(decoder, blocks, autocast, kept, embeddings or {})
-        everything = torch.cat([tokens, held_out])
+        student = _Student(model, kept)
+        tokens = calibration.tokens
+        everything = torch.cat([tokens, calibration.held_out])
         teacher, recorded = student.teach(everything)
-        start, _ = decoder.stem(everything, embeddings)
+        start, _ = model.decoder.stem(everything, model.embeddings)
         held = slice(len(tokens), None)
         generator = torch.Generator().manual_seed(seed)
         before = kept.before
@@ -141,7 +136,7 @@ class Distillation:
             report(step + 1, self.steps)
         after = student.divergence(start[held], teacher[held], recorded)
         if not after < before:
-            return Distilled(blocks, {}, before, after)
+            return Distilled(model.blocks, {}, before, after)
         return Distilled(student.finished, student.final(), before, after)
 
     def _share(self, step: int) -> float:
@@ -155,19 +150,12 @@ class Distillation:
 class _Student:
     """The quantised model, of which one block is in memory at a time."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        blocks: Callable[[int], LearnedBlock],
-        autocast: torch.dtype,
-        kept: _Kept,
-        embeddings: Mapping[str, Tensor],
-    ) -> None:
-        self._decoder, self._blocks, self._autocast, self._kept = decoder, blocks, autocast, kept
-        self._head = decoder.head
-        self._teachers = decoder.output_weight().to(autocast)
-        given = embeddings.get(decoder.output_name())
-        self._students = self._teachers if given is None else given.to(decoder.device, autocast)
+    def __init__(self, model: Quantised, kept: _Kept) -> None:
+        self._decoder, self._blocks, self._autocast, self._kept = model.decoder, model.blocks, model.autocast, kept
+        self._head = self._decoder.head
+        self._teachers = self._decoder.output_weight().to(self._autocast)
+        given = model.embeddings.get(self._decoder.output_name())
+        self._students = self._teachers if given is None else given.to(self._decoder.device, self._autocast)
 
     @torch.no_grad()
     def teach(self, tokens: Tensor) -> tuple[Tensor, BlockInputs]:

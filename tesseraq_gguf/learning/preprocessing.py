@@ -23,6 +23,7 @@ from torch import Tensor
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.finite import check_finite
+from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.models.source import ModelSource, save_weights
 from tesseraq_gguf.models.weights import QUANTIZATION_FILE, plain_config
 from tesseraq_gguf.models.whole import whole_model
@@ -77,22 +78,18 @@ class Preprocessing:
 
     def run(
         self,
-        decoder: Decoder,
-        blocks: Callable[[int], Mapping[str, QuantizedTensor]],
+        quantised: Quantised,
         tokens: Tensor,
         seed: int,
-        autocast: torch.dtype,
         out: Path,
         report: Callable[[int, int], None] = lambda *_: None,
     ) -> ModelSource:
         """Learn adapters and write the merged model, unless it is there.
 
         Args:
-            decoder: the model.
-            blocks: gives what the first quantisation made of a block, by checkpoint name.
+            quantised: what the first quantisation made of the model.
             tokens: the text, int64 [sequences, length].
             seed: makes the run repeatable.
-            autocast: dtype of matrix products while learning; float32 means no autocast.
             out: the folder to write, which appears only when it is whole. State is kept in a file beside it.
             report: called with (steps done, steps in all).
 
@@ -102,13 +99,14 @@ class Preprocessing:
         Raises:
             NotFiniteError: gradients are not finite.
         """
+        decoder = quantised.decoder
         source, state = decoder.source, out.with_name(f"{out.name}.pt")
         merged = ModelSource(source.name, out, source.gguf)
         if not out.is_dir():
             with torch.random.fork_rng(devices=[decoder.device] if decoder.device.type == "cuda" else []):
                 torch.manual_seed(seed)
-                model, names = dequantised_model(decoder, blocks)
-                learned = self._learn(model, names, tokens, autocast, decoder.device, state, report)
+                adapted = self._adapted(*dequantised_model(decoder, quantised.blocks)).to(decoder.device).train()
+                learned = self._learn(adapted, quantised, tokens, state, report)
             with temporary_sibling(out) as partial:
                 partial.mkdir()
                 for file in source.folder.iterdir():
@@ -120,22 +118,19 @@ class Preprocessing:
             state.unlink(missing_ok=True)
         return merged
 
-    def _learn(
-        self,
-        model: Any,
-        names: list[str],
-        tokens: Tensor,
-        autocast: torch.dtype,
-        device: torch.device,
-        state: Path,
-        report: Callable[[int, int], None],
-    ) -> Any:
+    def _adapted(self, model: Any, names: list[str]) -> Any:
+        """The model with adapters at the modules named."""
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=names, task_type="CAUSAL_LM"
         )
-        adapted = get_peft_model(model, config).to(device).train()
+        return get_peft_model(model, config)
+
+    def _learn(
+        self, adapted: Any, quantised: Quantised, tokens: Tensor, state: Path, report: Callable[[int, int], None]
+    ) -> Any:
+        device, autocast = quantised.decoder.device, quantised.autocast
         variables = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         rate = self.rate * (PAPER_STEPS / self.steps) ** self.growth
         adam = torch.optim.AdamW(variables.values(), lr=rate, weight_decay=0)

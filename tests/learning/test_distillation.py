@@ -10,8 +10,10 @@ import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
+from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.learning.distillation import Distillation, _Kept, _Student
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.types.grids import grid_of
 
 CPU = torch.device("cpu")
@@ -25,6 +27,11 @@ def decoder(make_model):  # noqa: F811
 @pytest.fixture
 def tokens():
     return torch.randint(4, 300, (24, 20), generator=torch.Generator().manual_seed(1))
+
+
+def text(tokens, learned_on):
+    """The first sequences to learn on, the others held out."""
+    return Calibration("text", tokens[:learned_on], tokens[learned_on:])
 
 
 def rounded(decoder, type="tsq2"):
@@ -62,7 +69,7 @@ def misscaled(decoder, type="tsq2"):
 def test_a_step_follows_the_gradient_of_the_whole_model(decoder, tokens, tmp_path):
     """The walk down, block by block, against one backward pass through everything."""
     blocks = rounded(decoder)
-    student = _Student(decoder, blocks, torch.float32, _Kept(tmp_path, {}), {})
+    student = _Student(Quantised(decoder, blocks), _Kept(tmp_path, {}))
     teacher, recorded = student.teach(tokens[:2])
     start, _ = decoder.stem(tokens[:2])
     _, first = student._load(0)
@@ -93,7 +100,7 @@ def test_a_step_follows_the_gradient_of_the_whole_model(decoder, tokens, tmp_pat
 def test_steps_are_adams_on_the_whole_model(type, make_model, tokens, tmp_path):  # noqa: F811
     """Three steps, each at rates of its own, against torch's Adam on all variables at once."""
     decoder = Decoder(make_model("llama-256" if type == "q2_k" else "llama"), CPU)
-    student = _Student(decoder, rounded(decoder, type), torch.float32, _Kept(tmp_path, {}), {})
+    student = _Student(Quantised(decoder, rounded(decoder, type)), _Kept(tmp_path, {}))
     teacher, recorded = student.teach(tokens)
     start, _ = decoder.stem(tokens)
     blocks, final = [student._load(index) for index in range(len(decoder))], student._load_final()
@@ -142,7 +149,7 @@ def test_rates_rise_and_fall_and_what_is_held_out_is_not_learned_on(decoder, tok
     monkeypatch.setattr(_Student, "step", note)
     monkeypatch.setattr(_Student, "divergence", measure)
     pass_ = Distillation(steps=10, batch=4, scale_rate=2e-3, zero_rate=3e-3, norm_rate=5e-3, warm_up=0.2)
-    done = pass_.run(decoder, rounded(decoder), tokens[:9], tokens[9:], 3, torch.float32, tmp_path)
+    done = pass_.run(Quantised(decoder, rounded(decoder)), text(tokens, 9), 3, tmp_path)
     shares = [0.5, 1.0, *((1 + math.cos(math.pi * step / 8)) / 2 for step in range(8))]
     assert [r["scale"] for r in rates] == pytest.approx([2e-3 * s for s in shares])
     assert [r["zero"] for r in rates] == pytest.approx([3e-3 * s for s in shares])
@@ -177,7 +184,7 @@ def test_the_warm_up_is_a_share_of_the_steps(steps, warm_up, rising):
 def test_it_lowers_the_divergence_with_frozen_codes(type, decoder, tokens, tmp_path):
     blocks = misscaled(decoder, type)
     pass_ = Distillation(steps=20, batch=8, scale_rate=3e-2, zero_rate=1e-2)
-    done = pass_.run(decoder, blocks, tokens[:18], tokens[18:], 0, torch.float32, tmp_path)
+    done = pass_.run(Quantised(decoder, blocks), text(tokens, 18), 0, tmp_path)
     assert done.after < {"tsq2": 0.74, "q2_0": 0.78, "q4_1": 0.64}[type] * done.before
     for index in range(len(decoder)):
         old, new = blocks(index), done.blocks(index)
@@ -193,8 +200,8 @@ def test_what_leaves_is_what_was_measured(decoder, tokens, tmp_path):
     """The stored blocks, run anew, have the divergence that the pass reports."""
     pass_ = Distillation(steps=6, batch=8, scale_rate=3e-2, zero_rate=1e-2)
     (tmp_path / "a").mkdir()
-    done = pass_.run(decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32, tmp_path / "a")
-    teacher, recorded = _Student(decoder, done.blocks, torch.float32, _Kept(tmp_path, {}), {}).teach(tokens)
+    done = pass_.run(Quantised(decoder, misscaled(decoder)), text(tokens, 18), 0, tmp_path / "a")
+    teacher, recorded = _Student(Quantised(decoder, done.blocks), _Kept(tmp_path, {})).teach(tokens)
     hidden, _ = decoder.stem(tokens)
     with torch.no_grad():
         for index in range(len(decoder)):
@@ -236,7 +243,7 @@ def run_in(decoder, tokens, tmp_path):
         (tmp_path / name).mkdir(exist_ok=True)
         pass_ = Distillation(steps=5, batch=8, scale_rate=3e-2, zero_rate=1e-2)
         blocks = misscaled(decoder)
-        return pass_.run(decoder, blocks, tokens[:18], tokens[18:], 0, torch.float32, tmp_path / name, report)
+        return pass_.run(Quantised(decoder, blocks), text(tokens, 18), 0, tmp_path / name, report)
 
     return run
 
@@ -261,7 +268,7 @@ def test_a_step_cut_short_leaves_no_trace(run_in, decoder, monkeypatch):
 
 
 def test_another_schedule_begins_anew(decoder, tokens, tmp_path):
-    given = decoder, misscaled(decoder), tokens[:18], tokens[18:], 0, torch.float32
+    given = Quantised(decoder, misscaled(decoder)), text(tokens, 18), 0
     with pytest.raises(_StoppedError):
         Distillation(steps=5, batch=8).run(*given, tmp_path, _stop_after(2))
     reported = []
@@ -272,7 +279,7 @@ def test_another_schedule_begins_anew(decoder, tokens, tmp_path):
 def test_a_pass_that_does_not_help_is_undone(decoder, tokens, tmp_path):
     blocks = rounded(decoder)
     wild = Distillation(steps=2, batch=8, scale_rate=3.0, zero_rate=3.0, norm_rate=3.0)
-    done = wild.run(decoder, blocks, tokens[:18], tokens[18:], 0, torch.float32, tmp_path)
+    done = wild.run(Quantised(decoder, blocks), text(tokens, 18), 0, tmp_path)
     assert done.after >= done.before
     assert done.blocks is blocks
     assert done.final == {}

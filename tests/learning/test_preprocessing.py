@@ -14,6 +14,7 @@ from tesseraq_gguf.learning import preprocessing
 from tesseraq_gguf.learning.preprocessing import Preprocessing, dequantised_model
 from tesseraq_gguf.learning.rounding import round_blocks
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.models.quantised import Quantised
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,7 @@ def text():
 
 def run(decoder, blocks, out, steps=6, report=lambda *_: None):
     return Preprocessing(steps=steps, batch=2, kept=2, rate=1e-3).run(
-        decoder, blocks, text(), 0, torch.float32, out, report
+        Quantised(decoder, blocks), text(), 0, out, report
     )
 
 

@@ -20,7 +20,7 @@ from tesseraq_gguf.conversion.run import Run
 from tesseraq_gguf.conversion.texts import Texts
 from tesseraq_gguf.conversion.work_directory import WorkDirectory
 from tesseraq_gguf.errors import NotFiniteError
-from tesseraq_gguf.evaluation.divergence import Quantised, divergence
+from tesseraq_gguf.evaluation.divergence import divergence
 from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.learning.reconstruction import Reconstruction
@@ -33,6 +33,7 @@ from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.types.grids import grid_of
@@ -184,7 +185,7 @@ def quantised(decoder, type="tsq2", **more):
             f"{block.prefix}{name}.weight": grid_of(type).quantize(m.weight.detach())
             for name, m in block.matrices().items()
         }
-    return Quantised(decoder, rounded.__getitem__, **({"embeddings": {}, "final": {}} | more))
+    return Quantised(decoder, rounded.__getitem__, **more)
 
 
 def test_the_divergence_is_that_of_all_answers(decoder):
@@ -194,9 +195,9 @@ def test_the_divergence_is_that_of_all_answers(decoder):
     p, q = (decoder.answers()(h.flatten(0, 1)) for h in (final_states(decoder, tokens), got))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
     assert expected > 1e-5
-    assert divergence(decoder, model, tokens, torch.float32) == pytest.approx(expected, rel=1e-3)
+    assert divergence(decoder, model, tokens) == pytest.approx(expected, rel=1e-3)
     same = dataclasses.replace(model, blocks=lambda _: {})
-    assert divergence(decoder, same, tokens, torch.float32) == pytest.approx(0, abs=1e-7)
+    assert divergence(decoder, same, tokens) == pytest.approx(0, abs=1e-7)
 
 
 def test_the_divergence_feels_all_that_was_learned(decoder):
@@ -211,16 +212,16 @@ def test_the_divergence_feels_all_that_was_learned(decoder):
         "rounded activations": {"rounding": lambda _: ActivationRounding(scheme_of("a4", None))},
     }
     for what, change in changes.items():
-        found = divergence(decoder, dataclasses.replace(model, **change), tokens, torch.float32)
+        found = divergence(decoder, dataclasses.replace(model, **change), tokens)
         assert found > 1e-6, what
 
 
 def test_answers_that_are_not_finite_are_an_error(decoder):
     prefix, norm = decoder.final_norm()
     final = {f"{prefix}weight": plain_vector(torch.full_like(norm.weight, torch.nan))}
-    model = Quantised(decoder, lambda _: {}, {}, final)
+    model = Quantised(decoder, lambda _: {}, final=final)
     with pytest.raises(NotFiniteError, match="answers of the quantised model"):
-        divergence(decoder, model, drawn(1, 8), torch.float32)
+        divergence(decoder, model, drawn(1, 8))
 
 
 class Part(Team):

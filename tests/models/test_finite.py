@@ -13,6 +13,7 @@ from torch import nn
 
 from tesseraq_gguf.errors import ModelError, NotFiniteError
 from tesseraq_gguf.learning.bit_budget import CostMeter
+from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.learning.codebooks import model_codebooks
 from tesseraq_gguf.learning.distillation import Distillation, _Student
 from tesseraq_gguf.learning.reconstruction import Reconstruction
@@ -28,6 +29,7 @@ from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.finite import origin
+from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.types.grids import GRIDS, grid_of
 
 CPU = torch.device("cpu")
@@ -272,4 +274,4 @@ def test_the_last_pass_stops_at_gradients_that_are_not_finite(make_model, tmp_pa
     slope = _Student._slope
     monkeypatch.setattr(_Student, "_slope", lambda *a: (*(f := slope(*a))[:1], f[1] * torch.inf, *f[2:]))
     with pytest.raises(NotFiniteError, match=r"model\.layers\.1\..*: the gradients of the last pass"):
-        Distillation(steps=2).run(decoder, blocks, drawn(), drawn(2), 0, torch.float32, tmp_path)
+        Distillation(steps=2).run(Quantised(decoder, blocks), Calibration("text", drawn(), drawn(2)), 0, tmp_path)
