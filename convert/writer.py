@@ -12,8 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,11 +22,10 @@ from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.errors import ConversionError, TesseraqError, UsageError
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
 
-Say = Callable[[str], None]
-Progress = Callable[[int, int], None]
 Metadata = Mapping[str, "str | int | float | bool"]
 
 
@@ -87,25 +86,11 @@ def _check_replaced(out: Path, source: ModelSource | None) -> None:
         raise UsageError(f"the output {out} is there and is not a GGUF file. Choose another name or remove it")
 
 
-def write_gguf(
-    source: ModelSource,
-    out: Path,
-    learned: Sequence[Path],
-    *,
-    types: Mapping[str, str] | None = None,
-    fallback_type: str = "q8_0",
-    metadata: Metadata | None = None,
-    say: Say = lambda _: None,
-    progress: Progress = lambda *_: None,
-    tree: SourceTree | None = None,
-) -> WrittenFile:
-    """Write a learned model and verify it: every learned tensor in the file equals the learner's weights, bit for bit.
+@dataclass(frozen=True)
+class Contents:
+    """What a file is to hold beside what llama.cpp's converter gives it.
 
-    Types are verified as well, those of all matrices that `types` names.
-
-    Args:
-        source: the model the tensors were learned from.
-        out: the file to write; an existing GGUF file is replaced in one step.
+    Attributes:
         learned: files of `save_tensors`, one or more blocks in each.
         types: types of the file's matrices, by their names there. Those that were not learned must be plain, or be the
             type that they have in the GGUF file which the model came as.
@@ -113,8 +98,30 @@ def write_gguf(
             model that came as a GGUF file keeps its own type for these where that is smaller.
         metadata: entries to add, such as `tesseraq.method`; ints become uint32. `tesseraq.format_version` and
             `tesseraq.runtime` are there by themselves.
-        say: receives a line for each thing the user should know.
-        progress: receives bytes written and bytes in all.
+    """
+
+    learned: Sequence[Path] = ()
+    types: Mapping[str, str] = field(default_factory=dict)
+    fallback_type: str = "q8_0"
+    metadata: Metadata = field(default_factory=dict)
+
+
+def write_gguf(
+    source: ModelSource,
+    out: Path,
+    contents: Contents,
+    progress: Reporter | None = None,
+    tree: SourceTree | None = None,
+) -> WrittenFile:
+    """Write a learned model and verify it: every learned tensor in the file equals the learner's weights, bit for bit.
+
+    Types are verified as well, those of all matrices that `contents.types` names.
+
+    Args:
+        source: the model the tensors were learned from.
+        out: the file to write; an existing GGUF file is replaced in one step.
+        contents: what was learned, and what more the file holds.
+        progress: told of each thing the user should know, and of bytes written.
         tree: the patched llama.cpp, by default the pinned one.
 
     Raises:
@@ -123,21 +130,17 @@ def write_gguf(
         ConversionError: nothing learned can be placed, or the file cannot be written.
         VerificationError: the file does not hold what was learned.
     """
-    if not learned:
+    if not contents.learned:
         raise UsageError("nothing was learned: there are no block files to write")
-    job = {"type": stock_type(fallback_type), "types": dict(types or {}), "learned": [str(f) for f in learned]}
-    return _write(source, out, job, metadata or {}, say, progress, tree)
+    return _write(source, out, contents, progress or SilentReporter(), tree)
 
 
 def write_plain(
     source: ModelSource,
     out: Path,
     type: str,
-    *,
-    types: Mapping[str, str] | None = None,
-    metadata: Metadata | None = None,
-    say: Say = lambda _: None,
-    progress: Progress = lambda *_: None,
+    contents: Contents | None = None,
+    progress: Reporter | None = None,
     tree: SourceTree | None = None,
 ) -> WrittenFile:
     """Write a model with nothing learned, its matrices in stock types, for reference. Otherwise as `write_gguf`.
@@ -146,14 +149,12 @@ def write_plain(
         source: the model.
         out: the file to write.
         type: f32, f16, bf16 or q8_0.
-        types: types of matrices that differ, by their names in the file.
-        metadata: entries to add.
-        say: receives a line for each thing the user should know.
-        progress: receives bytes written and bytes in all.
+        contents: types of matrices that differ, and metadata.
+        progress: told of each thing the user should know, and of bytes written.
         tree: the patched llama.cpp, by default the pinned one.
     """
-    job = {"type": stock_type(type), "types": dict(types or {}), "learned": []}
-    return _write(source, out, job, metadata or {}, say, progress, tree)
+    contents = replace(contents or Contents(), learned=(), fallback_type=type)
+    return _write(source, out, contents, progress or SilentReporter(), tree)
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,13 @@ def check_source(
     """
     with tempfile.TemporaryDirectory() as folder:
         job = {
+            "task": "check",
+            "out": str(Path(folder) / "none.gguf"),
+            "metadata": {},
             "matrices": {name: list(shape) for name, shape in matrices.items()},
             "compared": dict(compared or {}),
         }
-        answer, _ = _run("check", source, Path(folder) / "none.gguf", job, {}, lambda _: None, lambda *_: None, tree)
+        answer, _ = _run(job, source, SilentReporter(), tree)
     file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}
     return SourceCheck(dict(answer["dropped"]), file)
 
@@ -233,51 +237,51 @@ def stock_type(name: str) -> str:
     return kind.name
 
 
+class _Noting(SilentReporter):
+    """Remembers what is noted, and passes all on."""
+
+    def __init__(self, told: Reporter) -> None:
+        self.notes: list[str] = []
+        self._told = told
+
+    def advance(self, done: int, total: int) -> None:
+        self._told.advance(done, total)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        self._told.note(text)
+
+
 def _write(
-    source: ModelSource,
-    out: Path,
-    job: dict[str, Any],
-    metadata: Metadata,
-    say: Say,
-    progress: Progress,
-    tree: SourceTree | None,
+    source: ModelSource, out: Path, contents: Contents, progress: Reporter, tree: SourceTree | None
 ) -> WrittenFile:
-    out = Path(out)
+    out, told = Path(out), _Noting(progress)
+    job = {
+        "task": "write",
+        "type": stock_type(contents.fallback_type),
+        "types": dict(contents.types),
+        "learned": [str(file) for file in contents.learned],
+        "metadata": dict(contents.metadata),
+    }
     check_output(out, source)
-    notes: list[str] = []
-
-    def note(text: str) -> None:
-        notes.append(text)
-        say(text)
-
     with temporary_sibling(out) as partial:
-        answer, log = _run("write", source, partial, job, metadata, note, progress, tree)
-        verify_types(partial, job["types"])
+        answer, log = _run(job | {"out": str(partial)}, source, told, tree)
+        verify_types(partial, contents.types)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         size = partial.stat().st_size
-    return WrittenFile(out, size, int(answer["verified"]), tuple(notes), log)
+    return WrittenFile(out, size, int(answer["verified"]), tuple(told.notes), log)
 
 
 def _run(
-    task: str,
-    source: ModelSource,
-    out: Path,
-    job: dict[str, Any],
-    metadata: Metadata,
-    note: Say,
-    progress: Progress,
-    tree: SourceTree | None,
+    job: dict[str, Any], source: ModelSource, progress: Reporter, tree: SourceTree | None
 ) -> tuple[dict[str, Any], str]:
     """Give a job to a child process; return its last answer and its log."""
     tree = tree or ensure_source()
     job |= {
-        "task": task,
         "name": source.name,
         "folder": str(source.folder),
         "gguf": str(source.gguf) if source.gguf else None,
-        "out": str(out),
-        "metadata": dict(metadata),
         "llama_cpp": str(tree.llama_cpp),
         "gguf_py": str(tree.gguf_py),
     }
@@ -286,7 +290,7 @@ def _run(
         file = Path(folder) / "job.json"
         file.write_text(json.dumps(job), encoding="utf-8")
         with (Path(folder) / "log").open("w+", encoding="utf-8", errors="replace") as log:
-            answer = _talk(file, log, note, progress)
+            answer = _talk(file, log, progress)
             log.seek(0)
             said = log.read()
     if answer.get("event") == "done":
@@ -299,7 +303,7 @@ def _run(
     raise kind(answer["text"])
 
 
-def _talk(job: Path, log: IO[str], note: Say, progress: Progress) -> dict[str, Any]:
+def _talk(job: Path, log: IO[str], progress: Reporter) -> dict[str, Any]:
     """Run the child process, pass on what it tells, return its last answer. It never outlives this call."""
     # everything it reads is on this machine: nothing to ask a hub for
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -319,9 +323,9 @@ def _talk(job: Path, log: IO[str], note: Say, progress: Progress) -> dict[str, A
         for line in child.stdout:
             answer = json.loads(line)
             if answer["event"] == "note":
-                note(answer["text"])
+                progress.note(answer["text"])
             elif answer["event"] == "progress":
-                progress(answer["done"], answer["total"])
+                progress.advance(answer["done"], answer["total"])
         child.wait()
     finally:
         if child.poll() is None:

@@ -9,7 +9,7 @@ from tesseraq_gguf.conversion.identity import metadata_of
 from tesseraq_gguf.conversion.progress import Progress
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.type_plan import plan_plain
-from tesseraq_gguf.converter.writer import write_gguf, write_plain
+from tesseraq_gguf.converter.writer import Contents, write_gguf, write_plain
 from tesseraq_gguf.models import ModelSource
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
@@ -26,16 +26,12 @@ def write(run: Run, model: Model, ranges: Mapping[str, Range]) -> None:
     """
     recipe, plan, progress = run.recipe, model.plan, run.progress
     progress.stage(f"Writing and verifying {recipe.out.name}")
-    write_gguf(
-        model.source,
-        recipe.out,
-        run.work.files(len(model.decoder), run.finishes),
+    contents = Contents(
+        learned=run.work.files(len(model.decoder), run.finishes),
         types=plan.in_file(),
         metadata=metadata_of(recipe, tensor_type(plan.main_type(model.decoder)).file_type, run.calibration, ranges),
-        say=progress.note,
-        progress=progress.advance,
-        tree=run.tree,
     )
+    write_gguf(model.source, recipe.out, contents, progress, run.tree)
 
 
 def write_unlearned(recipe: Recipe, source: ModelSource, tree: SourceTree, progress: Progress) -> None:
@@ -44,12 +40,5 @@ def write_unlearned(recipe: Recipe, source: ModelSource, tree: SourceTree, progr
     It is whatever llama.cpp's converter takes: the learner need not know the architecture.
     """
     progress.stage(f"Writing {recipe.out.name} in {recipe.type}; nothing is learned")
-    write_plain(
-        source,
-        recipe.out,
-        recipe.type,
-        types=plan_plain(recipe, source, tree).in_file(),
-        say=progress.note,
-        progress=progress.advance,
-        tree=tree,
-    )
+    contents = Contents(types=plan_plain(recipe, source, tree).in_file())
+    write_plain(source, recipe.out, recipe.type, contents, progress, tree)

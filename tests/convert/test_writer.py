@@ -22,12 +22,21 @@ from safetensors.torch import load_file, save_file
 from saved_logits import answered, logit_error, saved_logits
 
 from tesseraq_gguf.converter import writer
-from tesseraq_gguf.converter.writer import Metadata, WrittenFile, check_output, check_source, write_gguf, write_plain
+from tesseraq_gguf.converter.writer import (
+    Contents,
+    Metadata,
+    WrittenFile,
+    check_output,
+    check_source,
+    write_gguf,
+    write_plain,
+)
 from tesseraq_gguf.errors import ConversionError, ModelError, UsageError, VerificationError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.runtime import ensure_source
+from tesseraq_gguf.runtime.progress import SilentReporter
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.packers import packer_of
 from tesseraq_gguf.types.quantized import load_tensors, save_tensors
@@ -108,6 +117,19 @@ def stock(make_model, learn, tmp_path_factory) -> dict[str, Path]:
     return {folder.name: out for folder, _, out in jobs}
 
 
+class Told(SilentReporter):
+    """Keeps notes, and steps."""
+
+    def __init__(self, notes: list[str], steps: list[tuple[int, int]] | None = None) -> None:
+        self.notes, self.steps = notes, [] if steps is None else steps
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def advance(self, done: int, total: int) -> None:
+        self.steps.append((done, total))
+
+
 @pytest.fixture(scope="module")
 def write(make_model, learn, tmp_path_factory):
     """Return what `write_gguf` made of a kind with its notes and steps, made once; not to be changed."""
@@ -120,18 +142,8 @@ def write(make_model, learn, tmp_path_factory):
             out = tmp_path_factory.mktemp(kind) / "out.gguf"
             metadata: Metadata = {"tesseraq.method": "random", "tesseraq.recipe": '{"seed": 1}', "tesseraq.seed": 1}
             source = make_model(kind)
-            made[kind] = (
-                write_gguf(
-                    source,
-                    out,
-                    learn(source),
-                    metadata=metadata,
-                    say=notes.append,
-                    progress=lambda done, total: steps.append((done, total)),
-                ),
-                notes,
-                steps,
-            )
+            contents = Contents(learn(source), metadata=metadata)
+            made[kind] = (write_gguf(source, out, contents, Told(notes, steps)), notes, steps)
         return made[kind]
 
     return make
@@ -244,13 +256,14 @@ def test_plain_types_equal_the_stock_conversion(make_model, tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "qwen3", "mixtral"])
 def test_a_model_from_a_gguf_file_keeps_its_metadata_and_tensors(kind, make_model, learn, write, tmp_path):
     folder_source = make_model(kind)
-    original = write_plain(
-        folder_source, tmp_path / "original.gguf", "f16", metadata={"quantize.imatrix.file": "x", "own.key": 2.5}
-    ).path
+    more = Contents(metadata={"quantize.imatrix.file": "x", "own.key": 2.5})
+    original = write_plain(folder_source, tmp_path / "original.gguf", "f16", more).path
     before = original.read_bytes()
     # the folder that transformers would expand it into is already at hand
     source = ModelSource(kind, folder_source.folder, gguf=original)
-    written = write_gguf(source, tmp_path / "out.gguf", learn(folder_source), metadata={"tesseraq.method": "random"})
+    written = write_gguf(
+        source, tmp_path / "out.gguf", Contents(learn(folder_source), metadata={"tesseraq.method": "random"})
+    )
     direct = write(kind)[0]
     assert original.read_bytes() == before
     ours, first = open_gguf(written.path), open_gguf(original)
@@ -288,7 +301,7 @@ def test_a_folder_that_is_not_what_the_gguf_file_says_is_noticed(make_model, lea
             check_source(ModelSource("m", wrong, gguf=original), shapes)
         if "q_proj" in name:
             with pytest.raises(ConversionError, match=expected):
-                write_gguf(ModelSource("m", wrong, gguf=original), tmp_path / "out.gguf", learn(source))
+                write_gguf(ModelSource("m", wrong, gguf=original), tmp_path / "out.gguf", Contents(learn(source)))
         shutil.rmtree(wrong)
     assert [f.name for f in tmp_path.iterdir()] == ["original.gguf"]
 
@@ -306,7 +319,7 @@ def test_a_hub_snapshot_is_called_by_its_model_and_not_by_its_commit(make_model,
 def test_only_some_matrices_learned(make_model, learn, tmp_path):
     source = make_model("llama")
     notes: list[str] = []
-    written = write_gguf(source, tmp_path / "out.gguf", learn(source)[:1], fallback_type="bf16", say=notes.append)
+    written = write_gguf(source, tmp_path / "out.gguf", Contents(learn(source)[:1], fallback_type="bf16"), Told(notes))
     types = {t.name: t.type for t in open_gguf(written.path).tensors}
     assert types["blk.0.attn_q.weight"] == "tsq2"
     assert types["blk.1.attn_q.weight"] == "bf16"
@@ -343,7 +356,7 @@ def test_a_file_that_the_converter_misses_is_named(make_model, tmp_path):
 def test_the_process_keeps_its_own_gguf(make_model, learn, tmp_path):
     before = set(sys.modules)
     types = len(gguf.GGMLQuantizationType)
-    write_gguf(make_model("llama"), tmp_path / "out.gguf", learn(make_model("llama")))
+    write_gguf(make_model("llama"), tmp_path / "out.gguf", Contents(learn(make_model("llama"))))
     assert "conversion" not in set(sys.modules) - before
     assert len(gguf.GGMLQuantizationType) == types
 
@@ -357,7 +370,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(make_model, learn, tmp_path)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
         with pytest.raises(ConversionError, match="cannot be written") as caught:
-            write_gguf(source, out, blocks)
+            write_gguf(source, out, Contents(blocks))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(caught.value)
@@ -386,7 +399,7 @@ def test_a_wrong_byte_is_found(make_model, learn, tmp_path):
 
     source = make_model("llama")
     blocks = learn(source)
-    written = write_gguf(source, tmp_path / "out.gguf", blocks)
+    written = write_gguf(source, tmp_path / "out.gguf", Contents(blocks))
     name = "model.layers.0.mlp.up_proj.weight"
     tensor = load_tensors(blocks[0])[0][name]
     expected = Expected("blk.0.ffn_up.weight", "tsq2", grid_of("tsq2").dequantize(tensor).numpy())
@@ -407,19 +420,19 @@ def test_broken_block_files(make_model, learn, tmp_path):
     source = make_model("llama")
     blocks = learn(source)
     with pytest.raises(UsageError, match="nothing was learned"):
-        write_gguf(source, tmp_path / "out.gguf", [])
+        write_gguf(source, tmp_path / "out.gguf", Contents([]))
     with pytest.raises(ConversionError, match="learned twice"):
-        write_gguf(source, tmp_path / "out.gguf", [blocks[0], blocks[0]])
+        write_gguf(source, tmp_path / "out.gguf", Contents([blocks[0], blocks[0]]))
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(blocks[0].read_bytes()[:1000])
     with pytest.raises(ConversionError, match="cannot be read as learned tensors"):
-        write_gguf(source, tmp_path / "out.gguf", [broken])
+        write_gguf(source, tmp_path / "out.gguf", Contents([broken]))
     tensors, _ = load_tensors(blocks[0])
     save_tensors(broken, {name.replace("layers.0", "layers.7"): t for name, t in tensors.items()})
     with pytest.raises(ConversionError, match="none of the learned matrices can be written"):
-        write_gguf(source, tmp_path / "out.gguf", [broken])
+        write_gguf(source, tmp_path / "out.gguf", Contents([broken]))
     with pytest.raises(UsageError, match="'tsq2' can only be learned"):
-        write_gguf(source, tmp_path / "out.gguf", blocks, fallback_type="tsq2")
+        write_gguf(source, tmp_path / "out.gguf", Contents(blocks, fallback_type="tsq2"))
     with pytest.raises(UsageError, match=r"'q2_k' can only be learned; .* choose one of f32, f16, bf16, q8_0"):
         write_plain(source, tmp_path / "out.gguf", "q2_k")
     assert list(tmp_path.iterdir()) == [broken]
@@ -436,11 +449,12 @@ def test_interrupting_ends_the_child_and_leaves_nothing(make_model, learn, tmp_p
 
     monkeypatch.setattr(writer.subprocess, "Popen", remember)
 
-    def interrupt(_done: int, _total: int) -> None:
-        raise KeyboardInterrupt
+    class Interrupting(SilentReporter):
+        def advance(self, done: int, total: int) -> None:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_gguf(source, tmp_path / "out.gguf", learn(source), progress=interrupt)
+        write_gguf(source, tmp_path / "out.gguf", Contents(learn(source)), Interrupting())
     assert children[0].poll() is not None
     assert list(tmp_path.iterdir()) == []
 
