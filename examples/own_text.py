@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.learning.own_text import write_text
+from tesseraq_gguf.learning.own_text import OwnText
 
 
 def main(model: str, mine: str, out: str, tokens: int = 131072, preset: str = "balanced", **fields: Any) -> None:
     """Let the model write, put both texts together, and learn on them."""
     written, both = Path(f"{out}.own.txt"), Path(f"{out}.both.txt")
-    documents = write_text(model, written, tokens)
+    documents = OwnText(tokens).write(model, written)
     both.write_text(Path(mine).read_text(encoding="utf-8") + "\n\n" + written.read_text(encoding="utf-8"))
     print(f"{documents} documents of the model's own, {both.stat().st_size / 1e6:.1f} MB of text together")
     report = convert(Recipe(model, out, preset=preset, calibration=both, **({"samples": 1024} | fields)))

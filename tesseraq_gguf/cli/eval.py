@@ -107,11 +107,11 @@ class Measurement:
     def _on_text(self, text: Path, watch: Watch) -> dict[str, Any]:
         on = (self.file, text, self.ctx, self.chunks, self.reference)
         if self.simulate:
-            from tesseraq_gguf.evaluation.simulation import simulate
+            from tesseraq_gguf.evaluation.simulation import Simulation
 
             scheme = None if self.activations is None else scheme_of(self.activations, self.kv_bits)
             quieten_transformers()
-            return simulate(*on, scheme, watch=watch).to_json()
+            return Simulation(scheme).evaluate(*on, watch).to_json()
         from tesseraq_gguf.evaluation.perplexity import evaluate
 
         return evaluate(*on, watch).to_json()

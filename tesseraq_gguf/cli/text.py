@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tesseraq_gguf.cli.output import bar, quieten_transformers, size
+from tesseraq_gguf.runtime.progress import SilentReporter
 
 
 def write_text(
@@ -29,18 +30,19 @@ def write_text(
       cat mine.txt own.txt > both.txt
       tesseraq-gguf convert demo out.gguf --calibration both.txt --samples 1024
     """
-    from tesseraq_gguf.learning.own_text import write_text as run
+    from tesseraq_gguf.learning.own_text import OwnText
 
+    class Bar(SilentReporter):
+        """Shows stages, and the steps of the writing."""
+
+        def stage(self, text: str) -> None:
+            watch(text, 0, 0)
+
+        def advance(self, done: int, total: int) -> None:
+            watch("writing", done, total)
+
+    text = OwnText(tokens, seqlen, seed)
     quieten_transformers()
     with bar() as watch:
-        documents = run(
-            model,
-            out,
-            tokens,
-            seqlen,
-            device,
-            seed,
-            watch=lambda done, all: watch("writing", done, all),
-            say=lambda text: watch(text, 0, 0),
-        )
+        documents = text.write(model, out, device, Bar())
     print(f"{out}: {documents:,} documents, {size(out.expanduser().stat().st_size)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,59 +31,67 @@ _POSITIONS = 128
 """Answers, of two models, that are in memory at a time."""
 
 
-def simulate(
-    file: Path | str,
-    text: Path | str,
-    ctx: int = 512,
-    chunks: int | None = None,
-    reference: Path | str | None = None,
-    scheme: ActivationScheme | None = None,
-    device: torch.device | None = None,
-    watch: Watch = lambda *_: None,
-) -> Evaluation:
-    """Measure a GGUF file on a text, in torch.
+@dataclass(frozen=True)
+class Simulation:
+    """How a file is measured in torch.
 
-    Args:
-        file: the GGUF file.
-        text: a plain text file.
-        ctx: tokens of a chunk.
-        chunks: how many chunks to measure; None takes the whole text.
-        reference: a GGUF file to compare with, whose activations are not rounded.
-        scheme: how to round; None takes what the file was learned for.
-        device: where to compute; None is the CPU.
-        watch: told how far it is: blocks done, and blocks in all.
-
-    Raises:
-        FileFormatError: a GGUF file is missing or damaged.
-        ModelError: transformers cannot read it.
-        UsageError: the text is missing or too short, a number or a reference cannot be meant, or the scheme needs
-            ranges that the file has not.
-        EvaluationError: a figure is not finite.
+    Attributes:
+        scheme: how activations are rounded; None takes what a file was learned for.
+        device: where to compute.
     """
-    file, text = arguments.path("file", file), arguments.path("text", text)
-    facts = check_request(file, text, ctx, chunks, reference)
-    scheme, ranges = _scheme(file, scheme)
-    device = device or torch.device("cpu")
-    with tempfile.TemporaryDirectory(prefix="tesseraq-simulate-") as folder:
-        source = expand(file, Path(folder) / "model")
-        ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"), special=False)[1]
-        tokens = chunks_of(ids, opening(file), ctx, chunks)
-        student = Decoder(source, device)
-        own = own_codebooks(open_gguf(file))
-        codebooks = None if own is None else torch.from_numpy(own)
 
-        def rounding(block: LoadedBlock) -> ActivationRounding | None:
-            return ActivationRounding(scheme, block.by_module(ranges), codebooks) if scheme.rounds else None
+    scheme: ActivationScheme | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-        hidden = final_states(student, tokens, lambda *done: watch("model", *done), rounding)
-        if reference is None:
-            figures = measure(hidden, tokens, student.answers())
-        else:
-            teacher = Decoder(resolve_model(str(reference)), device)
-            wanted = final_states(teacher, tokens, lambda *done: watch("reference", *done))
-            figures = measure(hidden, tokens, student.answers(), wanted, teacher.answers())
-    check_finite(file, *figures)
-    return Evaluation(*figures, facts.bytes, facts.bpw, facts.parts)
+    def evaluate(
+        self,
+        file: Path | str,
+        text: Path | str,
+        ctx: int = 512,
+        chunks: int | None = None,
+        reference: Path | str | None = None,
+        watch: Watch = lambda *_: None,
+    ) -> Evaluation:
+        """Measure a GGUF file on a text.
+
+        Args:
+            file: the GGUF file.
+            text: a plain text file.
+            ctx: tokens of a chunk.
+            chunks: how many chunks to measure; None takes the whole text.
+            reference: a GGUF file to compare with, whose activations are not rounded.
+            watch: told how far it is: blocks done, and blocks in all.
+
+        Raises:
+            FileFormatError: a GGUF file is missing or damaged.
+            ModelError: transformers cannot read it.
+            UsageError: the text is missing or too short, a number or a reference cannot be meant, or the scheme needs
+                ranges that the file has not.
+            EvaluationError: a figure is not finite.
+        """
+        file, text = arguments.path("file", file), arguments.path("text", text)
+        facts = check_request(file, text, ctx, chunks, reference)
+        scheme, ranges = _scheme(file, self.scheme)
+        with tempfile.TemporaryDirectory(prefix="tesseraq-simulate-") as folder:
+            source = expand(file, Path(folder) / "model")
+            ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"), special=False)[1]
+            tokens = chunks_of(ids, opening(file), ctx, chunks)
+            student = Decoder(source, self.device)
+            own = own_codebooks(open_gguf(file))
+            codebooks = None if own is None else torch.from_numpy(own)
+
+            def rounding(block: LoadedBlock) -> ActivationRounding | None:
+                return ActivationRounding(scheme, block.by_module(ranges), codebooks) if scheme.rounds else None
+
+            hidden = final_states(student, tokens, lambda *done: watch("model", *done), rounding)
+            if reference is None:
+                figures = measure(hidden, tokens, student.answers())
+            else:
+                teacher = Decoder(resolve_model(str(reference)), self.device)
+                wanted = final_states(teacher, tokens, lambda *done: watch("reference", *done))
+                figures = measure(hidden, tokens, student.answers(), wanted, teacher.answers())
+        check_finite(file, *figures)
+        return Evaluation(*figures, facts.bytes, facts.bpw, facts.parts)
 
 
 def _scheme(file: Path, scheme: ActivationScheme | None) -> tuple[ActivationScheme, dict[str, Range]]:

@@ -8,6 +8,7 @@ so). It goes into a plain text file, to be read, mixed with other text, and give
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tesseraq_gguf.learning.calibration import tokens_of
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.whole import whole_model
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 
 LENGTH = 256
 """Tokens of a document, unless the model ends it before."""
@@ -32,71 +34,87 @@ _CANDIDATES = 400
 """Most likely tokens that one is drawn from; what small models give to the thousands behind them is noise."""
 
 
-def write_text(
-    model: str,
-    out: str | Path,
-    tokens: int = 512 * LENGTH,
-    length: int = LENGTH,
-    device: str = "auto",
-    seed: int = 0,
-    watch: Callable[[int, int], None] = lambda done, total: None,
-    say: Callable[[str], None] = lambda _: None,
-) -> int:
-    """Let a model write documents into a text file, at temperature 1.
+@dataclass(frozen=True)
+class OwnText:
+    """How much a model writes.
 
-    The whole model is in memory meanwhile.
-
-    Args:
-        model: as `convert` takes it.
-        out: the file; it appears when all is written.
+    Attributes:
         tokens: to sample, in whole documents.
         length: most tokens of a document.
-        device: as `convert` takes it.
         seed: of the draw.
-        watch: told of steps done and of all.
-        say: told what begins.
-
-    Returns:
-        How many documents there are.
-
-    Raises:
-        UsageError: a number that makes no sense, or a file that cannot be written there.
-        ModelError: the model cannot be loaded, or has no token to begin with, or the device's memory is too small.
     """
-    arguments.integer("seqlen" if arguments.ON_COMMAND_LINE.get() else "length", length, 2)
-    arguments.integer("seed", seed)
-    if arguments.integer("tokens", tokens) < length:
-        raise UsageError(f"--tokens must be at least {length}, one document of --seqlen tokens, got {tokens}")
-    model, out = arguments.text("model", model), arguments.path("out", out).expanduser()
-    if out.is_dir():
-        raise UsageError(f"{out} is a folder. Give the name of the text file to write")
-    if not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent} to write into")
-    where = resolve_device(arguments.device("device", device))
-    source = resolve_model(model, say)
-    Decoder(source, where)  # takes no memory, and refuses the models that `convert` refuses
-    say("Loading the whole model")
-    from transformers import AutoTokenizer
 
-    tokens_of(source, "a")  # a tokenizer that cannot be used says so here
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if first is None:
-        raise ModelError(f"{source.name}: its tokenizer has neither a token that begins a text nor one that ends it")
-    try:
-        network = whole_model(source, learning_dtype(where)).to(where).eval()
-        rows = sample(network, first, -(-tokens // length), length, seed, watch)
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"{source.name}: the whole model does not fit into the memory of {where}. Try --device cpu"
-        ) from error
-    documents = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    try:
-        with temporary_sibling(out) as partial:
-            partial.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
-    except PermissionError as error:
-        raise UsageError(f"{out} cannot be written: {error.strerror}") from error
-    return len(documents)
+    tokens: int = 512 * LENGTH
+    length: int = LENGTH
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that make no sense.
+
+        Raises:
+            UsageError: naming the first that is found.
+        """
+        arguments.integer("seqlen" if arguments.ON_COMMAND_LINE.get() else "length", self.length, 2)
+        arguments.integer("seed", self.seed)
+        if arguments.integer("tokens", self.tokens) < self.length:
+            raise UsageError(
+                f"--tokens must be at least {self.length}, one document of --seqlen tokens, got {self.tokens}"
+            )
+
+    def write(self, model: str, out: str | Path, device: str = "auto", progress: Reporter | None = None) -> int:
+        """Let a model write documents into a text file, at temperature 1.
+
+        The whole model is in memory meanwhile.
+
+        Args:
+            model: as `convert` takes it.
+            out: the file; it appears when all is written.
+            device: as `convert` takes it.
+            progress: told what begins, and of steps done.
+
+        Returns:
+            How many documents there are.
+
+        Raises:
+            UsageError: a file that cannot be written there.
+            ModelError: the model cannot be loaded, or has no token to begin with, or the device's memory is too small.
+        """
+        model, out = arguments.text("model", model), arguments.path("out", out).expanduser()
+        if out.is_dir():
+            raise UsageError(f"{out} is a folder. Give the name of the text file to write")
+        if not out.parent.is_dir():
+            raise UsageError(f"there is no folder {out.parent} to write into")
+        documents = self._documents(model, resolve_device(arguments.device("device", device)), progress)
+        try:
+            with temporary_sibling(out) as partial:
+                partial.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+        except PermissionError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror}") from error
+        return len(documents)
+
+    def _documents(self, model: str, device: torch.device, progress: Reporter | None) -> list[str]:
+        progress = progress or SilentReporter()
+        source = resolve_model(model, progress.stage)
+        Decoder(source, device)  # takes no memory, and refuses the models that `convert` refuses
+        progress.stage("Loading the whole model")
+        from transformers import AutoTokenizer
+
+        tokens_of(source, "a")  # a tokenizer that cannot be used says so here
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is None:
+            raise ModelError(
+                f"{source.name}: its tokenizer has neither a token that begins a text nor one that ends it"
+            )
+        try:
+            network = whole_model(source, learning_dtype(device)).to(device).eval()
+            count = -(-self.tokens // self.length)
+            rows = sample(network, first, count, self.length, self.seed, progress.advance)
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{source.name}: the whole model does not fit into the memory of {device}. Try --device cpu"
+            ) from error
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def sample(

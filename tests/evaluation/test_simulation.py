@@ -13,7 +13,7 @@ from tesseraq_gguf.compute.schemes import ACTIVATIONS_KEY, ActivationScheme, fro
 from tesseraq_gguf.conversion.pipeline import convert
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation.perplexity import evaluate
-from tesseraq_gguf.evaluation.simulation import chunks_of, measure, simulate
+from tesseraq_gguf.evaluation.simulation import Simulation, chunks_of, measure
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.recipe.recipe import Recipe
 
@@ -101,17 +101,18 @@ def test_what_is_no_number_stays_none():
 def test_a_model_with_its_own_codebooks_is_read_with_them(type, scheme, made, text):
     """Torch and llama.cpp are as far from the model. Four bits flip with the last bit of a sum: no more is asked."""
     out, plain = made(type=type, method="rtn", codebooks="model"), made(type="f32")
-    found, wanted = simulate(out, text, CTX, 2, plain, scheme_of(scheme, None)), evaluate(out, text, CTX, 2, plain)
+    found = Simulation(scheme_of(scheme, None)).evaluate(out, text, CTX, 2, plain)
+    wanted = evaluate(out, text, CTX, 2, plain)
     assert found.kld == pytest.approx(wanted.kld, rel=0.05)
 
 
 @pytest.mark.slow
 def test_another_file_of_that_name_in_the_working_directory_is_left_alone(made, text, tmp_path, monkeypatch):
     out = made(type="tsq3", method="rtn")
-    expected = simulate(out, text, CTX, 1)
+    expected = Simulation().evaluate(out, text, CTX, 1)
     (tmp_path / out.name).write_bytes(b"no model")
     monkeypatch.chdir(tmp_path)
-    assert simulate(out, text, CTX, 1) == expected
+    assert Simulation().evaluate(out, text, CTX, 1) == expected
 
 
 def test_chunks_are_cut_as_llama_perplexity_does():
@@ -128,7 +129,7 @@ def test_without_rounding_it_finds_what_llama_perplexity_finds(made, text):
 
     learned, plain = made(type="tsq3", method="rtn"), made(type="f32")
     wanted = evaluate(learned, text, CTX, 3, plain)
-    got = simulate(learned, text, CTX, 3, plain)
+    got = Simulation().evaluate(learned, text, CTX, 3, plain)
     assert got.perplexity == pytest.approx(wanted.perplexity, rel=0.02)
     assert got.perplexity_error == pytest.approx(wanted.perplexity_error, rel=0.05)
     assert got.kld == pytest.approx(wanted.kld, rel=0.1, abs=1e-3)
@@ -143,12 +144,13 @@ def test_a_file_brings_its_scheme_and_its_ranges(made, text):
     assert scheme == ActivationScheme(8, "static", 8)
     assert len(ranges) == 2 * 7
     assert all(low <= 0 <= high and low < high for low, high in ranges.values())
-    own = simulate(out, text, CTX, 2)
-    assert own == simulate(out, text, CTX, 2, scheme=scheme)
-    assert own != simulate(out, text, CTX, 2, scheme=ActivationScheme())
+    own = Simulation().evaluate(out, text, CTX, 2)
+    assert own == Simulation(scheme).evaluate(out, text, CTX, 2)
+    assert own != Simulation(ActivationScheme()).evaluate(out, text, CTX, 2)
     # three bits hurt more than eight
     plain = made(type="f32")
-    some = [simulate(out, text, CTX, 2, plain, scheme_of(name, None)).kld or 0 for name in ("none", "a8", "a3")]
+    schemes = (scheme_of(name, None) for name in ("none", "a8", "a3"))
+    some = [Simulation(scheme).evaluate(out, text, CTX, 2, plain).kld or 0 for scheme in schemes]
     assert some[0] < some[2]
     assert some[1] < 0.5 * some[2]
 
@@ -178,4 +180,4 @@ def test_ranges_survive_a_killed_run(made, text, tmp_path, make_model, monkeypat
 @pytest.mark.slow
 def test_static_rounding_needs_ranges(made, text):
     with pytest.raises(UsageError, match="measured by convert"):
-        simulate(made(type="tsq3", method="rtn"), text, CTX, 1, scheme=scheme_of("a8-static", None))
+        Simulation(scheme_of("a8-static", None)).evaluate(made(type="tsq3", method="rtn"), text, CTX, 1)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from tesseraq_gguf.cli.app import main
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.learning.calibration import load_calibration
-from tesseraq_gguf.learning.own_text import sample, write_text
+from tesseraq_gguf.learning.own_text import OwnText, sample
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def test_a_token_follows_all_those_before_it(network):
 
 def test_a_seed_gives_the_same_file_and_another_another(source, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert write_text(str(source.folder), tmp_path / name, 30 * 24, length=24, device="cpu", seed=seed) == 30
+        assert OwnText(30 * 24, 24, seed).write(str(source.folder), tmp_path / name, "cpu") == 30
     first, again, other = ((tmp_path / name).read_text() for name in "abc")
     assert first == again != other
 
 
 def test_own_text_calibrates(source, tmp_path):
-    write_text(str(source.folder), tmp_path / "own.txt", 2048, length=64, device="cpu")
+    OwnText(2048, length=64).write(str(source.folder), tmp_path / "own.txt", "cpu")
     tokens = load_calibration(source, str(tmp_path / "own.txt"), 8, 32, seed=0).tokens
     assert tokens.shape == (8, 32)
 
@@ -73,12 +73,12 @@ def test_own_text_calibrates(source, tmp_path):
 )
 def test_what_cannot_be_meant(out, tokens, length, message, source, tmp_path):
     with pytest.raises(UsageError, match=message):
-        write_text(str(source.folder), tmp_path / out, tokens, length=length)
+        OwnText(tokens, length).write(str(source.folder), tmp_path / out)
 
 
 def test_no_model(tmp_path):
     with pytest.raises(ModelError, match="nowhere"):
-        write_text(str(tmp_path / "nowhere"), tmp_path / "own.txt")
+        OwnText().write(str(tmp_path / "nowhere"), tmp_path / "own.txt")
 
 
 def test_a_model_that_writes_no_text(tmp_path):
@@ -87,7 +87,7 @@ def test_a_model_that_writes_no_text(tmp_path):
     config = BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     with pytest.raises(ModelError, match="not a decoder-only language model"):
-        write_text(str(tmp_path / "bert"), tmp_path / "own.txt")
+        OwnText().write(str(tmp_path / "bert"), tmp_path / "own.txt")
 
 
 def test_the_command_says_what_it_wrote(source, tmp_path, capsys):

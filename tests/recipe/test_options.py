@@ -19,8 +19,8 @@ from tesseraq_gguf import Recipe, convert, evaluate, inspect
 from tesseraq_gguf.arguments import ON_COMMAND_LINE
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES
 from tesseraq_gguf.errors import TesseraqError, UsageError
-from tesseraq_gguf.evaluation.simulation import simulate
-from tesseraq_gguf.learning.own_text import write_text
+from tesseraq_gguf.evaluation.simulation import Simulation
+from tesseraq_gguf.learning.own_text import OwnText
 from tesseraq_gguf.methods.table import METHODS, PARTS
 from tesseraq_gguf.recipe.options import (
     CODEBOOKS,
@@ -293,14 +293,14 @@ def test_the_command_line_hears_of_its_options():
         (lambda file: evaluate(file, "nowhere.txt", ctx="512"), "ctx must be a whole number, not '512'"),
         (lambda file: evaluate(file, "nowhere.txt", chunks=True), "chunks must be a whole number, not True"),
         (lambda file: evaluate(file, "nowhere.txt", reference=7), "reference must be a string or a path, not 7"),
-        (lambda file: simulate(file, None), "text must be a string or a path, not None"),
-        (lambda file: write_text(None, "own.txt"), "model must be a string or a path, not None"),
-        (lambda file: write_text(Path("nowhere.gguf"), "own.txt"), "no model at nowhere.gguf"),
-        (lambda file: write_text("demo", 3), "out must be a string or a path, not 3"),
-        (lambda file: write_text("demo", "own.txt", tokens=1e5), "tokens must be a whole number, not 100000.0"),
-        (lambda file: write_text("demo", "own.txt", length="8"), "length must be a whole number, not '8'"),
-        (lambda file: write_text("demo", "own.txt", seed=None), "seed must be a whole number, not None"),
-        (lambda file: write_text("demo", "own.txt", device=0), "device must be a string or a path, not 0"),
+        (lambda file: Simulation().evaluate(file, None), "text must be a string or a path, not None"),
+        (lambda file: OwnText().write(None, "own.txt"), "model must be a string or a path, not None"),
+        (lambda file: OwnText().write(Path("nowhere.gguf"), "own.txt"), "no model at nowhere.gguf"),
+        (lambda file: OwnText().write("demo", 3), "out must be a string or a path, not 3"),
+        (lambda file: OwnText(tokens=1e5), "tokens must be a whole number, not 100000.0"),
+        (lambda file: OwnText(length="8"), "length must be a whole number, not '8'"),
+        (lambda file: OwnText(seed=None), "seed must be a whole number, not None"),
+        (lambda file: OwnText().write("demo", "own.txt", device=0), "device must be a string or a path, not 0"),
     ],
 )
 def test_other_functions_say_in_one_line_what_cannot_be_meant(call, message, tiny_gguf, tmp_path, monkeypatch):

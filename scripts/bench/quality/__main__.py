@@ -40,7 +40,7 @@ from bench.quality.variables import learned_at_once
 from tesseraq_gguf.compute.schemes import scheme_of
 from tesseraq_gguf.errors import TesseraqError
 from tesseraq_gguf.evaluation.perplexity import TOOL, PerplexityRun, vocabulary_size
-from tesseraq_gguf.evaluation.simulation import simulate
+from tesseraq_gguf.evaluation.simulation import Simulation
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
 from tesseraq_gguf.recipe.presets import PRESETS
@@ -204,7 +204,7 @@ def _simulated(places: Places, file: Path, scheme: str) -> tuple[float, float, f
     """Measure in torch, with activations rounded in a scheme, against the same model as the other rows."""
     options, reference = places.options, places["plain_reference"]
     assert isinstance(reference, Path)
-    found = simulate(file, options.text, options.ctx, options.chunks, reference, scheme_of(scheme, None))
+    found = Simulation(scheme_of(scheme, None)).evaluate(file, options.text, options.ctx, options.chunks, reference)
     assert found.kld is not None and found.top1_agreement is not None
     return found.perplexity, found.perplexity_error, found.kld, found.top1_agreement
 
