@@ -122,7 +122,7 @@ def main() -> None:
     for chosen_by in options.scores.split(","):
         for salient in map(int, options.salient.split(",")):
             began = time.monotonic()
-            found, error = perplexity(decoder, methods[options.method], tokens, text, sensitivity, salient, chosen_by)
+            found, error = perplexity(decoder, methods[options.method], (tokens, text), sensitivity, salient, chosen_by)
             bits = (4 * salient + BLOCK - salient + 16) / BLOCK
             print(
                 f"| {options.method} | {salient} ({salient / BLOCK:.0%}) | {chosen_by} | {bits:.2f} | {found:.2f} | "
@@ -134,13 +134,16 @@ def main() -> None:
 def perplexity(
     decoder: Decoder,
     method: Method,
-    tokens: Tensor,
-    text: Tensor,
+    texts: tuple[Tensor, Tensor],
     sensitivity: list[Tensor],
     salient: int,
     chosen_by: Score,
 ) -> tuple[float, float]:
-    """Quantise the model and return its perplexity on the text, int64 [chunks, ctx], with the standard error."""
+    """Quantise the model and return its perplexity with the standard error.
+
+    Texts are what it is quantised on, int64 [samples, length], and what it is measured on, int64 [chunks, ctx].
+    """
+    tokens, text = texts
     grid = with_salient(salient)
     hidden, recorded = decoder.stem(text)
     along = Alongside(method, hidden, recorded, grid)

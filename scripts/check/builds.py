@@ -113,7 +113,7 @@ def main() -> int:
                 continue
             target = TARGETS[name]
             begin = time.monotonic()
-            runtime = build(portable=target.portable, target=target.triple, force=options.force)
+            runtime = build(target, force=options.force)
             print(f"\n{target.name}: {runtime.root}, after {time.monotonic() - begin:.0f} s")
             for key in ("compiler", "variants", "variants_left_out", "proven", "chosen"):
                 value = runtime.manifest[key]
@@ -125,7 +125,7 @@ def main() -> int:
 
 def check_cuda(models: Mapping[str, Path], text: Path, force: bool) -> None:
     """Build for every GPU that upstream builds for, and start what was linked; on the CPU, if there is no GPU."""
-    runtime = build("cuda", cuda_architectures=EVERYWHERE, force=force)
+    runtime = build(Target("cuda"), cuda_architectures=EVERYWHERE, force=force)
     print(f"\ncuda: {runtime.root}")
     machine = Machine("this machine", (), None, False)
     code, said = run(machine, runtime, "llama-bench", ["--help"])

@@ -12,7 +12,7 @@ import typer
 from tesseraq_gguf.cli.output import print_json
 from tesseraq_gguf.cli.parameters import Json
 from tesseraq_gguf.errors import RuntimeMissingError
-from tesseraq_gguf.runtime.target import CROSS
+from tesseraq_gguf.runtime.target import CROSS, Target
 
 _T = TypeVar("_T")
 
@@ -83,14 +83,8 @@ def build(
     """
     from tesseraq_gguf.runtime import build as run
 
-    runtime = run(
-        backend,
-        portable=portable,
-        target=target,
-        llama_cpp=llama_cpp,
-        cuda_architectures=cuda_arch or (),
-        force=force,
-    )
+    wanted = Target(backend, portable, target)
+    runtime = run(wanted, llama_cpp=llama_cpp, cuda_architectures=cuda_arch or (), force=force)
     print(runtime.root)
 
 

@@ -145,7 +145,7 @@ class _Rounded(torch.autograd.Function):
     """scale·(clamp(round(W/(scale·exp(log)) + zero)) - zero), with the rounding passed straight through."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  (torch hands on what it is applied to)
         ctx: Any, weight: Tensor, log: Tensor, scale: Tensor, zero: Tensor, highest: int, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(weight, log, scale, zero)

@@ -238,7 +238,7 @@ class _SoftWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913  (torch hands on what it is applied to)
         ctx: Any,
         rounding: Tensor,
         base: Tensor,

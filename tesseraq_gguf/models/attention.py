@@ -28,7 +28,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def attend(
+def attend(  # noqa: PLR0913  (transformers calls it so)
     module: nn.Module,
     query: Tensor,
     key: Tensor,

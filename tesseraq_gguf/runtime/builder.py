@@ -87,10 +87,8 @@ _PROOFS_OF_VARIANTS = _PROOFS[1:]
 
 
 def build(
-    backend: str = "cpu",
+    wanted: Target | None = None,
     *,
-    portable: bool = False,
-    target: str | None = None,
     llama_cpp: Path | None = None,
     cuda_architectures: Sequence[str] = (),
     force: bool = False,
@@ -100,9 +98,7 @@ def build(
     """Return the runtime of this version and these patches, building and installing it if it is not there.
 
     Args:
-        backend: which devices it runs on: `cpu`, or `cuda` for NVIDIA's GPUs and the processor.
-        portable: for every processor of this machine's kind, not for the instruction sets of this one.
-        target: for another kind of machine, by its triple; always portable.
+        wanted: what it is to run on; by default this machine's processor.
         llama_cpp: an existing llama.cpp checkout to copy and patch instead of the pinned one.
         cuda_architectures: GPUs to compile for, as CMake spells them (`89`, `90-virtual`); by default those of this
             machine, or all since Turing if it has none. A runtime for others than are asked for is built again.
@@ -112,13 +108,13 @@ def build(
 
     Raises:
         RuntimeBuildError: something is missing or failed; the message is one line, and names the log if there is one.
-        UsageError: an unknown backend, target or architecture, or `llama_cpp` is no llama.cpp checkout.
+        UsageError: an unknown backend or architecture, or `llama_cpp` is no llama.cpp checkout.
     """
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend '{backend}'. Known backends: {', '.join(BACKENDS)}")
-    wanted = Target(backend, portable, target)
-    if cuda_architectures and backend != "cuda":
-        raise UsageError(f"architectures of CUDA are of no use to the backend '{backend}'; add: --backend cuda")
+    wanted = wanted or Target()
+    if wanted.backend not in BACKENDS:
+        raise UsageError(f"unknown backend '{wanted.backend}'. Known backends: {', '.join(BACKENDS)}")
+    if cuda_architectures and wanted.backend != "cuda":
+        raise UsageError(f"architectures of CUDA are of no use to the backend '{wanted.backend}'; add: --backend cuda")
     cuda.choose_architectures(cuda_architectures, cuda.OLDEST, ())  # complains before anything is done
 
     def serves(runtime: Runtime | None) -> bool:
@@ -133,7 +129,7 @@ def build(
     with contextlib.ExitStack() as stack:
         reporter = progress or stack.enter_context(RichReporter())
         programs = toolchain.find_toolchain(wanted)
-        if backend == "cuda":
+        if wanted.backend == "cuda":
             cuda.find_cuda()  # before the source is fetched
         source = ensure_source(reporter, llama_cpp=llama_cpp)
         home = source.llama_cpp.parent.parent
@@ -141,9 +137,9 @@ def build(
         installed = read_runtime(home / wanted.name)
         if installed and serves(installed):
             return installed
-        arguments = (wanted, source, home, programs, jobs or _processors(), reporter)
+        arguments = (wanted, source, programs, jobs or _processors(), reporter)
         work: _Build
-        if backend == "cuda":
+        if wanted.backend == "cuda":
             work = _CudaBuild(*arguments, cuda_architectures)
         else:
             work = (_PortableBuild if wanted.portable else _Build)(*arguments)
@@ -166,14 +162,12 @@ class _Plan:
 class _Build:
     """One build of one target, in the folder of its key: for the instruction sets of this machine."""
 
-    def __init__(
-        self, target: Target, source: SourceTree, home: Path, programs: Toolchain, jobs: int, progress: Reporter
-    ):
+    def __init__(self, target: Target, source: SourceTree, programs: Toolchain, jobs: int, progress: Reporter):
         self.target = target
         self.source = source
-        self.home = home
-        self.folder = home / f"build-{target.name}"
-        self.log = home / f"build-{target.name}.log"
+        self.home = source.llama_cpp.parent.parent
+        self.folder = self.home / f"build-{target.name}"
+        self.log = self.home / f"build-{target.name}.log"
         self.programs = programs
         self.jobs = jobs
         self.progress = progress
@@ -373,13 +367,12 @@ class _CudaBuild(_Build):
         self,
         target: Target,
         source: SourceTree,
-        home: Path,
         programs: Toolchain,
         jobs: int,
         progress: Reporter,
         architectures: Sequence[str],
     ):
-        super().__init__(target, source, home, programs, jobs, progress)
+        super().__init__(target, source, programs, jobs, progress)
         self.cuda = cuda.find_cuda()
         self.gpus = cuda.find_gpus()
         capabilities = [gpu.capability for gpu in self.gpus]

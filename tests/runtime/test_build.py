@@ -72,7 +72,7 @@ def test_a_runtime_without_one_of_the_programs_is_built_again(machine: FakeMachi
 
 def test_unknown_backend(empty_cache: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown backend 'tpu'\. Known backends: cpu, cuda"):
-        build("tpu")
+        build(Target("tpu"))
     assert not empty_cache.exists()
 
 
@@ -206,7 +206,7 @@ echo "load_backend: loaded CPU backend from $chosen"
 def test_portable_build_stands_beside_the_native_one(machine: FakeMachine, recorder: Recorder) -> None:
     native = build(progress=recorder)
     machine.prepare(HOST, ["haswell", "x64"], SAY_VARIANT)
-    runtime = build(portable=True, progress=recorder)
+    runtime = build(Target(portable=True), progress=recorder)
     assert runtime.root == machine.home / "cpu-portable"
     assert leftovers(machine.home) == ["cpu", "cpu-portable"]
     assert find_runtime() == native
@@ -220,7 +220,7 @@ def test_portable_build_stands_beside_the_native_one(machine: FakeMachine, recor
         assert option in manifest["cmake_options"]
     log = (machine.home / "build-cpu-portable.log").read_text()
     assert f"-DTESSERAQ_VARIANTS_LEFT_OUT=too-new-for-{platform.machine()}" in log
-    assert build(portable=True, progress=recorder) == runtime
+    assert build(Target(portable=True), progress=recorder) == runtime
 
 
 def test_every_variant_is_proven_by_itself(machine: FakeMachine, recorder: Recorder) -> None:
@@ -233,7 +233,7 @@ esac
 echo "$(ls "$lib"/libggml-cpu-*.so | wc -l) $chosen" >> {machine.folder}/runs
 """
     machine.prepare(HOST, ["alderlake", "haswell", "x64", "zen4"], tool)
-    runtime = build(portable=True, progress=recorder)
+    runtime = build(Target(portable=True), progress=recorder)
     assert runtime.variants == runtime.manifest["variants"] == ["alderlake", "haswell", "x64"]
     assert runtime.manifest["proven"] == ["haswell", "x64"]
     assert runtime.manifest["trapped"] == ["zen4"]
@@ -245,14 +245,14 @@ echo "$(ls "$lib"/libggml-cpu-*.so | wc -l) $chosen" >> {machine.folder}/runs
 def test_variant_with_wrong_results_installs_nothing(machine: FakeMachine, recorder: Recorder) -> None:
     machine.prepare(HOST, ["haswell", "x64"], f'{SAY_VARIANT} case "$chosen" in *-haswell.so) exit 1 ;; esac')
     with pytest.raises(RuntimeBuildError, match=r"test-backend-ops failed with the variant haswell \(exit code 1\)"):
-        build(portable=True, progress=recorder)
+        build(Target(portable=True), progress=recorder)
     assert leftovers(machine.home) == []
 
 
 def test_no_variant_for_this_machine(machine: FakeMachine, recorder: Recorder) -> None:
     machine.prepare(HOST, ["zen4"], "kill -ILL $$")
     with pytest.raises(RuntimeBuildError, match="no variant of the CPU backend runs on this machine"):
-        build(portable=True, progress=recorder)
+        build(Target(portable=True), progress=recorder)
     assert leftovers(machine.home) == []
 
 
@@ -260,7 +260,7 @@ def test_cross_build_is_proven_under_qemu_and_never_chosen_here(machine: FakeMac
     machine.prepare(ARM, ["armv8.0_1", "armv8.2_1"], f'[ -n "$EMULATED" ] || exit 9\n{SAY_VARIANT}')
     machine.script("emulate", 'export EMULATED=1\nexec "$@"')
     machine.emulator = [str(machine.folder / "emulate")]
-    runtime = build(target="aarch64-linux-gnu", progress=recorder)
+    runtime = build(Target(triple="aarch64-linux-gnu"), progress=recorder)
     assert runtime.root == machine.home / "cpu-aarch64-linux-gnu"
     manifest = runtime.manifest
     assert (manifest["portable"], manifest["target"]) == (True, "aarch64-linux-gnu")
@@ -278,13 +278,13 @@ def test_cross_build_is_proven_under_qemu_and_never_chosen_here(machine: FakeMac
 def test_cross_build_without_qemu_says_that_it_is_not_proven(machine: FakeMachine, recorder: Recorder) -> None:
     machine.prepare(ARM, ["armv8.0_1"], "exit 1")
     machine.emulator = None
-    assert build(target="aarch64-linux-gnu", progress=recorder).manifest["proven"] == []
+    assert build(Target(triple="aarch64-linux-gnu"), progress=recorder).manifest["proven"] == []
     assert recorder.notes == ["not proven: there is no qemu-aarch64 to run it (apt install qemu-user)"]
 
 
 def test_unknown_target(empty_cache: Path) -> None:
     with pytest.raises(UsageError, match=r"unknown target 'vax-dec-vms'\. Known targets: aarch64-linux-gnu"):
-        build(target="vax-dec-vms")
+        build(Target(triple="vax-dec-vms"))
     assert not empty_cache.exists()
 
 
@@ -294,7 +294,7 @@ def test_missing_cross_compiler(monkeypatch: pytest.MonkeyPatch, empty_cache: Pa
         r"no C and C\+\+ compiler for aarch64-linux-gnu .*\(apt install gcc-aarch64-linux-gnu g\+\+-aarch64-linux-gnu\)"
     )
     with pytest.raises(RuntimeBuildError, match=message):
-        build(target="aarch64-linux-gnu", progress=Recorder())
+        build(Target(triple="aarch64-linux-gnu"), progress=Recorder())
     assert not empty_cache.exists()
 
 

@@ -116,7 +116,7 @@ def test_gpus(toolkit: Toolkit) -> None:
 def test_build_without_a_gpu(machine: FakeMachine, recorder: Recorder, toolkit: Toolkit) -> None:
     toolkit.add_cublas()
     machine.prepare(Target("cuda"), [])
-    runtime = build("cuda", progress=recorder)
+    runtime = build(Target("cuda"), progress=recorder)
     assert runtime.root == machine.home / "cuda"
     assert runtime == find_runtime("cuda")
     assert runtime.manifest["cuda"] == "13.0"
@@ -126,9 +126,9 @@ def test_build_without_a_gpu(machine: FakeMachine, recorder: Recorder, toolkit: 
     assert any("not proven: there is no NVIDIA GPU" in note for note in recorder.notes)
 
     machine.script("cmake", "exit 1")
-    assert build("cuda", progress=recorder) == runtime
+    assert build(Target("cuda"), progress=recorder) == runtime
     with pytest.raises(RuntimeBuildError, match="configuring"):  # for others it is built again
-        build("cuda", cuda_architectures=["89"], progress=recorder)
+        build(Target("cuda"), cuda_architectures=["89"], progress=recorder)
 
 
 def test_build_is_proven_on_a_gpu(machine: FakeMachine, recorder: Recorder, toolkit: Toolkit) -> None:
@@ -136,15 +136,15 @@ def test_build_is_proven_on_a_gpu(machine: FakeMachine, recorder: Recorder, tool
     toolkit.add_gpu("NVIDIA GeForce RTX 4090, 8.9")
     machine.prepare(Target("cuda"), [], 'case "$*" in *CUDA0*) exit 3;; esac')
     with pytest.raises(RuntimeBuildError, match=r"test-backend-ops failed on NVIDIA GeForce RTX 4090 \(exit code 3\)"):
-        build("cuda", progress=recorder)
+        build(Target("cuda"), progress=recorder)
     machine.set_tool("exit 0")
-    runtime = build("cuda", progress=recorder)
+    runtime = build(Target("cuda"), progress=recorder)
     assert runtime.manifest["gpus"] == ["NVIDIA GeForce RTX 4090"]
     assert runtime.manifest["cuda_architectures"] == ["89"]
 
 
 def test_what_cannot_be_combined() -> None:
     with pytest.raises(UsageError, match="not portable"):
-        build("cuda", portable=True)
+        build(Target("cuda", portable=True))
     with pytest.raises(UsageError, match="add: --backend cuda"):
         build(cuda_architectures=["89"])
