@@ -1,66 +1,45 @@
 # Our C sources, by the library that takes them. Paths are relative to ggml/src, where the build puts this folder as `tesseraq`.
 
 set(TESSERAQ_BASE_SOURCES
-    tesseraq/bcq.c
-    tesseraq/bcq-codebooks.h
-    tesseraq/bcq-lease.h
-    tesseraq/bcq.h
-    tesseraq/column-order.h
-    tesseraq/ptq.c
-    tesseraq/ptq.h
-    tesseraq/tsq.c
-    tesseraq/tsq.h)
+    tesseraq/bcq/bcq.c
+    tesseraq/common/get-cols-op.c
+    tesseraq/ptq/ptq.c
+    tesseraq/tsq/tsq.c)
 
 set(TESSERAQ_CPU_SOURCES
-    tesseraq/bcq-cpu.c
-    tesseraq/bcq-cpu.h
-    tesseraq/bcq-panel.h
-    tesseraq/bcq-repack.cpp
-    tesseraq/bcq-repack.h
-    tesseraq/get-cols.c
-    tesseraq/get-cols.h
-    tesseraq/ptq-cpu.c
-    tesseraq/ptq-cpu.h
-    tesseraq/ptq-repack.cpp
-    tesseraq/ptq-repack.h
-    tesseraq/ptq-tile.h
-    tesseraq/tsq-buffer.cpp
-    tesseraq/tsq-cpu.c
-    tesseraq/tsq-cpu.h
-    tesseraq/tsq-repack.cpp
-    tesseraq/tsq-repack.h
-    tesseraq/tsq-tile.h)
+    tesseraq/bcq/cpu.c
+    tesseraq/bcq/repack.cpp
+    tesseraq/common/buffer.cpp
+    tesseraq/common/cpu.c
+    tesseraq/common/get-cols.c
+    tesseraq/ptq/cpu.c
+    tesseraq/ptq/repack.cpp
+    tesseraq/tsq/cpu.c
+    tesseraq/tsq/repack.cpp)
 
 set(TESSERAQ_X86_SOURCES
-    tesseraq/x86/bcq.c
-    tesseraq/x86/bcq-encode.h
-    tesseraq/x86/bcq-repack.cpp
-    tesseraq/x86/get-cols.c
-    tesseraq/x86/ptq.c
-    tesseraq/x86/ptq-repack.cpp
-    tesseraq/x86/ptq-round.h
-    tesseraq/x86/q2_0.c
-    tesseraq/x86/tsq.c
-    tesseraq/x86/tsq-repack.cpp
-    tesseraq/x86/tsq-round.h
-    tesseraq/x86/vector.h)
+    tesseraq/bcq/x86.c
+    tesseraq/bcq/x86-repack.cpp
+    tesseraq/common/x86-get-cols.c
+    tesseraq/common/x86-q2_0.c
+    tesseraq/ptq/x86.c
+    tesseraq/ptq/x86-repack.cpp
+    tesseraq/tsq/x86.c
+    tesseraq/tsq/x86-repack.cpp)
 
 set(TESSERAQ_ARM_SOURCES
-    tesseraq/arm/bcq.c
-    tesseraq/arm/bcq-encode.h
-    tesseraq/arm/bcq-repack.cpp
-    tesseraq/arm/ptq.c
-    tesseraq/arm/ptq-repack.cpp
-    tesseraq/arm/ptq-round.h
-    tesseraq/arm/tsq.c
-    tesseraq/arm/tsq-repack.cpp
-    tesseraq/arm/tsq-round.h)
+    tesseraq/bcq/arm.c
+    tesseraq/bcq/arm-repack.cpp
+    tesseraq/ptq/arm.c
+    tesseraq/ptq/arm-repack.cpp
+    tesseraq/tsq/arm.c
+    tesseraq/tsq/arm-repack.cpp)
 
 # by their whole path: the CUDA backend is made in another folder
 set(TESSERAQ_CUDA_SOURCES
-    ${CMAKE_CURRENT_LIST_DIR}/cuda/bcq-tables.cu
-    ${CMAKE_CURRENT_LIST_DIR}/cuda/get-cols.cu
-    ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-bcq4.cu
-    ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq2.cu
-    ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq3.cu
-    ${CMAKE_CURRENT_LIST_DIR}/cuda/mmq-instance-tsq4.cu)
+    ${CMAKE_CURRENT_LIST_DIR}/bcq/cuda/mmq-bcq4.cu
+    ${CMAKE_CURRENT_LIST_DIR}/bcq/cuda/tables.cu
+    ${CMAKE_CURRENT_LIST_DIR}/common/cuda/get-cols.cu
+    ${CMAKE_CURRENT_LIST_DIR}/tsq/cuda/mmq-tsq2.cu
+    ${CMAKE_CURRENT_LIST_DIR}/tsq/cuda/mmq-tsq3.cu
+    ${CMAKE_CURRENT_LIST_DIR}/tsq/cuda/mmq-tsq4.cu)

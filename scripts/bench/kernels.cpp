@@ -5,10 +5,10 @@
 
 #include "ggml.h"
 #include "ggml-cpu.h"
-#include "tesseraq/bcq-repack.h"
-#include "tesseraq/get-cols.h"
-#include "tesseraq/ptq-repack.h"
-#include "tesseraq/tsq-repack.h"
+#include "tesseraq/bcq/repack.h"
+#include "tesseraq/common/get-cols.h"
+#include "tesseraq/ptq/repack.h"
+#include "tesseraq/tsq/repack.h"
 
 #include <algorithm>
 #include <chrono>
@@ -77,25 +77,25 @@ static void add_vec_dot(std::vector<kernel> & kernels, const std::string & name,
     }, 1e9 });
 }
 
-#if TSQ_NROWS > 0
+#if TESSERAQ_NROWS > 0
 static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
     const ggml_type type = (ggml_type) (TSQ2_TYPE_ID + nbits - 2);
     const int       nb   = N/QK_TSQ;
 
-    std::vector<char> rows(ggml_row_size(type, N)*TSQ_NROWS), panel(nb*w*TSQ_PANEL_BLOCK_SIZE);
-    ggml_quantize_chunk(type, numbers((size_t) N*TSQ_NROWS).data(), rows.data(), 0, TSQ_NROWS, N, nullptr);
+    std::vector<char> rows(ggml_row_size(type, N)*TESSERAQ_NROWS), panel(nb*w*Q8_TSQ_BLOCK_SIZE);
+    ggml_quantize_chunk(type, numbers((size_t) N*TESSERAQ_NROWS).data(), rows.data(), 0, TESSERAQ_NROWS, N, nullptr);
     const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
-    tsq_repack(nbits, TSQ_NROWS, nb, rows.data(), x.get());
+    tsq_repack(nbits, TESSERAQ_NROWS, nb, rows.data(), x.get());
     for (int c = 0; c < w; c++) {
-        tsq_quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
+        quantize_panel_q8_tsq(numbers(N).data(), panel.data(), nb, w, c);
     }
-    std::vector<float> out(w*TSQ_NROWS);
+    std::vector<float> out(w*TESSERAQ_NROWS);
 
-    kernels.push_back({ std::string(ggml_type_name(type)) + "_x" + std::to_string(w), (double) N*TSQ_NROWS*w,
+    kernels.push_back({ std::string(ggml_type_name(type)) + "_x" + std::to_string(w), (double) N*TESSERAQ_NROWS*w,
                         [=]() mutable {
-        float * s[TSQ_NCOLS];
+        float * s[TESSERAQ_NCOLS];
         for (int c = 0; c < w; c++) {
-            s[c] = out.data() + c*TSQ_NROWS;
+            s[c] = out.data() + c*TESSERAQ_NROWS;
         }
         ggml_gemm_tsq(nbits, N, s, x.get(), panel.data(), w);
         sink = out[0];
@@ -103,25 +103,25 @@ static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
 }
 #endif
 
-#if PTQ_NROWS > 0
+#if TESSERAQ_NROWS > 0
 static void add_repacked_ptq(std::vector<kernel> & kernels, int w) {
     const int nb = N/QK_PTQ;
 
-    std::vector<char> rows(ggml_row_size(GGML_TYPE_PTQ1_61, N)*PTQ_NROWS), panel(nb*w*PTQ_PANEL_BLOCK_SIZE);
-    ggml_quantize_chunk(GGML_TYPE_PTQ1_61, numbers((size_t) N*PTQ_NROWS).data(), rows.data(), 0, PTQ_NROWS, N, nullptr);
+    std::vector<char> rows(ggml_row_size(GGML_TYPE_PTQ1_61, N)*TESSERAQ_NROWS), panel(nb*w*Q8_PTQ_BLOCK_SIZE);
+    ggml_quantize_chunk(GGML_TYPE_PTQ1_61, numbers((size_t) N*TESSERAQ_NROWS).data(), rows.data(), 0, TESSERAQ_NROWS, N, nullptr);
     const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
-    ptq_repack(PTQ_NROWS, nb, rows.data(), x.get());
+    ptq1_61_repack(TESSERAQ_NROWS, nb, rows.data(), x.get());
     for (int c = 0; c < w; c++) {
-        ptq_quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
+        quantize_panel_q8_ptq(numbers(N).data(), panel.data(), nb, w, c);
     }
-    std::vector<float> out(w*PTQ_NROWS);
+    std::vector<float> out(w*TESSERAQ_NROWS);
 
-    kernels.push_back({ "ptq1_61_x" + std::to_string(w), (double) N*PTQ_NROWS*w, [=]() mutable {
-        float * s[TSQ_NCOLS];
+    kernels.push_back({ "ptq1_61_x" + std::to_string(w), (double) N*TESSERAQ_NROWS*w, [=]() mutable {
+        float * s[TESSERAQ_NCOLS];
         for (int c = 0; c < w; c++) {
-            s[c] = out.data() + c*PTQ_NROWS;
+            s[c] = out.data() + c*TESSERAQ_NROWS;
         }
-        ggml_gemm_ptq(N, s, x.get(), panel.data(), w);
+        ggml_gemm_ptq1_61(N, s, x.get(), panel.data(), w);
         sink = out[0];
     }, 1e9 });
 }
@@ -158,21 +158,21 @@ static void add_encoder(std::vector<kernel> & kernels, const std::string & name,
 static void add_repacked_bcq(std::vector<kernel> & kernels, int w) {
     const int nb = N/QK_BCQ;
 
-    std::vector<char> rows(ggml_row_size(GGML_TYPE_BCQ4, N)*BCQ_NROWS), panel(nb*w*TSQ_PANEL_BLOCK_SIZE);
+    std::vector<char> rows(ggml_row_size(GGML_TYPE_BCQ4, N)*BCQ_NROWS), panel(nb*w*Q8_TSQ_BLOCK_SIZE);
     ggml_quantize_chunk(GGML_TYPE_BCQ4, numbers((size_t) N*BCQ_NROWS).data(), rows.data(), 0, BCQ_NROWS, N, nullptr);
     const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
-    bcq_repack(BCQ_NROWS, nb, rows.data(), x.get());
+    bcq4_repack(BCQ_NROWS, nb, rows.data(), x.get());
     for (int c = 0; c < w; c++) {
-        tsq_quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
+        quantize_panel_q8_tsq(numbers(N).data(), panel.data(), nb, w, c);
     }
     std::vector<float> out(w*BCQ_NROWS);
 
     kernels.push_back({ "bcq4_x" + std::to_string(w), (double) N*BCQ_NROWS*w, [=]() mutable {
-        float * s[TSQ_NCOLS];
+        float * s[TESSERAQ_NCOLS];
         for (int c = 0; c < w; c++) {
             s[c] = out.data() + c*BCQ_NROWS;
         }
-        ggml_gemm_bcq(N, s, x.get(), panel.data(), w);
+        ggml_gemm_bcq4(N, s, x.get(), panel.data(), w);
         sink = out[0];
     }, 1e9 });
 }
@@ -213,13 +213,13 @@ static double read_rate(int n_threads) {
 
 // 8-bit products per second: 12 sums that do not wait for each other
 static double peak_rate() {
-#if defined(__GNUC__) && TSQ_NROWS == 16
+#if defined(__GNUC__) && TESSERAQ_NROWS == 16
 #define STEP(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
     const double products = 64;
-#elif defined(__GNUC__) && TSQ_NROWS == 8 && defined(__AVXVNNI__)
+#elif defined(__GNUC__) && TESSERAQ_NROWS == 8 && defined(__AVXVNNI__)
 #define STEP(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
     const double products = 32;
-#elif defined(__GNUC__) && TSQ_NROWS == 8
+#elif defined(__GNUC__) && TESSERAQ_NROWS == 8
 #define STEP(i) "vpmaddubsw %%ymm14, %%ymm15, %%ymm13\nvpaddw %%ymm13, %%ymm" #i ", %%ymm" #i "\n"
     const double products = 32;
 #endif
@@ -249,20 +249,20 @@ int main(int argc, char ** argv) {
         add_vec_dot(kernels, ggml_type_name(type), type, ggml_get_type_traits_cpu(type)->vec_dot);
     }
     add_vec_dot(kernels, "q2_0_stock", GGML_TYPE_Q2_0, ggml_vec_dot_q2_0_q8_0_generic);
-#if TSQ_NROWS > 0
+#if TESSERAQ_NROWS > 0
     for (int nbits = 2; nbits <= 4; nbits++) {
-        for (int w : { 1, 2, 4, TSQ_NCOLS }) {
+        for (int w : { 1, 2, 4, TESSERAQ_NCOLS }) {
             add_repacked(kernels, nbits, w);
         }
     }
 #endif
 #if BCQ_NROWS > 0
-    for (int w : { 1, 2, 4, TSQ_NCOLS }) {
+    for (int w : { 1, 2, 4, TESSERAQ_NCOLS }) {
         add_repacked_bcq(kernels, w);
     }
 #endif
-#if PTQ_NROWS > 0
-    for (int w : { 1, 2, 4, TSQ_NCOLS }) {
+#if TESSERAQ_NROWS > 0
+    for (int w : { 1, 2, 4, TESSERAQ_NCOLS }) {
         add_repacked_ptq(kernels, w);
     }
 #endif

@@ -2,10 +2,9 @@
 // large as it must be, inputs are random, extreme and not finite, codebooks are the universal ones and others. Integers are
 // compared with the generic reference bit for bit, dot products with a sum in double.
 
-#include "tesseraq/bcq-cpu.h"
-#include "tesseraq/bcq-repack.h"
-
-#include "arch-fallback.h"
+#include "tesseraq/bcq/cpu.h"
+#include "tesseraq/bcq/repack.h"
+#include "tesseraq/common/cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -25,12 +24,6 @@ float ggml_table_f32_f16[1 << 16];
 void ggml_critical_section_start(void) {}
 void ggml_critical_section_end(void) {}
 }
-
-#if defined(GGML_CPU_GENERIC)
-#define GENERIC(name) name
-#else
-#define GENERIC(name) name##_generic
-#endif
 
 #define CHECK(condition, ...) do { if (!(condition)) { fprintf(stderr, "%s: ", #condition); fprintf(stderr, __VA_ARGS__); fprintf(stderr, "\n"); return false; } } while (0)
 
@@ -97,8 +90,8 @@ struct activations {
         const int nb = (int) d.size();
         bytes y(nb*Q8_TSQ_BLOCK_SIZE);
         for (int i = 0; i < nb; i++) {
-            const int m = std::min(Q8_TSQ_GROUP, nb - i/Q8_TSQ_GROUP*Q8_TSQ_GROUP), b = i % Q8_TSQ_GROUP;
-            uint8_t * group = y.data() + i/Q8_TSQ_GROUP*Q8_TSQ_GROUP*Q8_TSQ_BLOCK_SIZE;
+            const int m = std::min(Q8_GROUP, nb - i/Q8_GROUP*Q8_GROUP), b = i % Q8_GROUP;
+            uint8_t * group = y.data() + i/Q8_GROUP*Q8_GROUP*Q8_TSQ_BLOCK_SIZE;
             const int16_t s[2] = { (int16_t) -sum(i), (int16_t) sum(i) };
             memcpy(group + 4*b,              &d[i],         4);
             memcpy(group + 4*m + 4*b,        s,             4);
@@ -110,12 +103,12 @@ struct activations {
     // as column c of a panel of w columns
     void column(bytes & y, int w, int c) const {
         for (size_t i = 0; i < d.size(); i++) {
-            uint8_t * block = y.data() + i*w*TSQ_PANEL_BLOCK_SIZE;
+            uint8_t * block = y.data() + i*w*Q8_TSQ_BLOCK_SIZE;
             const int16_t s[2] = { (int16_t) -sum(i), (int16_t) sum(i) };
             memcpy(block + 4*c,       &d[i], 4);
             memcpy(block + 4*w + 4*c, s,     4);
             for (int j = 0; j < QK_BCQ; j++) {
-                block[8*w + TSQ_DEPTH*(j/TSQ_DEPTH*w + c) + j % TSQ_DEPTH] = (uint8_t) q[i*QK_BCQ + j];
+                block[8*w + TESSERAQ_DEPTH*(j/TESSERAQ_DEPTH*w + c) + j % TESSERAQ_DEPTH] = (uint8_t) q[i*QK_BCQ + j];
             }
         }
     }
@@ -127,10 +120,10 @@ static bool is_near(float s, const block_bcq4 * x, const activations & a) {
         int8_t c[QK_BCQ];
         bcq_decode(&x[i], c);
         for (int j = 0; j < QK_BCQ; j++) {
-            const double v = (double) tsq_decode_d(x[i].d)*a.d[i]*c[j]*a.q[i*QK_BCQ + j];
+            const double v = (double) e5m3_decode(x[i].d)*a.d[i]*c[j]*a.q[i*QK_BCQ + j];
             sum       += v;
             // kernels add codewords with an offset, and take it out again
-            magnitude += (double) tsq_decode_d(x[i].d)*a.d[i]*(std::abs(c[j]) + BCQ_OFFSET)*std::abs(a.q[i*QK_BCQ + j]);
+            magnitude += (double) e5m3_decode(x[i].d)*a.d[i]*(std::abs(c[j]) + BCQ_OFFSET)*std::abs(a.q[i*QK_BCQ + j]);
         }
     }
     return std::fabs(s - sum) <= 1e-6*magnitude + 1e-37;
@@ -143,7 +136,7 @@ static bool check_vec_dot(int nb, bool extreme) {
 
     float simd, generic;
     ggml_vec_dot_bcq4_q8_tsq         (nb*QK_BCQ, &simd,    0, x.data(), 0, y.data(), 0, 1);
-    GENERIC(ggml_vec_dot_bcq4_q8_tsq)(nb*QK_BCQ, &generic, 0, x.data(), 0, y.data(), 0, 1);
+    ggml_vec_dot_bcq4_q8_tsq_generic(nb*QK_BCQ, &generic, 0, x.data(), 0, y.data(), 0, 1);
     CHECK(is_near(simd, x.data(), a) && is_near(generic, x.data(), a), "%d blocks: %g, generic %g", nb, simd, generic);
     return true;
 }
@@ -166,18 +159,18 @@ static bool check_activations(int nb, int kind) {
     const std::vector<float> x = make_floats(nb*QK_BCQ, kind);
     bytes a(nb*Q8_TSQ_BLOCK_SIZE, 0xAA), b(a.size(), 0x55);
     quantize_row_a4_bcq         (x.data(), a.data(), nb*QK_BCQ);
-    GENERIC(quantize_row_a4_bcq)(x.data(), b.data(), nb*QK_BCQ);
+    quantize_row_a4_bcq_generic(x.data(), b.data(), nb*QK_BCQ);
     CHECK(a == b, "activations of kind %d, %d blocks", kind, nb);
 
     for (int w : { 1, 3 }) {
-        bytes p(nb*w*TSQ_PANEL_BLOCK_SIZE, 0), r(p.size(), 0);
+        bytes p(nb*w*Q8_TSQ_BLOCK_SIZE, 0), r(p.size(), 0);
         for (int c = 0; c < w; c++) {
-            bcq_quantize_panel_generic(x.data(), r.data(), nb, w, c);
+            quantize_panel_a4_bcq_generic(x.data(), r.data(), nb, w, c);
 #if BCQ_NROWS > 0
             // in two pieces, as two threads do it
             const int half = nb/2;
-            bcq_quantize_panel(x.data(), p.data(), half, w, c);
-            bcq_quantize_panel(x.data() + half*QK_BCQ, p.data() + half*w*TSQ_PANEL_BLOCK_SIZE, nb - half, w, c);
+            quantize_panel_a4_bcq(x.data(), p.data(), half, w, c);
+            quantize_panel_a4_bcq(x.data() + half*QK_BCQ, p.data() + half*w*Q8_TSQ_BLOCK_SIZE, nb - half, w, c);
 #else
             p = r;
 #endif
@@ -190,21 +183,21 @@ static bool check_activations(int nb, int kind) {
 static bool check_gemm(int nb, int w, bool extreme) {
     const std::vector<block_bcq4> rows = make_blocks(ROWS*nb, extreme);
     bytes x(rows.size()*sizeof(block_bcq4));
-    bcq_repack(ROWS, nb, rows.data(), x.data());
+    bcq4_repack(ROWS, nb, rows.data(), x.data());
 
-    bytes panel(nb*w*TSQ_PANEL_BLOCK_SIZE);
+    bytes panel(nb*w*Q8_TSQ_BLOCK_SIZE);
     std::vector<activations> columns;
     std::vector<float> out(w*ROWS), ref(w*ROWS);
-    float * s[TSQ_NCOLS], * r[TSQ_NCOLS];
+    float * s[TESSERAQ_NCOLS], * r[TESSERAQ_NCOLS];
     for (int c = 0; c < w; c++) {
         columns.emplace_back(nb, extreme);
         columns.back().column(panel, w, c);
         s[c] = out.data() + c*ROWS;
         r[c] = ref.data() + c*ROWS;
     }
-    ggml_gemm_bcq_generic(nb*QK_BCQ, r, x.data(), panel.data(), w, ROWS);
+    ggml_gemm_bcq4_generic(nb*QK_BCQ, r, x.data(), panel.data(), w, ROWS);
 #if BCQ_NROWS > 0
-    ggml_gemm_bcq(nb*QK_BCQ, s, x.data(), panel.data(), w);
+    ggml_gemm_bcq4(nb*QK_BCQ, s, x.data(), panel.data(), w);
 #else
     out = ref;
 #endif
@@ -237,7 +230,7 @@ static bool check_quantize(int nb, int kind) {
 
 static bool check_all() {
     bool ok = check_to_fp32();
-    for (int nb = 1; ok && nb <= 2*Q8_TSQ_GROUP + 3; nb++) {
+    for (int nb = 1; ok && nb <= 2*Q8_GROUP + 3; nb++) {
         ok = check_vec_dot(nb, false) && check_vec_dot(nb, true);
     }
     for (int nb : { 1, 2, 5, 16, 35 }) {
@@ -246,7 +239,7 @@ static bool check_all() {
         }
     }
     for (int nb : { 1, 2, 3, 10 }) {
-        for (int w = 1; ok && w <= TSQ_NCOLS; w++) {
+        for (int w = 1; ok && w <= TESSERAQ_NCOLS; w++) {
             ok = check_gemm(nb, w, false) && check_gemm(nb, w, true);
         }
     }

@@ -36,7 +36,7 @@ _MMA = re.compile(
 _PRMT = re.compile(r'asm\("prmt\.b32 [^"]*" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
 _LOP3 = re.compile(r'asm\("lop3\.b32 [^"]*, (0x\w+);" : "=r"\((.*?)\) : "r"\((.*?)\), "r"\((.*?)\), "r"\((.*?)\)\);')
 _ASM = re.compile(r"\basm( volatile)?\(.*?\);", re.DOTALL)
-_OTHER_TYPES = re.compile(r"(\n *TESSERAQ_(?:CUDA|MMQ)_TYPES\(TESSERAQ_CASE_\w+\)\n).*?(\n *default:)", re.DOTALL)
+_OTHER_TYPES = re.compile(r"(\n *TESSERAQ_(?:MMQ_)?TYPES\(TESSERAQ_CASE_\w+\)\n).*?(\n *default:)", re.DOTALL)
 
 
 def backend(source: SourceTree) -> Path:
@@ -67,17 +67,16 @@ def for_host(text: str) -> str:
 
 
 def ours(source: SourceTree) -> Path:
-    """The folder of our own part of the CUDA backend."""
-    return backend(source).parent / "tesseraq" / "cuda"
+    """The folder of our sources."""
+    return backend(source).parent / "tesseraq"
 
 
 def copy_for_host(source: SourceTree, folder: Path) -> None:
     """Copy the backend and ours into a folder, side by side, for the host compiler, with our types alone."""
-    for origin in (backend(source), ours(source)):
-        copy = folder / origin.relative_to(backend(source).parent)
-        copy.mkdir(parents=True)
-        for path in origin.glob("*.cu*"):
-            (copy / path.name).write_text(for_host(our_types_only(path.read_text())))
+    for path in (*backend(source).glob("*.cu*"), *ours(source).rglob("*.cu*")):
+        copy = folder / path.relative_to(backend(source).parent)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(for_host(our_types_only(path.read_text())))
     vendors = Path("vendors", "cuda.h")
     (folder / "ggml-cuda" / "vendors").mkdir()
     shutil.copy(backend(source) / vendors, folder / "ggml-cuda" / vendors)

@@ -6,12 +6,12 @@
 #include "ggml-common.h"
 
 #include "ggml-impl.h"
-#include "tesseraq/bcq-cpu.h"
-#include "tesseraq/bcq-repack.h"
-#include "tesseraq/ptq-cpu.h"
-#include "tesseraq/ptq-repack.h"
-#include "tesseraq/tsq-cpu.h"
-#include "tesseraq/tsq-repack.h"
+#include "tesseraq/bcq/cpu.h"
+#include "tesseraq/bcq/repack.h"
+#include "tesseraq/ptq/cpu.h"
+#include "tesseraq/ptq/repack.h"
+#include "tesseraq/common/cpu.h"
+#include "tesseraq/tsq/repack.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -154,13 +154,9 @@ struct type {
     int activations() const { return 4*words + block; } // bytes of a block of them
 };
 
-#if defined(GGML_CPU_GENERIC)
-#define BOTH(name) { name, name }
-#else
 #define BOTH(name) { name##_generic, name }
-#endif
 
-#if TSQ_NROWS > 0
+#if TESSERAQ_NROWS > 0
 #define PANEL(name) { name##_generic, name }
 #define GEMM(f)     f
 #else
@@ -168,9 +164,9 @@ struct type {
 #define GEMM(f)     nullptr
 #endif
 
-template <int nbits> static double tsq_offset(const uint8_t * x, int) { return tsq_decode_d(x[0])*(1 << nbits)*1.5; }
-static double bcq_offset(const uint8_t * x, int)   { return tsq_decode_d(x[0])*BCQ_OFFSET; }
-static double ptq_offset(const uint8_t * x, int j) { return j < PTQ_SALIENT ? 8.0*tsq_decode_d(x[1]) : tsq_decode_d(x[0]); }
+template <int nbits> static double tsq_offset(const uint8_t * x, int) { return e5m3_decode(x[0])*(1 << nbits)*1.5; }
+static double bcq_offset(const uint8_t * x, int)   { return e5m3_decode(x[0])*BCQ_OFFSET; }
+static double ptq_offset(const uint8_t * x, int j) { return j < PTQ_SALIENT ? 8.0*e5m3_decode(x[1]) : e5m3_decode(x[0]); }
 
 static void tsq_fill(const int8_t * q, const float * d, uint32_t * words) {
     int sum = 0;
@@ -205,68 +201,54 @@ static int ptq_panel_place(int j) {
     abort();
 }
 
-template <typename block, void f(const block *, float *, int64_t)> static void dequantize(const void * x, float * y, int64_t k) {
-    f((const block *) x, y, k);
-}
-
-template <int nbits> static void repack_tsq(int nrows, int64_t nb, const void * x, void * y) {
-    tsq_repack(nbits, nrows, nb, x, y);
-}
-
-template <int nbits> static void gemm_tsq_generic(int n, float * const * s, const void * x, const void * y, int w, int nrows) {
-    ggml_gemm_tsq_generic(nbits, n, s, x, y, w, nrows);
-}
-
-#if TSQ_NROWS > 0
-template <int nbits> static void gemm_tsq(int n, float * const * s, const void * x, const void * y, int w) {
-    ggml_gemm_tsq(nbits, n, s, x, y, w);
-}
-#endif
-
-#define TSQ(nbits)                                                                                                      \
-    { "tsq" #nbits, QK_TSQ, TSQ_BLOCK_SIZE(nbits), 2, 127,                                                              \
-      dequantize<block_tsq##nbits, dequantize_row_tsq##nbits>, quantize_tsq##nbits, tsq_offset<nbits>,                  \
-      tsq_fill, first_scale, same_place, same_place, BOTH(quantize_row_q8_tsq), BOTH(ggml_vec_dot_tsq##nbits##_q8_tsq), \
-      TSQ_NROWS, repack_tsq<nbits>, PANEL(tsq_quantize_panel), gemm_tsq_generic<nbits>, GEMM(gemm_tsq<nbits>) }
-
 #if BCQ_NROWS > 0
 #define BCQ_PANEL(name) PANEL(name)
-#define BCQ_GEMM        ggml_gemm_bcq
+#define BCQ_GEMM(f)     f
 #else
 #define BCQ_PANEL(name) { name##_generic, nullptr }
-#define BCQ_GEMM        nullptr
+#define BCQ_GEMM(f)     nullptr
 #endif
 
-#define BCQ(name, max, from_float, panel)                                                                               \
-    { name, QK_BCQ, sizeof(block_bcq4), 2, max,                                                                         \
-      dequantize<block_bcq4, dequantize_row_bcq4>, quantize_bcq4, bcq_offset,                                           \
-      tsq_fill, first_scale, same_place, same_place, BOTH(from_float), BOTH(ggml_vec_dot_bcq4_q8_tsq),                  \
-      BCQ_NROWS, bcq_repack, BCQ_PANEL(panel), ggml_gemm_bcq_generic, BCQ_GEMM }
+// what the activations of a type are like
+#define MAX_q8_tsq 127
+#define MAX_a4_bcq BCQ_MAX_CODE
+#define MAX_q8_ptq 127
 
-static const type types[] = {
-    TSQ(2), TSQ(3), TSQ(4),
-    BCQ("bcq4",    127,          quantize_row_q8_tsq, tsq_quantize_panel),
-    BCQ("bcq4_a4", BCQ_MAX_CODE, quantize_row_a4_bcq, bcq_quantize_panel),
-    { "ptq1_61", QK_PTQ, sizeof(block_ptq1_61), 4, 127,
-      dequantize<block_ptq1_61, dequantize_row_ptq1_61>, quantize_ptq1_61, ptq_offset,
-      ptq_fill, ptq_scale, ptq_row_place, ptq_panel_place, BOTH(quantize_row_q8_ptq), BOTH(ggml_vec_dot_ptq1_61_q8_ptq),
-      PTQ_NROWS, ptq_repack, PANEL(ptq_quantize_panel), ggml_gemm_ptq_generic, GEMM(ggml_gemm_ptq) },
-};
+#define Q8_TSQ_LAYOUT tsq_fill, first_scale, same_place, same_place
+#define Q8_PTQ_LAYOUT ptq_fill, ptq_scale, ptq_row_place, ptq_panel_place
+
+#define OFFSET_tsq2    tsq_offset<2>
+#define OFFSET_tsq3    tsq_offset<3>
+#define OFFSET_tsq4    tsq_offset<4>
+#define OFFSET_bcq4    bcq_offset
+#define OFFSET_ptq1_61 ptq_offset
+
+#define ROW(name, layout, weights, bytes, acts, rows, words, LAYOUT_OF_ACTS, NROWS, PANEL_OF, GEMM_OF)                                   \
+    { name, weights, bytes, words, MAX_##acts, dequantize_row_##layout, quantize_##layout, OFFSET_##layout, LAYOUT_OF_ACTS,              \
+      BOTH(quantize_row_##acts), BOTH(ggml_vec_dot_##layout##_##rows),                                                                   \
+      NROWS, layout##_repack, PANEL_OF(quantize_panel_##acts), ggml_gemm_##layout##_generic, GEMM_OF(ggml_gemm_##layout) },
+
+#define TSQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
+    ROW(#name, layout, weights, bytes, acts, rows, 2, Q8_TSQ_LAYOUT, TESSERAQ_NROWS, PANEL, GEMM)
+#define BCQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
+    ROW(#name, layout, weights, bytes, acts, rows, 2, Q8_TSQ_LAYOUT, BCQ_NROWS, BCQ_PANEL, BCQ_GEMM)
+#define PTQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
+    ROW(#name, layout, weights, bytes, acts, rows, 4, Q8_PTQ_LAYOUT, TESSERAQ_NROWS, PANEL, GEMM)
+
+static const type types[] = { TESSERAQ_TSQ_TYPES(TSQ_ROW) TESSERAQ_BCQ_TYPES(BCQ_ROW) TESSERAQ_PTQ_TYPES(PTQ_ROW) };
 
 static const int NTYPES = sizeof(types)/sizeof(types[0]);
 
 // ---- activations in rows: groups of blocks --------------------------------------------------------------------------------------
 
-static_assert(Q8_TSQ_GROUP == Q8_PTQ_GROUP, "rows of all types have the same groups");
-
 // word v of block i of a row of nb blocks, and number j
 static uint8_t * row_word(const type & t, void * y, int nb, int i, int v) {
-    const int first = i/Q8_TSQ_GROUP*Q8_TSQ_GROUP, m = nb - first < Q8_TSQ_GROUP ? nb - first : Q8_TSQ_GROUP;
+    const int first = i/Q8_GROUP*Q8_GROUP, m = nb - first < Q8_GROUP ? nb - first : Q8_GROUP;
     return (uint8_t *) y + first*t.activations() + 4*(v*m + i - first);
 }
 
 static uint8_t * row_number(const type & t, void * y, int nb, int i, int j) {
-    const int first = i/Q8_TSQ_GROUP*Q8_TSQ_GROUP, m = nb - first < Q8_TSQ_GROUP ? nb - first : Q8_TSQ_GROUP;
+    const int first = i/Q8_GROUP*Q8_GROUP, m = nb - first < Q8_GROUP ? nb - first : Q8_GROUP;
     return (uint8_t *) y + first*t.activations() + 4*t.words*m + (i - first)*t.block + t.row_place(j);
 }
 
@@ -369,7 +351,7 @@ static void check_gemm(const type & t, input & in, const memory & rows, int nrow
     CHECK(!has_simd || any || memcmp(panel.as(), simd.as(), panel.size()) == 0, "%s, %d blocks, %d columns: panels differ\n", t.name, nb, w);
 
     memory out(w*nrows*sizeof(float), at_end);
-    float * s[TSQ_NCOLS];
+    float * s[TESSERAQ_NCOLS];
     for (int c = 0; c < w; c++) {
         s[c] = out.as<float>() + c*nrows;
     }
@@ -390,7 +372,7 @@ static void check_gemm(const type & t, input & in, const memory & rows, int nrow
                         float d;
                         memcpy(&d, p + 4*(t.scale_of(j)*w + c), sizeof(d));
                         const int    at = t.panel_place(j);
-                        const int8_t q  = (int8_t) p[4*t.words*w + TSQ_DEPTH*(at/TSQ_DEPTH*w + c) + at % TSQ_DEPTH];
+                        const int8_t q  = (int8_t) p[4*t.words*w + TESSERAQ_DEPTH*(at/TESSERAQ_DEPTH*w + c) + at % TESSERAQ_DEPTH];
                         e.add(weights->as<float>()[i*t.block + j], t.offset(row + i*t.bytes, j), (double) d*q);
                     }
                 }
@@ -434,7 +416,7 @@ static void check_not_finite(const type & t, input & in, int nb, int w, int at, 
     memory before((size_t) w*nrows*sizeof(float), at_end), after(before.size(), at_end);
     for (int k = 0; k <= (t.nrows > 0); k++) {
         for (const memory * out : { &before, &after }) {
-            float * s[TSQ_NCOLS];
+            float * s[TESSERAQ_NCOLS];
             for (int c = 0; c < w; c++) {
                 const bool is_broken = out == &after && c == broken;
                 t.quantize_panel[k](is_broken ? x.as<float>() : columns.as<float>() + (size_t) c*n, panel.as(), nb, w, c);
@@ -485,7 +467,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
     const type & t    = types[data[0] % NTYPES];
     const int  nb     = 1 + data[1] % 36; // two groups of activations, and more
-    const int  w      = 1 + data[2] % TSQ_NCOLS;
+    const int  w      = 1 + data[2] % TESSERAQ_NCOLS;
     const int  plain  = 1 + data[3] % 17; // rows for the generic kernel, which takes any number of them
     const bool any    = data[4] & 1;
     const bool at_end = data[4] & 2;

@@ -152,7 +152,7 @@ static bool check_type(ggml_type type) {
 
 int main() {
     bool ok = true;
-    for (ggml_type type : {GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4, GGML_TYPE_PTQ1_61}) {
+    for (ggml_type type : { TESSERAQ_TYPES(TESSERAQ_ITEM) }) {
         printf("%s\n", ggml_type_name(type));
         ok &= check_type(type);
     }

@@ -28,7 +28,7 @@ static ggml_backend_buffer_type_t find_buffer_type() {
     auto get_extra_bufts = (ggml_backend_dev_get_extra_bufts_t)
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
     for (ggml_backend_buffer_type_t * buft = get_extra_bufts ? get_extra_bufts(dev) : nullptr; buft && *buft; buft++) {
-        if (strcmp(ggml_backend_buft_name(*buft), "CPU_TSQ") == 0) {
+        if (strcmp(ggml_backend_buft_name(*buft), "CPU_TESSERAQ") == 0) {
             return *buft;
         }
     }
@@ -41,10 +41,12 @@ static bool has_kernels(ggml_type type) {
         return true;
     }
     const bool avx512 = ggml_cpu_has_avx512() && ggml_cpu_has_avx512_vnni();
-    if (type == GGML_TYPE_BCQ4 || type == GGML_TYPE_BCQ4_A4) {
-        return avx512 && ggml_cpu_has_avx512_vbmi();
+    switch (type) {
+        TESSERAQ_BCQ_TYPES(TESSERAQ_CASE)
+            return avx512 && ggml_cpu_has_avx512_vbmi();
+        default:
+            return avx512 || (ggml_cpu_has_avx2() && ggml_cpu_has_fma());
     }
-    return avx512 || (ggml_cpu_has_avx2() && ggml_cpu_has_fma());
 }
 
 struct shape {
@@ -146,7 +148,7 @@ int main() {
         return ok ? 0 : 1;
     }
     bool ok = true;
-    for (ggml_type type : { GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_BCQ4_A4, GGML_TYPE_PTQ1_61 }) {
+    for (ggml_type type : { TESSERAQ_TYPES(TESSERAQ_ITEM) }) {
         const int64_t block = ggml_blck_size(type);
         if (!has_kernels(type)) {
             // all of its tensors stay where they are

@@ -2,10 +2,9 @@
 // large as it must be, inputs are random, extreme and not finite. Integers are compared with the generic reference bit for bit, dot
 // products with a sum in double.
 
-#include "tesseraq/ptq-cpu.h"
-#include "tesseraq/ptq-repack.h"
-
-#include "arch-fallback.h"
+#include "tesseraq/ptq/cpu.h"
+#include "tesseraq/ptq/repack.h"
+#include "tesseraq/common/cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,15 +23,9 @@ void ggml_abort(const char * file, int line, const char *, ...) {
 float ggml_table_f32_f16[1 << 16];
 }
 
-#if defined(GGML_CPU_GENERIC)
-#define GENERIC(name) name
-#else
-#define GENERIC(name) name##_generic
-#endif
-
 #define CHECK(condition, ...) do { if (!(condition)) { fprintf(stderr, "%s: ", #condition); fprintf(stderr, __VA_ARGS__); fprintf(stderr, "\n"); return false; } } while (0)
 
-static const int ROWS = PTQ_NROWS > 0 ? PTQ_NROWS : 4;
+static const int ROWS = TESSERAQ_NROWS > 0 ? TESSERAQ_NROWS : 4;
 
 static std::mt19937 rng(0);
 
@@ -102,8 +95,8 @@ struct activations {
         const int nb = (int) d.size()/2;
         bytes y(nb*Q8_PTQ_BLOCK_SIZE);
         for (int i = 0; i < nb; i++) {
-            const int m = std::min(Q8_PTQ_GROUP, nb - i/Q8_PTQ_GROUP*Q8_PTQ_GROUP), b = i % Q8_PTQ_GROUP;
-            uint8_t * group = y.data() + i/Q8_PTQ_GROUP*Q8_PTQ_GROUP*Q8_PTQ_BLOCK_SIZE;
+            const int m = std::min(Q8_GROUP, nb - i/Q8_GROUP*Q8_GROUP), b = i % Q8_GROUP;
+            uint8_t * group = y.data() + i/Q8_GROUP*Q8_GROUP*Q8_PTQ_BLOCK_SIZE;
             for (int kind = 0; kind < 2; kind++) {
                 const int32_t s = lack(i, kind);
                 memcpy(group + 4*(kind*m + b),       &d[2*i + kind], 4);
@@ -118,14 +111,14 @@ struct activations {
     // as column c of a panel of w columns
     void column(bytes & y, int w, int c) const {
         for (size_t i = 0; i < d.size()/2; i++) {
-            uint8_t * block = y.data() + i*w*PTQ_PANEL_BLOCK_SIZE;
+            uint8_t * block = y.data() + i*w*Q8_PTQ_BLOCK_SIZE;
             for (int kind = 0; kind < 2; kind++) {
                 const int32_t s = lack((int) i, kind);
                 memcpy(block + 4*(kind*w + c),       &d[2*i + kind], 4);
                 memcpy(block + 4*((2 + kind)*w + c), &s,             4);
             }
             for (int at = 0; at < QK_PTQ; at++) {
-                block[16*w + TSQ_DEPTH*(at/TSQ_DEPTH*w + c) + at % TSQ_DEPTH] = (uint8_t) q[i*QK_PTQ + ptq_column(at/4, at % 4)];
+                block[16*w + TESSERAQ_DEPTH*(at/TESSERAQ_DEPTH*w + c) + at % TESSERAQ_DEPTH] = (uint8_t) q[i*QK_PTQ + ptq_column(at/4, at % 4)];
             }
         }
     }
@@ -138,7 +131,7 @@ static bool is_near(float s, const block_ptq1_61 * x, const activations & a) {
         dequantize_row_ptq1_61(&x[i], w, QK_PTQ);
         for (int j = 0; j < QK_PTQ; j++) {
             const bool   binary = j >= PTQ_SALIENT;
-            const double scale  = binary ? tsq_decode_d(x[i].d) : 7.5*tsq_decode_d(x[i].s);
+            const double scale  = binary ? e5m3_decode(x[i].d) : 7.5*e5m3_decode(x[i].s);
             const double act    = (double) a.d[2*i + binary]*a.q[i*QK_PTQ + j];
             sum       += w[j]*act;
             // kernels take less than nothing out of the products again
@@ -155,7 +148,7 @@ static bool check_vec_dot(int nb, int kind) {
 
     float simd, generic;
     ggml_vec_dot_ptq1_61_q8_ptq         (nb*QK_PTQ, &simd,    0, x.data(), 0, y.data(), 0, 1);
-    GENERIC(ggml_vec_dot_ptq1_61_q8_ptq)(nb*QK_PTQ, &generic, 0, x.data(), 0, y.data(), 0, 1);
+    ggml_vec_dot_ptq1_61_q8_ptq_generic(nb*QK_PTQ, &generic, 0, x.data(), 0, y.data(), 0, 1);
     CHECK(is_near(simd, x.data(), a) && is_near(generic, x.data(), a), "%d blocks of kind %d: %g, generic %g", nb, kind, simd, generic);
     return true;
 }
@@ -179,18 +172,18 @@ static bool check_activations(int nb, int kind) {
     const std::vector<float> x = make_floats(nb*QK_PTQ, kind);
     bytes a(nb*Q8_PTQ_BLOCK_SIZE, 0xAA), b(a.size(), 0x55);
     quantize_row_q8_ptq         (x.data(), a.data(), nb*QK_PTQ);
-    GENERIC(quantize_row_q8_ptq)(x.data(), b.data(), nb*QK_PTQ);
+    quantize_row_q8_ptq_generic(x.data(), b.data(), nb*QK_PTQ);
     CHECK(a == b, "activations of kind %d, %d blocks", kind, nb);
 
     for (int w : { 1, 3 }) {
-        bytes p(nb*w*PTQ_PANEL_BLOCK_SIZE, 0), r(p.size(), 0);
+        bytes p(nb*w*Q8_PTQ_BLOCK_SIZE, 0), r(p.size(), 0);
         for (int c = 0; c < w; c++) {
-            ptq_quantize_panel_generic(x.data(), r.data(), nb, w, c);
-#if PTQ_NROWS > 0
+            quantize_panel_q8_ptq_generic(x.data(), r.data(), nb, w, c);
+#if TESSERAQ_NROWS > 0
             // in two pieces, as two threads do it
             const int half = nb/2;
-            ptq_quantize_panel(x.data(), p.data(), half, w, c);
-            ptq_quantize_panel(x.data() + half*QK_PTQ, p.data() + half*w*PTQ_PANEL_BLOCK_SIZE, nb - half, w, c);
+            quantize_panel_q8_ptq(x.data(), p.data(), half, w, c);
+            quantize_panel_q8_ptq(x.data() + half*QK_PTQ, p.data() + half*w*Q8_PTQ_BLOCK_SIZE, nb - half, w, c);
 #else
             p = r;
 #endif
@@ -203,21 +196,21 @@ static bool check_activations(int nb, int kind) {
 static bool check_gemm(int nb, int w, int kind) {
     const blocks rows = make_blocks(ROWS*nb, kind);
     bytes x(rows.size()*sizeof(block_ptq1_61), 0x77);
-    ptq_repack(ROWS, nb, rows.data(), x.data());
+    ptq1_61_repack(ROWS, nb, rows.data(), x.data());
 
-    bytes panel(nb*w*PTQ_PANEL_BLOCK_SIZE);
+    bytes panel(nb*w*Q8_PTQ_BLOCK_SIZE);
     std::vector<activations> columns;
     std::vector<float> out(w*ROWS), ref(w*ROWS);
-    float * s[TSQ_NCOLS], * r[TSQ_NCOLS];
+    float * s[TESSERAQ_NCOLS], * r[TESSERAQ_NCOLS];
     for (int c = 0; c < w; c++) {
         columns.emplace_back(nb, kind != RANDOM);
         columns.back().column(panel, w, c);
         s[c] = out.data() + c*ROWS;
         r[c] = ref.data() + c*ROWS;
     }
-    ggml_gemm_ptq_generic(nb*QK_PTQ, r, x.data(), panel.data(), w, ROWS);
-#if PTQ_NROWS > 0
-    ggml_gemm_ptq(nb*QK_PTQ, s, x.data(), panel.data(), w);
+    ggml_gemm_ptq1_61_generic(nb*QK_PTQ, r, x.data(), panel.data(), w, ROWS);
+#if TESSERAQ_NROWS > 0
+    ggml_gemm_ptq1_61(nb*QK_PTQ, s, x.data(), panel.data(), w);
 #else
     out = ref;
 #endif
@@ -250,7 +243,7 @@ static bool check_quantize(int nb, int kind) {
 
 int main() {
     bool ok = check_to_fp32();
-    for (int nb = 1; ok && nb <= 2*Q8_PTQ_GROUP + 3; nb++) {
+    for (int nb = 1; ok && nb <= 2*Q8_GROUP + 3; nb++) {
         for (int kind = 0; ok && kind < BLOCKS; kind++) {
             ok = check_vec_dot(nb, kind);
         }
@@ -261,7 +254,7 @@ int main() {
         }
     }
     for (int nb : { 1, 2, 3, 10 }) {
-        for (int w = 1; ok && w <= TSQ_NCOLS; w++) {
+        for (int w = 1; ok && w <= TESSERAQ_NCOLS; w++) {
             for (int kind = 0; ok && kind < BLOCKS; kind++) {
                 ok = check_gemm(nb, w, kind);
             }

@@ -1,7 +1,7 @@
 // The kernels of repacked TSQ tensors on their own, for whatever instructions this is compiled with: against the generic
 // reference, and against the dequantised rows. Every buffer is exactly as large as it must be, for AddressSanitizer.
 
-#include "tesseraq/tsq-repack.h"
+#include "tesseraq/tsq/repack.h"
 
 #include <cmath>
 #include <cstdio>
@@ -16,7 +16,18 @@ extern "C" void ggml_abort(const char * file, int line, const char *, ...) {
     abort();
 }
 
-static const int ROWS = TSQ_NROWS > 0 ? TSQ_NROWS : 4;
+typedef void (*repack_t)(int nrows, int64_t nb, const void * x, void * y);
+typedef void (*gemm_generic_t)(int n, float * const * s, const void * vx, const void * vy, int w, int nrows);
+typedef void (*gemm_t)(int n, float * const * s, const void * vx, const void * vy, int w);
+
+// by the bits of a code, from 2 on
+static const repack_t       repack[]       = { tsq2_repack, tsq3_repack, tsq4_repack };
+static const gemm_generic_t gemm_generic[] = { ggml_gemm_tsq2_generic, ggml_gemm_tsq3_generic, ggml_gemm_tsq4_generic };
+#if TESSERAQ_NROWS > 0
+static const gemm_t         gemm[]         = { ggml_gemm_tsq2, ggml_gemm_tsq3, ggml_gemm_tsq4 };
+#endif
+
+static const int ROWS = TESSERAQ_NROWS > 0 ? TESSERAQ_NROWS : 4;
 
 static std::mt19937 rng(0);
 
@@ -54,36 +65,36 @@ static bool check(int nbits, int nb, int w, int kind) {
     const std::vector<float>   a    = make_activations(n, w, kind);
 
     std::vector<uint8_t> x(rows.size());
-    tsq_repack(nbits, ROWS, nb, rows.data(), x.data());
+    repack[nbits - 2](ROWS, nb, rows.data(), x.data());
 
-    std::vector<uint8_t> panel(nb*w*TSQ_PANEL_BLOCK_SIZE, 0xAA);
+    std::vector<uint8_t> panel(nb*w*Q8_TSQ_BLOCK_SIZE, 0xAA);
     for (int c = 0; c < w; c++) {
-        tsq_quantize_panel_generic(a.data() + (size_t) c*n, panel.data(), nb, w, c);
+        quantize_panel_q8_tsq_generic(a.data() + (size_t) c*n, panel.data(), nb, w, c);
     }
 
     std::vector<float> out(w*ROWS), ref(w*ROWS);
-    float * r[TSQ_NCOLS];
+    float * r[TESSERAQ_NCOLS];
     for (int c = 0; c < w; c++) {
         r[c] = ref.data() + c*ROWS;
     }
-    ggml_gemm_tsq_generic(nbits, n, r, x.data(), panel.data(), w, ROWS);
+    gemm_generic[nbits - 2](n, r, x.data(), panel.data(), w, ROWS);
 
-#if TSQ_NROWS > 0
+#if TESSERAQ_NROWS > 0
     // quantised in two pieces, as two threads do it
     std::vector<uint8_t> pieces(panel.size(), 0x55);
     for (int c = 0; c < w; c++) {
         const int half = nb/2;
-        tsq_quantize_panel(a.data() + (size_t) c*n, pieces.data(), half, w, c);
-        tsq_quantize_panel(a.data() + (size_t) c*n + half*QK_TSQ, pieces.data() + half*w*TSQ_PANEL_BLOCK_SIZE, nb - half, w, c);
+        quantize_panel_q8_tsq(a.data() + (size_t) c*n, pieces.data(), half, w, c);
+        quantize_panel_q8_tsq(a.data() + (size_t) c*n + half*QK_TSQ, pieces.data() + half*w*Q8_TSQ_BLOCK_SIZE, nb - half, w, c);
     }
     if (memcmp(pieces.data(), panel.data(), panel.size()) != 0) {
         return false;
     }
-    float * s[TSQ_NCOLS];
+    float * s[TESSERAQ_NCOLS];
     for (int c = 0; c < w; c++) {
         s[c] = out.data() + c*ROWS;
     }
-    ggml_gemm_tsq(nbits, n, s, x.data(), pieces.data(), w);
+    gemm[nbits - 2](n, s, x.data(), pieces.data(), w);
     if (kind == NOT_FINITE) {
         return true; // nothing was read or written that should not be
     }
@@ -99,14 +110,14 @@ static bool check(int nbits, int nb, int w, int kind) {
             double sum = 0.0, magnitude = 0.0;
             for (int b = 0; b < nb; b++) {
                 const uint8_t * block = rows.data() + (i*nb + b)*TSQ_BLOCK_SIZE(nbits);
-                const uint8_t * p     = panel.data() + b*w*TSQ_PANEL_BLOCK_SIZE;
+                const uint8_t * p     = panel.data() + b*w*Q8_TSQ_BLOCK_SIZE;
                 uint8_t q[QK_TSQ];
                 float   da;
                 tsq_unpack(block + TSQ_CODES, nbits, q);
                 memcpy(&da, p + 4*c, sizeof(da));
                 for (int j = 0; j < QK_TSQ; j++) {
-                    const int8_t qa = (int8_t) p[8*w + TSQ_DEPTH*(j/TSQ_DEPTH*w + c) + j % TSQ_DEPTH];
-                    const double v  = (double) tsq_decode_d(block[0])*(q[j] - tsq_decode_z(block[1], nbits))*da*qa;
+                    const int8_t qa = (int8_t) p[8*w + TESSERAQ_DEPTH*(j/TESSERAQ_DEPTH*w + c) + j % TESSERAQ_DEPTH];
+                    const double v  = (double) e5m3_decode(block[0])*(q[j] - tsq_decode_z(block[1], nbits))*da*qa;
                     sum       += v;
                     magnitude += fabs(v);
                 }
@@ -125,7 +136,7 @@ static bool check(int nbits, int nb, int w, int kind) {
 int main() {
     for (int nbits = 2; nbits <= 4; nbits++) {
         for (int nb : { 1, 2, 3, 10 }) {
-            for (int w = 1; w <= TSQ_NCOLS; w++) {
+            for (int w = 1; w <= TESSERAQ_NCOLS; w++) {
                 for (int kind = 0; kind < KINDS; kind++) {
                     if (!check(nbits, nb, w, kind)) {
                         fprintf(stderr, "tsq%d, %d blocks, %d columns, kind %d: FAILED\n", nbits, nb, w, kind);

@@ -5,10 +5,9 @@
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
 
-#include "tesseraq/tsq.h"
-#include "tesseraq/tsq-cpu.h"
-
-#include "arch-fallback.h"
+#include "tesseraq/tsq/tsq.h"
+#include "tesseraq/common/cpu.h"
+#include "tesseraq/common/q8.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -57,18 +56,8 @@ struct type {
     void   (*generic)   (int n, float * s, size_t bs, const void * vx, size_t bx, const void * vy, size_t by, int nrc);
 };
 
-#if defined(GGML_CPU_GENERIC)
-#define GENERIC(name) name
-#else
-#define GENERIC(name) name##_generic
-#endif
-#define TO_FLOAT(name) static void to_float_##name(const void * x, float * y, int64_t k) { dequantize_row_##name(x, y, k); }
-#define TYPE(name, nbits) { nbits, quantize_row_##name, to_float_##name, ggml_cpu_##name##_to_fp32, quantize_##name, \
-                            ggml_vec_dot_##name##_q8_tsq, GENERIC(ggml_vec_dot_##name##_q8_tsq) }
-
-TO_FLOAT(tsq2)
-TO_FLOAT(tsq3)
-TO_FLOAT(tsq4)
+#define TYPE(name, nbits) { nbits, quantize_row_##name##_ref, dequantize_row_##name, ggml_cpu_##name##_to_fp32, quantize_##name, \
+                            ggml_vec_dot_##name##_q8_tsq, ggml_vec_dot_##name##_q8_tsq_generic }
 
 const struct ggml_type_traits * ggml_get_type_traits(enum ggml_type type) {
     (void) type;
@@ -129,8 +118,8 @@ enum { RANDOM, LARGEST, LOWEST, SMALLEST, HUGE_SCALES, KINDS };
 
 // activations of a row, not from numbers but as extreme as they may be
 static void fill_activations(uint8_t * y, int nb, int kind) {
-    for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
-        const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
+    for (int i = 0; i < nb; i += Q8_GROUP) {
+        const int m = nb - i < Q8_GROUP ? nb - i : Q8_GROUP;
 
         for (int b = 0; b < m; b++) {
             const float u = (float) (next() % 1000 + 1)/1000;
@@ -154,8 +143,8 @@ static void fill_activations(uint8_t * y, int nb, int kind) {
 static double exact_dot(const uint8_t * x, int nbits, const uint8_t * y, int nb, double * magnitude) {
     double sum = 0.0;
     *magnitude = 0.0;
-    for (int i = 0; i < nb; i += Q8_TSQ_GROUP) {
-        const int m = nb - i < Q8_TSQ_GROUP ? nb - i : Q8_TSQ_GROUP;
+    for (int i = 0; i < nb; i += Q8_GROUP) {
+        const int m = nb - i < Q8_GROUP ? nb - i : Q8_GROUP;
 
         for (int b = 0; b < m; b++, x += TSQ_BLOCK_SIZE(nbits)) {
             float da;
@@ -163,7 +152,7 @@ static double exact_dot(const uint8_t * x, int nbits, const uint8_t * y, int nb,
             uint8_t q[QK_TSQ];
             tsq_unpack(x + TSQ_CODES, nbits, q);
             for (int j = 0; j < QK_TSQ; j++) {
-                const double a = (double) da*(int8_t) y[8*m + b*QK_TSQ + j]*tsq_decode_d(x[0]);
+                const double a = (double) da*(int8_t) y[8*m + b*QK_TSQ + j]*e5m3_decode(x[0]);
                 const double z = tsq_decode_z(x[1], nbits);
                 sum        += a*(q[j] - z);
                 *magnitude += fabs(a*q[j]) + fabs(a*z);
@@ -176,7 +165,7 @@ static double exact_dot(const uint8_t * x, int nbits, const uint8_t * y, int nb,
 
 static int check_vec_dot(const struct type * type) {
     for (int kind = 0; kind < KINDS; kind++) {
-        for (int nb = 1; nb <= 2*Q8_TSQ_GROUP + 3; nb++) {
+        for (int nb = 1; nb <= 2*Q8_GROUP + 3; nb++) {
             const size_t size = nb*TSQ_BLOCK_SIZE(type->nbits);
             uint8_t * x = malloc(size);
             uint8_t * y = malloc(nb*Q8_TSQ_BLOCK_SIZE);
@@ -235,7 +224,7 @@ static int check_to_fp32(const struct type * type) {
 // activations from numbers: bit for bit, whole rows and rows in parts of whole groups
 static int check_activations(void) {
     for (int kind = 0; kind < VALUES; kind++) {
-        for (int nb = 1; nb <= 2*Q8_TSQ_GROUP + 3; nb++) {
+        for (int nb = 1; nb <= 2*Q8_GROUP + 3; nb++) {
             const size_t size = nb*Q8_TSQ_BLOCK_SIZE;
             float   * x = malloc(nb*QK_TSQ*sizeof(float));
             uint8_t * a = malloc(size);
@@ -244,14 +233,14 @@ static int check_activations(void) {
             for (int i = 0; i < nb*QK_TSQ; i++) {
                 x[i] = value(kind);
             }
-            GENERIC(quantize_row_q8_tsq)(x, b, nb*QK_TSQ);
+            quantize_row_q8_tsq_generic(x, b, nb*QK_TSQ);
 
             int differs = 0;
             for (int nth = 1; nth <= 4; nth++) {
                 memset(a, 0xAA, size);
                 for (int ith = 0; ith < nth; ith++) {
                     int64_t first = ith*nb/nth, last = (ith + 1)*nb/nth;
-                    ggml_cpu_tsq_whole_groups(GGML_TYPE_Q8_TSQ, nb, &first, &last);
+                    ggml_cpu_whole_groups(GGML_TYPE_Q8_TSQ, nb, &first, &last);
                     quantize_row_q8_tsq(x + first*QK_TSQ, a + first*Q8_TSQ_BLOCK_SIZE, (last - first)*QK_TSQ);
                 }
                 differs |= memcmp(a, b, size);

@@ -53,12 +53,12 @@ def run(
 
 
 def test_rows(source: SourceTree, tmp_path: Path, processor: str) -> None:
-    units = [f"{folder}{name}.c" for name in ("tsq", "bcq", "ptq") for folder in ("", "arm/")]
-    units += ["tsq-cpu.c", "bcq-cpu.c", "ptq-cpu.c", "../ggml-threading.cpp"]
+    units = [f"{family}/{unit}.c" for family in ("tsq", "bcq", "ptq") for unit in (family, "cpu", "arm")]
+    units += ["common/cpu.c", "../ggml-threading.cpp"]
     run(source, tmp_path / "sanitize", [CC, "-std=gnu11", *UBSAN], units, processor)
 
 
 def test_repacked_rows(source: SourceTree, tmp_path: Path, processor: str) -> None:
     # without UBSan: with it, the compiler takes more than five times as long
-    units = ["tsq-repack.cpp", "arm/tsq-repack.cpp"]
+    units = ["tsq/repack.cpp", "tsq/arm-repack.cpp"]
     assert run(source, tmp_path / "repack", [CXX, "-std=c++17"], units, processor) == "4 rows: all ok\n"

@@ -38,7 +38,7 @@ def rows(seed: int, count: int, blocks: int) -> Array:
 
 
 def test_header_json_and_page_have_the_same_codebooks() -> None:
-    header = (cache.kernels_dir() / "bcq-codebooks.h").read_text()
+    header = (cache.kernels_dir() / "bcq" / "codebooks.h").read_text()
     numbers = [int(n) for row in re.findall(r"\{([^}]*)\}", header) for n in row.split(",")]
     assert numbers == bcq.UNIVERSAL.flatten().tolist()
     assert bcq.UNIVERSAL.shape == (8, 16)
@@ -52,7 +52,7 @@ def test_header_json_and_page_have_the_same_codebooks() -> None:
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc with its sanitizers")
 @pytest.mark.runtime
 def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
-    units = ["bcq.c", "bcq-cpu.c", "bcq-repack.cpp", *(["x86/bcq.c", "x86/bcq-repack.cpp"] if instructions else [])]
+    units = ["bcq/bcq.c", "bcq/cpu.c", "bcq/repack.cpp", *(["bcq/x86.c", "bcq/x86-repack.cpp"] if instructions else [])]
     options = [*(instructions or ["-DGGML_CPU_GENERIC"]), "-fsanitize=float-cast-overflow"]
     lines = 16 if "-mavx512vbmi" in instructions else 4
     assert run_sanitized(source, tmp_path / "bcq", ["gcc"], units, options) == f"{lines} rows: all ok\n"
@@ -60,7 +60,7 @@ def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructio
 
 @pytest.mark.runtime
 def test_neon(source: SourceTree, tmp_path: Path, processor: str) -> None:
-    units = ["bcq.c", "bcq-cpu.c", "bcq-repack.cpp", "arm/bcq.c", "arm/bcq-repack.cpp"]
+    units = ["bcq/bcq.c", "bcq/cpu.c", "bcq/repack.cpp", "bcq/arm.c", "bcq/arm-repack.cpp"]
     command = [CC]  # which tells C and C++ apart
     assert test_arm.run(source, tmp_path / "bcq", command, units, processor) == "4 rows: all ok\n"
 

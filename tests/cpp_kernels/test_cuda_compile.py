@@ -20,7 +20,7 @@ NVCC = shutil.which("nvcc")
 
 pytestmark = [pytest.mark.runtime, pytest.mark.skipif(NVCC is None, reason="needs nvcc, of CUDA 12.8 or newer")]
 
-OURS = ("bcq-tables.cu", "get-cols.cu")
+OURS = ("bcq/cuda/tables.cu", "common/cuda/get-cols.cu")
 """Units of ours."""
 
 UNITS = (
@@ -106,7 +106,7 @@ def test_the_gate_sees_spills(tmp_path: Path) -> None:
 def test_a_hook_that_is_missing_is_found(source: SourceTree, tmp_path: Path) -> None:
     """The test of the tests: without its include, the file does not compile."""
     text = our_types_only((backend(source) / "getrows.cu").read_text())
-    hook = '#include "tesseraq/cuda/dequantize.cuh"\n'
+    hook = '#include "tesseraq/common/cuda/dequantize.cuh"\n'
     assert text.count(hook) == 1
     (tmp_path / "getrows.cu").write_text(text.replace(hook, ""))
     with pytest.raises(AssertionError, match="TESSERAQ_CASE_GET_ROWS"):

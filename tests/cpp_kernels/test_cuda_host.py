@@ -49,10 +49,10 @@ def build(source: SourceTree, folder: Path, parts: Sequence[str], capability: in
     sources = [HERE / f"kernels{name}.cpp" for name in ("", "-tables", *(f"-{PARTS[part]}" for part in sorted(needed)))]
     objects = [folder / f"{path.stem}.o" for path in sources]
     commands = [["g++", *options, "-c", str(path), "-o", str(to)] for path, to in zip(sources, objects, strict=True)]
-    include = [*include_paths(source), f"-I{ours(source).parent.parent / 'ggml-cpu'}"]
-    for name in ("tsq", "bcq", "bcq-cpu", "ptq"):
-        objects.append(folder / f"{name}.o")
-        reference = ours(source).parent / f"{name}.c"
+    include = [*include_paths(source), f"-I{ours(source).parent / 'ggml-cpu'}"]
+    for name in ("tsq/tsq", "bcq/bcq", "bcq/cpu", "ptq/ptq"):
+        objects.append(folder / f"{name.replace('/', '-')}.o")
+        reference = ours(source) / f"{name}.c"
         commands.append(["gcc", "-O1", "-g1", *include, "-c", str(reference), "-o", str(objects[-1])])
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         for result in pool.map(lambda command: subprocess.run(command, capture_output=True, text=True), commands):
@@ -85,14 +85,14 @@ def test_products_without_tensor_cores(source: SourceTree, tmp_path: Path) -> No
 
 
 BROKEN = {
-    "a shift": ("tsq-dequantize.cuh", ">> iqs/8)", ">> iqs/16)", "tsq3 float32: weight "),
+    "a shift": ("tsq/cuda/dequantize.cuh", ">> iqs/8)", ">> iqs/16)", "tsq3 float32: weight "),
     "a unit that is forgotten": (
-        "bcq-unit.cuh",
+        "bcq/cuda/unit.cuh",
         "bcq_this_unit(&bcq_device)",
         "*bcq_this_unit",
         "bcq4 float32: weight ",
     ),
-    "codebooks that stay": ("bcq-tables.cu", "if (ready[device] && ", "if (ready[device] || ", "bcq4 float32: weight "),
+    "codebooks that stay": ("bcq/cuda/tables.cu", "if (ready[device] && ", "if (ready[device] || ", "bcq4 float32: weight "),
 }
 """What is broken in a copy of ours: the file, what it says, what it says then, and what the program has to say."""
 
@@ -102,7 +102,7 @@ def test_what_is_broken_is_found(source: SourceTree, tmp_path: Path, what: str) 
     """The test of the tests: with a line of ours broken, dequantising fails."""
     name, right, wrong, message = BROKEN[what]
     copy_for_host(source, tmp_path)
-    header = tmp_path / "tesseraq" / "cuda" / name
+    header = tmp_path / "tesseraq" / name
     text = header.read_text()
     assert text.count(right) == 1
     header.write_text(text.replace(right, wrong))

@@ -17,16 +17,18 @@ pytestmark = pytest.mark.runtime
 
 __all__ = ["instructions", "processor"]
 
+FAMILIES = ("tsq", "bcq", "ptq")
+
 COUNT = 300
 """Random inputs, apart from chosen ones."""
 
 
 def units_of(processor: str) -> list[str]:
     """Kernels for a kind of processor."""
-    return [f"{processor}/{name}{part}" for name in ("tsq", "bcq", "ptq") for part in (".c", "-repack.cpp")]
+    return [f"{family}/{processor}{part}" for family in FAMILIES for part in (".c", "-repack.cpp")]
 
 
-UNITS = [f"{name}{part}" for name in ("tsq", "bcq", "ptq") for part in (".c", "-cpu.c", "-repack.cpp")]
+UNITS = [f"{family}/{unit}" for family in FAMILIES for unit in (f"{family}.c", "cpu.c", "repack.cpp")]
 UNITS.append("../ggml-threading.cpp")
 
 

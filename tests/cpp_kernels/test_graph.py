@@ -46,8 +46,10 @@ def test_products_on_other_processors(runtime: Runtime, source: SourceTree, tmp_
     options = compiler_options(name)
     src = source.llama_cpp / "ggml" / "src"
     ours = src / "tesseraq"
-    sources = [*(src / "ggml-cpu" / unit for unit in OPERATORS), *ours.glob("*-cpu.c"), *ours.glob("*-repack.cpp")]
-    sources += [ours / "tsq-buffer.cpp", ours / "get-cols.c", *ours.glob("x86/*.c*"), HERE / "graph_repack.cpp"]
+    sources = [*(src / "ggml-cpu" / unit for unit in OPERATORS), *ours.glob("*/cpu.c"), *ours.glob("*/*repack.cpp")]
+    sources = [unit for unit in sources if not unit.name.startswith("arm")]
+    sources += [ours / "common" / "buffer.cpp", ours / "common" / "get-cols.c", *ours.glob("*/x86*.c")]
+    sources.append(HERE / "graph_repack.cpp")
     include = [f"-I{folder}" for folder in (src.parent / "include", src, src / "ggml-cpu")]
     defines = ["-D_GNU_SOURCE", "-DGGML_USE_CPU_REPACK", "-DALONE"]
 
@@ -135,16 +137,17 @@ def run_sanitized(
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc with its sanitizers")
 def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
-    # TSQ's own code names the rows of the other types
-    units = ["tsq.c", "tsq-cpu.c", "bcq.c", "bcq-cpu.c", "ptq.c", "ptq-cpu.c", "../ggml-threading.cpp"]
-    units += ["x86/tsq.c", "x86/q2_0.c", "x86/bcq.c", "x86/ptq.c"] if instructions else []
+    # what is common to the types names the kernels of all
+    units = [f"{family}/{unit}.c" for family in ("tsq", "bcq", "ptq") for unit in (family, "cpu")]
+    units += ["common/cpu.c", "../ggml-threading.cpp"]
+    units += ["tsq/x86.c", "bcq/x86.c", "ptq/x86.c", "common/x86-q2_0.c"] if instructions else []
     options = instructions or ["-DGGML_CPU_GENERIC"]
     run_sanitized(source, tmp_path / "sanitize", ["gcc", "-std=gnu11"], units, options)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with its sanitizers")
 def test_repacked_kernels_under_sanitizers(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
-    units = ["tsq-repack.cpp", *(["x86/tsq-repack.cpp"] if instructions else [])]
+    units = ["tsq/repack.cpp", *(["tsq/x86-repack.cpp"] if instructions else [])]
     output = run_sanitized(source, tmp_path / "repack", ["g++", "-std=c++17"], units, instructions)
     rows = 16 if "-mavx512vnni" in instructions else 8 if instructions else 4
     assert output == f"{rows} rows: all ok\n"

@@ -106,7 +106,7 @@ def test_the_series_is_what_its_commits_are_written_as(script: ModuleType, tmp_p
     expected = {path.name: path.read_bytes() for path in cache.patch_files()}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
     # our sources are in the tree, and in no patch
-    assert (tree / KERNELS / "tsq.h").is_file()
+    assert (tree / KERNELS / "types.h").is_file()
 
     (tree / "README.md").write_text("changed")
     with pytest.raises(script.PatchError, match="changes that are in no commit"):

@@ -31,13 +31,13 @@ PACKER = packer_of("ptq1_61")
 GROUP = 16
 """Blocks of a group of Q8_PTQ activations."""
 
-UNITS = ["ptq.c", "ptq-cpu.c", "ptq-repack.cpp"]
+UNITS = ["ptq/ptq.c", "ptq/cpu.c", "ptq/repack.cpp"]
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc with its sanitizers")
 @pytest.mark.runtime
 def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
-    units = [*UNITS, *(["x86/ptq.c", "x86/ptq-repack.cpp"] if instructions else [])]
+    units = [*UNITS, *(["ptq/x86.c", "ptq/x86-repack.cpp"] if instructions else [])]
     options = [*(instructions or ["-DGGML_CPU_GENERIC"]), "-fsanitize=float-cast-overflow"]
     lines = 16 if "-mavx512vnni" in instructions else 8 if instructions else 4
     assert run_sanitized(source, tmp_path / "ptq", ["gcc"], units, options) == f"{lines} rows: all ok\n"
@@ -45,7 +45,7 @@ def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructio
 
 @pytest.mark.runtime
 def test_neon(source: SourceTree, tmp_path: Path, processor: str) -> None:
-    units = [*UNITS, "arm/ptq.c", "arm/ptq-repack.cpp"]
+    units = [*UNITS, "ptq/arm.c", "ptq/arm-repack.cpp"]
     assert test_arm.run(source, tmp_path / "ptq", [CC], units, processor) == "4 rows: all ok\n"
 
 

@@ -1,6 +1,6 @@
 // get-cols.cu: columns of a view, bit for bit
 
-#include "tesseraq/cuda/get-cols.cu"
+#include "tesseraq/common/cuda/get-cols.cu"
 
 #include "kernels.h"
 

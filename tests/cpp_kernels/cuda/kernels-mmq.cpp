@@ -3,7 +3,7 @@
 
 #include "mmq.cuh"
 #include "quantize.cuh"
-#include "tesseraq/cuda/bcq-load-tiles.cuh"
+#include "tesseraq/bcq/cuda/load-tiles.cuh"
 
 #include "kernels.h"
 
@@ -27,7 +27,7 @@ static expected_weight expected_tsq(const uint8_t * block, int nbits, int i) {
     uint8_t q[QK];
     tsq_unpack(block + TSQ_CODES, nbits, q);
     const int   whole = (int) floor((double) (block[1] - 64)/steps + 0.5);
-    const float d     = tsq_decode_d(block[0]);
+    const float d     = e5m3_decode(block[0]);
     return { q[i] - whole, d, d*(whole - tsq_decode_z(block[1], nbits)) };
 }
 
@@ -35,7 +35,7 @@ static expected_weight expected_in_tile(ggml_type type, const uint8_t * block, i
     if (tesseraq_has_codebooks(type)) {
         int8_t c[QK];
         bcq_decode((const block_bcq4 *) block, c);
-        return { c[i], tsq_decode_d(block[0]), 0.0f };
+        return { c[i], e5m3_decode(block[0]), 0.0f };
     }
     return expected_tsq(block, 2 + type - GGML_TYPE_TSQ2, i);
 }
@@ -183,13 +183,16 @@ void check_mmq(const types_t & types, random_t & random) {
             continue;
         }
         switch (t->type) {
-            case GGML_TYPE_TSQ2: check_type<GGML_TYPE_TSQ2>(*t, random); break;
-            case GGML_TYPE_TSQ3: check_type<GGML_TYPE_TSQ3>(*t, random); break;
-            case GGML_TYPE_TSQ4: check_type<GGML_TYPE_TSQ4>(*t, random); break;
-            case GGML_TYPE_BCQ4: check_type<GGML_TYPE_BCQ4>(*t, random); break;
-            case GGML_TYPE_BCQ4_A4: // other activations, and BCQ4's kernels
-                check_product<GGML_TYPE_BCQ4, true>(*t, 100, 9*QK, 9, random);
+            // a type with the layout of another one has other activations, and its kernels
+#define CHECK_TYPE(TYPE, name, LAYOUT, ...)                                               \
+            case GGML_TYPE_##TYPE:                                                        \
+                if (GGML_TYPE_##TYPE == GGML_TYPE_##LAYOUT) {                             \
+                    check_type<GGML_TYPE_##LAYOUT>(*t, random);                           \
+                } else {                                                                  \
+                    check_product<GGML_TYPE_##LAYOUT, true>(*t, 100, 9*QK, 9, random);    \
+                }                                                                         \
                 break;
+            TESSERAQ_MMQ_TYPES(CHECK_TYPE)
             default: fail(std::string(t->name) + " is not tested");
         }
     }

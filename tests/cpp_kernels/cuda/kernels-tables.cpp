@@ -1,3 +1,3 @@
 // bcq-tables.cu: codebooks for all units
 
-#include "tesseraq/cuda/bcq-tables.cu"
+#include "tesseraq/bcq/cuda/tables.cu"

@@ -3,25 +3,21 @@
 #include "kernels.h"
 
 #include "ggml-impl.h"
-#include "tesseraq/cuda/bcq-tables.cuh"
+#include "tesseraq/bcq/cuda/tables.cuh"
 
 #include <algorithm>
 
 emulator::block * emulator::running = nullptr;
 
-template <typename block_t, void (*dequantize_row)(const block_t *, float *, int64_t)>
-static void dequantize(const void * x, float * y, int64_t k) {
-    dequantize_row((const block_t *) x, y, k);
+// bytes of a block that are scales
+static size_t scales(ggml_type type) {
+    return tesseraq_has_order(type) ? 2 : 1;
 }
 
-const tested_type tested_types[6] = {
-    { GGML_TYPE_TSQ2,    QK_TSQ, sizeof(block_tsq2),    1, "tsq2",    dequantize<block_tsq2, dequantize_row_tsq2> },
-    { GGML_TYPE_TSQ3,    QK_TSQ, sizeof(block_tsq3),    1, "tsq3",    dequantize<block_tsq3, dequantize_row_tsq3> },
-    { GGML_TYPE_TSQ4,    QK_TSQ, sizeof(block_tsq4),    1, "tsq4",    dequantize<block_tsq4, dequantize_row_tsq4> },
-    { GGML_TYPE_BCQ4,    QK_BCQ, sizeof(block_bcq4),    1, "bcq4",    dequantize<block_bcq4, dequantize_row_bcq4> },
-    { GGML_TYPE_BCQ4_A4, QK_BCQ, sizeof(block_bcq4),    1, "bcq4_a4", dequantize<block_bcq4, dequantize_row_bcq4> },
-    { GGML_TYPE_PTQ1_61, QK_PTQ, sizeof(block_ptq1_61), 2, "ptq1_61", dequantize<block_ptq1_61, dequantize_row_ptq1_61> },
-};
+#define TESTED_TYPE(TYPE, type, LAYOUT, layout, id, weights, bytes, ...) \
+    { GGML_TYPE_##TYPE, weights, bytes, scales(GGML_TYPE_##TYPE), #type, dequantize_row_##layout },
+
+const std::vector<tested_type> tested_types = { TESSERAQ_TYPES(TESTED_TYPE) };
 
 matrix::matrix(const tested_type & type, int64_t nrows, int64_t ncols, random_t & random, bool any_scale) :
         type(type), nrows(nrows), ncols(ncols), data(GGML_PAD(nrows*(ncols/type.qk)*type.block_size, sizeof(uint32_t))), weights(nrows*ncols) {

@@ -18,7 +18,7 @@ struct tested_type {
     void (*dequantize)(const void * x, float * y, int64_t k); // the C reference
 };
 
-extern const tested_type tested_types[6];
+extern const std::vector<tested_type> tested_types;
 
 typedef std::vector<const tested_type *> types_t;
 
