@@ -78,53 +78,39 @@ static void add_vec_dot(std::vector<kernel> & kernels, const std::string & name,
 }
 
 #if TESSERAQ_NROWS > 0
-static void add_repacked(std::vector<kernel> & kernels, int nbits, int w) {
-    const ggml_type type = (ggml_type) (TSQ2_TYPE_ID + nbits - 2);
-    const int       nb   = N/QK_TSQ;
+typedef void (*repack_t)(int nrows, int64_t nb, const void * x, void * y);
+typedef void (*quantize_panel_t)(const float * x, void * y, int64_t nb, int w, int c);
+typedef void (*gemm_t)(int n, float * const * s, const void * vx, const void * vy, int w);
 
-    std::vector<char> rows(ggml_row_size(type, N)*TESSERAQ_NROWS), panel(nb*w*Q8_TSQ_BLOCK_SIZE);
-    ggml_quantize_chunk(type, numbers((size_t) N*TESSERAQ_NROWS).data(), rows.data(), 0, TESSERAQ_NROWS, N, nullptr);
-    const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
-    tsq_repack(nbits, TESSERAQ_NROWS, nb, rows.data(), x.get());
-    for (int c = 0; c < w; c++) {
-        quantize_panel_q8_tsq(numbers(N).data(), panel.data(), nb, w, c);
-    }
-    std::vector<float> out(w*TESSERAQ_NROWS);
+static void add_repacked(std::vector<kernel> & kernels, ggml_type type, repack_t repack, quantize_panel_t quantize_panel, gemm_t gemm) {
+    const int nb = N/ggml_blck_size(type);
 
-    kernels.push_back({ std::string(ggml_type_name(type)) + "_x" + std::to_string(w), (double) N*TESSERAQ_NROWS*w,
-                        [=]() mutable {
-        float * s[TESSERAQ_NCOLS];
+    for (int w : { 1, 2, 4, TESSERAQ_NCOLS }) {
+        std::vector<char> rows(ggml_row_size(type, N)*TESSERAQ_NROWS);
+        std::vector<char> panel(ggml_row_size(ggml_get_type_traits_cpu(type)->vec_dot_type, N)*w);
+        ggml_quantize_chunk(type, numbers((size_t) N*TESSERAQ_NROWS).data(), rows.data(), 0, TESSERAQ_NROWS, N, nullptr);
+        const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
+        repack(TESSERAQ_NROWS, nb, rows.data(), x.get());
         for (int c = 0; c < w; c++) {
-            s[c] = out.data() + c*TESSERAQ_NROWS;
+            quantize_panel(numbers(N).data(), panel.data(), nb, w, c);
         }
-        ggml_gemm_tsq(nbits, N, s, x.get(), panel.data(), w);
-        sink = out[0];
-    }, 1e9 });
-}
-#endif
+        std::vector<float> out(w*TESSERAQ_NROWS);
 
-#if TESSERAQ_NROWS > 0
-static void add_repacked_ptq(std::vector<kernel> & kernels, int w) {
-    const int nb = N/QK_PTQ;
-
-    std::vector<char> rows(ggml_row_size(GGML_TYPE_PTQ1_61, N)*TESSERAQ_NROWS), panel(nb*w*Q8_PTQ_BLOCK_SIZE);
-    ggml_quantize_chunk(GGML_TYPE_PTQ1_61, numbers((size_t) N*TESSERAQ_NROWS).data(), rows.data(), 0, TESSERAQ_NROWS, N, nullptr);
-    const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
-    ptq1_61_repack(TESSERAQ_NROWS, nb, rows.data(), x.get());
-    for (int c = 0; c < w; c++) {
-        quantize_panel_q8_ptq(numbers(N).data(), panel.data(), nb, w, c);
+        kernels.push_back({ std::string(ggml_type_name(type)) + "_x" + std::to_string(w), (double) N*TESSERAQ_NROWS*w, [=]() mutable {
+            float * s[TESSERAQ_NCOLS];
+            for (int c = 0; c < w; c++) {
+                s[c] = out.data() + c*TESSERAQ_NROWS;
+            }
+            gemm(N, s, x.get(), panel.data(), w);
+            sink = out[0];
+        }, 1e9 });
     }
-    std::vector<float> out(w*TESSERAQ_NROWS);
-
-    kernels.push_back({ "ptq1_61_x" + std::to_string(w), (double) N*TESSERAQ_NROWS*w, [=]() mutable {
-        float * s[TESSERAQ_NCOLS];
-        for (int c = 0; c < w; c++) {
-            s[c] = out.data() + c*TESSERAQ_NROWS;
-        }
-        ggml_gemm_ptq1_61(N, s, x.get(), panel.data(), w);
-        sink = out[0];
-    }, 1e9 });
 }
+
+#define ADD_REPACKED(TYPE, type, LAYOUT, layout, id, weights, bytes, ACTS, acts, ...)                            \
+    if (GGML_TYPE_##TYPE == GGML_TYPE_##LAYOUT) {                                                               \
+        add_repacked(kernels, GGML_TYPE_##TYPE, layout##_repack, quantize_panel_##acts, ggml_gemm_##layout);    \
+    }
 #endif
 
 // a row of activations in the order of a matrix's columns
@@ -153,30 +139,6 @@ static void add_encoder(std::vector<kernel> & kernels, const std::string & name,
         sink = y.get()[0];
     }, 1e9 });
 }
-
-#if BCQ_NROWS > 0
-static void add_repacked_bcq(std::vector<kernel> & kernels, int w) {
-    const int nb = N/QK_BCQ;
-
-    std::vector<char> rows(ggml_row_size(GGML_TYPE_BCQ4, N)*BCQ_NROWS), panel(nb*w*Q8_TSQ_BLOCK_SIZE);
-    ggml_quantize_chunk(GGML_TYPE_BCQ4, numbers((size_t) N*BCQ_NROWS).data(), rows.data(), 0, BCQ_NROWS, N, nullptr);
-    const std::shared_ptr<char> x = aligned(rows.size()); // as the buffer type aligns tensors
-    bcq4_repack(BCQ_NROWS, nb, rows.data(), x.get());
-    for (int c = 0; c < w; c++) {
-        quantize_panel_q8_tsq(numbers(N).data(), panel.data(), nb, w, c);
-    }
-    std::vector<float> out(w*BCQ_NROWS);
-
-    kernels.push_back({ "bcq4_x" + std::to_string(w), (double) N*BCQ_NROWS*w, [=]() mutable {
-        float * s[TESSERAQ_NCOLS];
-        for (int c = 0; c < w; c++) {
-            s[c] = out.data() + c*BCQ_NROWS;
-        }
-        ggml_gemm_bcq4(N, s, x.get(), panel.data(), w);
-        sink = out[0];
-    }, 1e9 });
-}
-#endif
 
 // bytes per second that threads read together
 static double read_rate(int n_threads) {
@@ -245,26 +207,19 @@ int main(int argc, char ** argv) {
     std::vector<kernel> kernels;
     for (ggml_type type : { GGML_TYPE_TQ2_0, GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_0, GGML_TYPE_Q2_0,
                             GGML_TYPE_IQ1_S, GGML_TYPE_IQ1_M,
-                            GGML_TYPE_TSQ2, GGML_TYPE_TSQ3, GGML_TYPE_TSQ4, GGML_TYPE_BCQ4, GGML_TYPE_PTQ1_61 }) {
+                            TESSERAQ_TYPES(TESSERAQ_ITEM) }) {
+        if (type == GGML_TYPE_BCQ4_A4) {
+            continue; // other activations, and BCQ4's kernels
+        }
         add_vec_dot(kernels, ggml_type_name(type), type, ggml_get_type_traits_cpu(type)->vec_dot);
     }
     add_vec_dot(kernels, "q2_0_stock", GGML_TYPE_Q2_0, ggml_vec_dot_q2_0_q8_0_generic);
 #if TESSERAQ_NROWS > 0
-    for (int nbits = 2; nbits <= 4; nbits++) {
-        for (int w : { 1, 2, 4, TESSERAQ_NCOLS }) {
-            add_repacked(kernels, nbits, w);
-        }
-    }
-#endif
+    TESSERAQ_TSQ_TYPES(ADD_REPACKED)
 #if BCQ_NROWS > 0
-    for (int w : { 1, 2, 4, TESSERAQ_NCOLS }) {
-        add_repacked_bcq(kernels, w);
-    }
+    TESSERAQ_BCQ_TYPES(ADD_REPACKED)
 #endif
-#if TESSERAQ_NROWS > 0
-    for (int w : { 1, 2, 4, TESSERAQ_NCOLS }) {
-        add_repacked_ptq(kernels, w);
-    }
+    TESSERAQ_PTQ_TYPES(ADD_REPACKED)
 #endif
     add_gather(kernels);
     add_encoder(kernels, "activations_8_bits", GGML_TYPE_BCQ4);

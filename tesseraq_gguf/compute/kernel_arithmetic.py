@@ -47,7 +47,7 @@ def fp4_blocks(x: Tensor, block: int = 16) -> Tensor:
 
 
 def codebook_blocks(x: Tensor, codebooks: Tensor | None = None, block: int = BLOCK, group: int = bcq.GROUP) -> Tensor:
-    """Activations of BCQ4_A4 kernels (`cpp_kernels/bcq-cpu.h`), codeword for codeword.
+    """Activations of BCQ4_A4 kernels (`cpp_kernels/bcq/cpu.h`), codeword for codeword.
 
     Args:
         x: float32 [..., columns].

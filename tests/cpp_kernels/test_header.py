@@ -15,16 +15,27 @@ from tesseraq_gguf.types.facts import TENSOR_TYPES
 from tesseraq_gguf.types.ptq161 import packer as ptq161
 from tesseraq_gguf.types.tsq import packer as tsq
 
-Q8_TSQ, A4_BCQ, Q8_PTQ = 510, 511, 512
-"""`ggml_type` of activations, which no file has and Python has no other use for."""
-
 CUSTOM = [t for t in TENSOR_TYPES.values() if t.custom]
+
+ACTIVATIONS = {"q8_tsq": (510, 64, 72), "a4_bcq": (511, 64, 72), "q8_ptq": (512, 128, 144)}
+"""Id, numbers and bytes of a block of activations, which no file has and Python has no other use for."""
+
+
+def test_the_lists_of_c_and_python_are_equal() -> None:
+    header = (cache.kernels_dir() / "types.h").read_text()
+    types = re.findall(r"^ +X\((\w+), +(\w+), +\w+, +\w+, +(\d+), +(\d+), +(\d+), ", header, re.MULTILINE)
+    assert [(name, int(i), int(weights), int(size)) for _, name, i, weights, size in types] == [
+        (t.name, t.id, t.block_weights, t.block_bytes) for t in CUSTOM
+    ]
+    assert all(upper == lower.upper() for upper, lower, *_ in types)
+    assert all(t.id == t.file_type for t in CUSTOM)
+    activations = re.findall(r"^ +X\((\w+), +(\w+), +(\d+), +(\d+), +(\d+)\)", header, re.MULTILINE)
+    assert {name: (int(i), int(n), int(size)) for _, name, i, n, size in activations} == ACTIVATIONS
+    assert f"#define TESSERAQ_TYPE_END {max(i for i, *_ in ACTIVATIONS.values()) + 1}\n" in header
 
 
 def test_header_constants() -> None:
-    header = "".join((cache.kernels_dir() / name).read_text() for name in ("tsq.h", "bcq.h", "ptq.h"))
-    for t in CUSTOM:
-        assert re.search(rf"#define {t.name.upper()}_TYPE_ID +{t.id}\b", header)
+    header = "".join((cache.kernels_dir() / name / f"{name}.h").read_text() for name in ("tsq", "bcq", "ptq"))
     assert re.search(rf"#define QK_TSQ {tsq.BLOCK}\b", header)
     assert re.search(rf"#define QK_BCQ +{bcq.BLOCK}\b", header)
     assert re.search(rf"#define QK_PTQ +{ptq161.BLOCK}\b", header)
@@ -40,25 +51,18 @@ def test_library_traits(ggml: ctypes.CDLL, t: object) -> None:
 
 
 @pytest.mark.runtime
-def test_activations_have_a_type(ggml: ctypes.CDLL) -> None:
-    assert f"#define Q8_TSQ_TYPE_ID {Q8_TSQ}\n" in (cache.kernels_dir() / "tsq.h").read_text()
-    assert ggml.ggml_type_name(Q8_TSQ) == b"q8_tsq"
-    assert ggml.ggml_blck_size(Q8_TSQ) == tsq.BLOCK
-    assert ggml.ggml_type_size(Q8_TSQ) == 72
-    assert f"#define A4_BCQ_TYPE_ID {A4_BCQ}\n" in (cache.kernels_dir() / "bcq.h").read_text()
-    assert ggml.ggml_type_name(A4_BCQ) == b"a4_bcq"
-    assert ggml.ggml_blck_size(A4_BCQ) == bcq.BLOCK
-    assert ggml.ggml_type_size(A4_BCQ) == 72
-    assert f"#define Q8_PTQ_TYPE_ID {Q8_PTQ}\n" in (cache.kernels_dir() / "ptq.h").read_text()
-    assert ggml.ggml_type_name(Q8_PTQ) == b"q8_ptq"
-    assert ggml.ggml_blck_size(Q8_PTQ) == ptq161.BLOCK
-    assert ggml.ggml_type_size(Q8_PTQ) == 144
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_have_a_type(ggml: ctypes.CDLL, name: str) -> None:
+    number, block, size = ACTIVATIONS[name]
+    assert ggml.ggml_type_name(number) == name.encode()
+    assert ggml.ggml_blck_size(number) == block
+    assert ggml.ggml_type_size(number) == size
 
 
 @pytest.mark.runtime
 def test_other_ids_are_empty(ggml: ctypes.CDLL) -> None:
-    ours = [t.id for t in CUSTOM]
-    for i in sorted({*range(43, 513)} - {*ours, Q8_TSQ, A4_BCQ, Q8_PTQ}):
+    ours = [*(t.id for t in CUSTOM), *(number for number, *_ in ACTIVATIONS.values())]
+    for i in sorted({*range(43, 513)} - {*ours}):
         assert ggml.ggml_type_name(i) is None
         assert ggml.ggml_blck_size(i) == 0
 
@@ -97,10 +101,3 @@ assert (got == bcq.BcqPacker().dequantize(arrays | {"c": bcq.repeated(own, 20)})
         text=True,
     )
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.runtime
-def test_file_types_of_the_source(source: SourceTree) -> None:
-    header = (source.llama_cpp / "include" / "llama.h").read_text()
-    for t in CUSTOM:
-        assert re.search(rf"LLAMA_FTYPE_MOSTLY_{t.name.upper()}\s+= {t.file_type}\b", header)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from tesseraq_gguf.runtime import Runtime
+from tesseraq_gguf.types.facts import TENSOR_TYPES
 
-from .conftest import TSQ_BITS, type_id
+from .conftest import type_id
 
 pytestmark = pytest.mark.runtime
 
-NAMES = [*(f"tsq{bits}" for bits in TSQ_BITS), "bcq4", "bcq4_a4", "ptq1_61"]
+NAMES = [t.name for t in TENSOR_TYPES.values() if t.custom]
 
 
 def run(runtime: Runtime, name: str, *arguments: str) -> str:
@@ -41,11 +42,11 @@ def test_quantize_fns(runtime: Runtime) -> None:
 )
 def test_backend_ops(runtime: Runtime, operator: str, at_least: int) -> None:
     """With one backend it compares the CPU with itself: no operator aborts or is missing. Values: test_graph.py."""
-    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "tsq[234]|bcq4|ptq1_61")
+    output = run(runtime, "test-backend-ops", "test", "-b", "CPU", "-o", operator, "-p", "|".join(NAMES))
     for name in NAMES:
         assert len(re.findall(rf"^ *{operator}\(.*{name}\b.*: OK", output, re.MULTILINE)) >= at_least, name
         for columns in (1, 2, 8, 32, 512) if operator == "MUL_MAT" else ():
-            k = 2432 if name == "ptq1_61" else 1216
+            k = 19 * TENSOR_TYPES[name].block_weights
             assert re.search(rf"type_a={name},type_b=f32,m=64,n={columns},k={k},.*: OK", output), (name, columns)
     assert "FAIL" not in output
 
