@@ -36,10 +36,4 @@ set(TESSERAQ_ARM_SOURCES
     tesseraq/tsq/arm-repack.cpp)
 
 # by their whole path: the CUDA backend is made in another folder
-set(TESSERAQ_CUDA_SOURCES
-    ${CMAKE_CURRENT_LIST_DIR}/bcq/cuda/mmq-bcq4.cu
-    ${CMAKE_CURRENT_LIST_DIR}/bcq/cuda/tables.cu
-    ${CMAKE_CURRENT_LIST_DIR}/common/cuda/get-cols.cu
-    ${CMAKE_CURRENT_LIST_DIR}/tsq/cuda/mmq-tsq2.cu
-    ${CMAKE_CURRENT_LIST_DIR}/tsq/cuda/mmq-tsq3.cu
-    ${CMAKE_CURRENT_LIST_DIR}/tsq/cuda/mmq-tsq4.cu)
+file(GLOB TESSERAQ_CUDA_SOURCES ${CMAKE_CURRENT_LIST_DIR}/*/cuda/*.cu)

@@ -25,8 +25,10 @@
     X(TSQ3,    tsq3,    TSQ3,    tsq3,    501,  64, 26, Q8_TSQ, q8_tsq, q8_tsq, Q4_0, "3.25 bpw", "3.25 bpw affine (group 64)", 0.0040f, 0.04f) \
     X(TSQ4,    tsq4,    TSQ4,    tsq4,    502,  64, 34, Q8_TSQ, q8_tsq, q8_tsq, Q5_0, "4.25 bpw", "4.25 bpw affine (group 64)", 0.0020f, 0.02f)
 
-// codewords: w = d*c, with c out of codebooks that are the universal ones or a model's
+// codewords: w = d*c, with c out of codebooks that are the universal ones or a model's. Their magnitudes are 31 at most: four products of
+// codewords + 32 with activations have to fit into 16 bits.
 #define TESSERAQ_BCQ_TYPES(X) \
+    X(BCQ2,    bcq2,    BCQ2,    bcq2,    506,  64, 18, Q8_TSQ, q8_tsq, q8_tsq, Q4_0, "2.25 bpw", "2.25 bpw codebooks (group 64)", 0.0075f, 0.08f) \
     X(BCQ4,    bcq4,    BCQ4,    bcq4,    503,  64, 36, Q8_TSQ, q8_tsq, q8_tsq, Q5_0, "4.5 bpw", "4.5 bpw codebooks (group 64)", 0.0020f, 0.02f) \
     X(BCQ4_A4, bcq4_a4, BCQ4,    bcq4,    504,  64, 36, A4_BCQ, a4_bcq, q8_tsq, Q5_0, "4.5 bpw, activations too", "4.5 bpw codebooks, for activations of 4 bits", 0.0020f, 0.03f)
 
@@ -41,6 +43,11 @@
     X(Q8_TSQ, q8_tsq, 510,  64,  72) \
     X(A4_BCQ, a4_bcq, 511,  64,  72) \
     X(Q8_PTQ, q8_ptq, 512, 128, 144)
+
+// Codebooks of a layout: X(LAYOUT, layout, count, levels, key). A file's own ones are an array of count*levels int8 in its metadata.
+#define TESSERAQ_CODEBOOKS(X) \
+    X(BCQ2, bcq2, 4,  4, "tesseraq.bcq2.codebooks") \
+    X(BCQ4, bcq4, 8, 16, "tesseraq.bcq.codebooks")
 
 // what GGML_TYPE_COUNT becomes: one more than the largest id
 #define TESSERAQ_TYPE_END 513

@@ -21,16 +21,16 @@ static inline int bcq_encode(const float * GGML_RESTRICT x, int8_t * GGML_RESTRI
         half[k] = vandq_u8(vreinterpretq_u8_s8(vshrq_n_s8(u[k], 1)), vdupq_n_u8(127));
     }
 
-    int       best [QK_BCQ/BCQ_GROUP];
+    int       best [QK_BCQ/BCQ4_GROUP];
     int8x16_t found[QK_BCQ/16];
-    for (int g = 0; g < QK_BCQ/BCQ_GROUP; g++) {
+    for (int g = 0; g < QK_BCQ/BCQ4_GROUP; g++) {
         best[g] = INT32_MAX;
     }
     for (int k = 0; k < QK_BCQ/16; k++) {
         found[k] = vdupq_n_s8(0);
     }
-    for (int b = 0; b < BCQ_CODEBOOKS; b++) {
-        const int8_t * table = bcq_tables.nearest4[b];
+    for (int b = 0; b < BCQ4_CODEBOOKS; b++) {
+        const int8_t * table = bcq4_tables.nearest4[b];
         const int8x16x4_t t0 = {{ vld1q_s8(table +  0), vld1q_s8(table + 16), vld1q_s8(table + 32), vld1q_s8(table +  48) }};
         const int8x16x4_t t1 = {{ vld1q_s8(table + 64), vld1q_s8(table + 80), vld1q_s8(table + 96), vld1q_s8(table + 112) }};
 

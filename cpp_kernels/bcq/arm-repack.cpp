@@ -1,20 +1,20 @@
 #include "tesseraq/bcq/repack.h"
 
-#if BCQ_NROWS > 0
+#if TESSERAQ_NROWS > 0
 
 #include <arm_neon.h>
 
 #include "tesseraq/bcq/tile.h"
 
-static_assert(BCQ_NROWS == 4 && BCQ_DEPTH == 8, "a vector pair has 8 columns of 4 rows");
+static_assert(TESSERAQ_NROWS == 4 && BCQ_DEPTH == 8, "a vector pair has 8 columns of 4 rows");
 
 // The codewords of a group of 8 columns of 4 rows, row after row; each row looks up its own codebook.
 //   - sel: selectors of the rows, the group's in the lowest bits
-static TESSERAQ_INLINE void bcq_lookup(uint8x16_t i0, uint8x16_t i1, const uint32_t * sel, int group, int8x16_t * c0, int8x16_t * c1) {
-    const int8x8_t r0 = vqtbl1_s8(vld1q_s8(bcq_tables.codeword[sel[0] >> 3*group & 7]), vget_low_u8 (i0));
-    const int8x8_t r1 = vqtbl1_s8(vld1q_s8(bcq_tables.codeword[sel[1] >> 3*group & 7]), vget_high_u8(i0));
-    const int8x8_t r2 = vqtbl1_s8(vld1q_s8(bcq_tables.codeword[sel[2] >> 3*group & 7]), vget_low_u8 (i1));
-    const int8x8_t r3 = vqtbl1_s8(vld1q_s8(bcq_tables.codeword[sel[3] >> 3*group & 7]), vget_high_u8(i1));
+static TESSERAQ_INLINE void bcq4_lookup(uint8x16_t i0, uint8x16_t i1, const uint32_t * sel, int group, int8x16_t * c0, int8x16_t * c1) {
+    const int8x8_t r0 = vqtbl1_s8(vld1q_s8(bcq4_tables.codeword[sel[0] >> 3*group & 7]), vget_low_u8 (i0));
+    const int8x8_t r1 = vqtbl1_s8(vld1q_s8(bcq4_tables.codeword[sel[1] >> 3*group & 7]), vget_high_u8(i0));
+    const int8x8_t r2 = vqtbl1_s8(vld1q_s8(bcq4_tables.codeword[sel[2] >> 3*group & 7]), vget_low_u8 (i1));
+    const int8x8_t r3 = vqtbl1_s8(vld1q_s8(bcq4_tables.codeword[sel[3] >> 3*group & 7]), vget_high_u8(i1));
     *c0 = vcombine_s8(r0, r1);
     *c1 = vcombine_s8(r2, r3);
 }
@@ -88,10 +88,78 @@ template <int w> struct bcq_sums {
 };
 #endif
 
-template <int w> static void bcq_gemm_panel(int n, float * const * s, const uint8_t * x, const uint8_t * a) {
-    const int nb = n / QK_BCQ;
+// What a layout has to say of a block of 4 rows: its scales, and its products.
+struct bcq4_rows {
+    static const int size = 4*sizeof(block_bcq4);
 
-    const uint8x16_t m15 = vdupq_n_u8(15);
+    static TESSERAQ_INLINE void scales(const uint8_t * x, float * d) {
+        for (int r = 0; r < 4; r++) {
+            d[r] = e5m3_decode(x[4*r]);
+        }
+    }
+
+    template <int w> static TESSERAQ_INLINE void add(const uint8_t * x, const int8_t * aq, bcq_sums<w> & sums) {
+        const uint8x16_t m15 = vdupq_n_u8(15);
+
+        uint32_t sel[4];
+        memcpy(sel, x, sizeof(sel));
+        for (int r = 0; r < 4; r++) {
+            sel[r] >>= 8;
+        }
+
+        TESSERAQ_UNROLL
+        for (int v = 0; v < 4; v++) {
+            const uint8x16_t q0 = vld1q_u8(x + 16 + 32*v);
+            const uint8x16_t q1 = vld1q_u8(x + 16 + 32*v + 16);
+
+            int8x16_t c0, c1;
+            bcq4_lookup(vandq_u8(q0, m15), vandq_u8(q1, m15), sel, 2*v, &c0, &c1);
+            sums.add(c0, c1, aq + 16*v*w);
+            bcq4_lookup(vshrq_n_u8(q0, 4), vshrq_n_u8(q1, 4), sel, 2*v + 1, &c0, &c1);
+            sums.add(c0, c1, aq + 16*v*w + 8*w);
+        }
+    }
+};
+
+// All codebooks are a table of 16 bytes; the selector of a row and of a plane stands above the indices.
+struct bcq2_rows {
+    static const int size = 4*sizeof(block_bcq2);
+
+    static TESSERAQ_INLINE void scales(const uint8_t * x, float * d) {
+        for (int r = 0; r < 4; r++) {
+            d[r] = e5m3_decode(x[r]);
+        }
+    }
+
+    template <int k, int w> static TESSERAQ_INLINE void add_plane(const uint8x16_t * q, uint8x16_t s0, uint8x16_t s1, const int8_t * aq, bcq_sums<w> & sums) {
+        const int8x16_t  table = vld1q_s8(bcq2_tables.codeword[0]);
+        const uint8x16_t m3    = vdupq_n_u8(3);
+        const int8x16_t  down  = vdupq_n_s8(-2*k);
+
+        const uint8x16_t t0 = vshlq_n_u8(vandq_u8(vshlq_u8(s0, down), m3), 2);
+        const uint8x16_t t1 = vshlq_n_u8(vandq_u8(vshlq_u8(s1, down), m3), 2);
+        TESSERAQ_UNROLL
+        for (int v = 0; v < 2; v++) {
+            const int8x16_t c0 = vqtbl1q_s8(table, vorrq_u8(vandq_u8(vshlq_u8(q[2*v + 0], down), m3), t0));
+            const int8x16_t c1 = vqtbl1q_s8(table, vorrq_u8(vandq_u8(vshlq_u8(q[2*v + 1], down), m3), t1));
+            sums.add(c0, c1, aq + (16*k + 8*v)*w);
+        }
+    }
+
+    template <int w> static TESSERAQ_INLINE void add(const uint8_t * x, const int8_t * aq, bcq_sums<w> & sums) {
+        // vectors of rows 0 and 1, and of rows 2 and 3
+        const uint8x16_t q[4] = { vld1q_u8(x + 8), vld1q_u8(x + 24), vld1q_u8(x + 40), vld1q_u8(x + 56) };
+        const uint8x16_t s0   = vcombine_u8(vdup_n_u8(x[4]), vdup_n_u8(x[5]));
+        const uint8x16_t s1   = vcombine_u8(vdup_n_u8(x[6]), vdup_n_u8(x[7]));
+        add_plane<0>(q, s0, s1, aq, sums);
+        add_plane<1>(q, s0, s1, aq, sums);
+        add_plane<2>(q, s0, s1, aq, sums);
+        add_plane<3>(q, s0, s1, aq, sums);
+    }
+};
+
+template <typename rows, int w> static void bcq_gemm_panel(int n, float * const * s, const uint8_t * x, const uint8_t * a) {
+    const int nb = n / QK_BCQ;
 
     float32x4_t acc[w];
     TESSERAQ_UNROLL
@@ -100,29 +168,11 @@ template <int w> static void bcq_gemm_panel(int n, float * const * s, const uint
     }
 
     for (int i = 0; i < nb; i++) {
-        const int8_t * aq = (const int8_t *) a + 8*w;
-
-        uint32_t head[4], sel[4];
-        float    d[4];
-        memcpy(head, x, sizeof(head));
-        for (int r = 0; r < 4; r++) {
-            sel[r] = head[r] >> 8;
-            d[r]   = e5m3_decode((uint8_t) head[r]);
-        }
-
         bcq_sums<w> sums;
-        TESSERAQ_UNROLL
-        for (int v = 0; v < 4; v++) {
-            const uint8x16_t q0 = vld1q_u8(x + 16 + 32*v);
-            const uint8x16_t q1 = vld1q_u8(x + 16 + 32*v + 16);
+        rows::template add<w>(x, (const int8_t *) a + 8*w, sums);
 
-            int8x16_t c0, c1;
-            bcq_lookup(vandq_u8(q0, m15), vandq_u8(q1, m15), sel, 2*v, &c0, &c1);
-            sums.add(c0, c1, aq + 16*v*w);
-            bcq_lookup(vshrq_n_u8(q0, 4), vshrq_n_u8(q1, 4), sel, 2*v + 1, &c0, &c1);
-            sums.add(c0, c1, aq + 16*v*w + 8*w);
-        }
-
+        float d[4];
+        rows::scales(x, d);
         const float32x4_t dx = vld1q_f32(d);
         TESSERAQ_UNROLL
         for (int c = 0; c < w; c++) {
@@ -131,7 +181,7 @@ template <int w> static void bcq_gemm_panel(int n, float * const * s, const uint
             acc[c] = vfmaq_n_f32(acc[c], vmulq_f32(vcvtq_f32_s32(sums.rows(c)), dx), da);
         }
 
-        x += BCQ_NROWS*sizeof(block_bcq4);
+        x += rows::size;
         a += w*Q8_TSQ_BLOCK_SIZE;
     }
 
@@ -141,4 +191,10 @@ template <int w> static void bcq_gemm_panel(int n, float * const * s, const uint
     }
 }
 
-#endif // BCQ_NROWS > 0
+template <int w> static void bcq2_gemm_panel(int n, float * const * s, const uint8_t * x, const uint8_t * a) { bcq_gemm_panel<bcq2_rows, w>(n, s, x, a); }
+template <int w> static void bcq4_gemm_panel(int n, float * const * s, const uint8_t * x, const uint8_t * a) { bcq_gemm_panel<bcq4_rows, w>(n, s, x, a); }
+
+BCQ_GEMM(bcq2)
+BCQ_GEMM(bcq4)
+
+#endif // TESSERAQ_NROWS > 0

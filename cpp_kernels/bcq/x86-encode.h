@@ -21,8 +21,8 @@ static inline int bcq_encode(const float * GGML_RESTRICT x, int8_t * GGML_RESTRI
 
     __m512i best  = _mm512_set1_epi32(INT32_MAX);
     __m512i found = _mm512_setzero_si512();
-    for (int b = 0; b < BCQ_CODEBOOKS; b++) {
-        const int8_t * table = bcq_tables.nearest4[b];
+    for (int b = 0; b < BCQ4_CODEBOOKS; b++) {
+        const int8_t * table = bcq4_tables.nearest4[b];
 
         const __m512i c4 = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), half, _mm512_loadu_si512(table + 64));
         const __m512i e  = _mm512_min_epu8(_mm512_abs_epi8(_mm512_subs_epi8(c4, u)), _mm512_set1_epi8(127));
@@ -61,15 +61,15 @@ static inline int bcq_encode(const float * GGML_RESTRICT x, int8_t * GGML_RESTRI
     __m256i best1  = best0;
     __m256i found0 = _mm256_setzero_si256();
     __m256i found1 = found0;
-    for (int b = 0; b < BCQ_CODEBOOKS; b++) {
+    for (int b = 0; b < BCQ4_CODEBOOKS; b++) {
         __m256i i0 = _mm256_setzero_si256();
         __m256i i1 = i0;
-        for (int i = 0; i < BCQ_LEVELS - 1; i++) {
-            const __m256i border = _mm256_set1_epi8(bcq_tables.border4[b][i]);
+        for (int i = 0; i < BCQ4_LEVELS - 1; i++) {
+            const __m256i border = _mm256_set1_epi8(bcq4_tables.border4[b][i]);
             i0 = _mm256_sub_epi8(i0, _mm256_cmpgt_epi8(u0, border));
             i1 = _mm256_sub_epi8(i1, _mm256_cmpgt_epi8(u1, border));
         }
-        const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) bcq_tables.codeword4[b]));
+        const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) bcq4_tables.codeword4[b]));
         const __m256i c0 = _mm256_shuffle_epi8(table, i0);
         const __m256i c1 = _mm256_shuffle_epi8(table, i1);
 

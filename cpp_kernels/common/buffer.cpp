@@ -48,10 +48,6 @@ struct kernels {
 
 static_assert(Q8_TSQ_BLOCK_SIZE == 4*2 + QK8_TSQ && Q8_PTQ_BLOCK_SIZE == 4*4 + QK_PTQ, "wrong words of a panel");
 
-#if BCQ_NROWS > 0
-static_assert(BCQ_NROWS == TESSERAQ_NROWS, "the families share groups of rows and panels");
-#endif
-
 // bytes of a block of activations
 #define BYTES(TYPE, type, id, numbers, bytes) static const int bytes_##type = bytes;
 TESSERAQ_ACTIVATIONS(BYTES)
@@ -62,14 +58,10 @@ static const kernels * kernels_of(ggml_type type) {
 #define KERNELS(TYPE, type, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...)                                                  \
     case GGML_TYPE_##TYPE: {                                                                                                            \
         static const kernels k = { weights, (bytes_##acts - weights)/4, layout##_repack, quantize_panel_##acts, ggml_gemm_##layout };   \
-        return &k;                                                                                                                      \
+        return LAYOUT##_NROWS > 0 ? &k : nullptr;                                                                                       \
     }
     switch (type) {
-        TESSERAQ_TSQ_TYPES(KERNELS)
-        TESSERAQ_PTQ_TYPES(KERNELS)
-#if BCQ_NROWS > 0
-        TESSERAQ_BCQ_TYPES(KERNELS)
-#endif
+        TESSERAQ_TYPES(KERNELS)
         default: return nullptr;
     }
 #undef KERNELS

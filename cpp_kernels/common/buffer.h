@@ -23,6 +23,8 @@ ggml_backend_buffer_type_t ggml_backend_cpu_tesseraq_buffer_type(void);
 // Quantizes nb blocks of column c of a panel of w columns; y is the panel's first of these blocks.
 //     void quantize_panel_acts        (const float * x, void * y, int64_t nb, int w, int c)
 //     void quantize_panel_acts_generic(const float * x, void * y, int64_t nb, int w, int c)
+//
+// LAYOUT_NROWS are the rows of a group; 0 for a layout that has no kernels.
 #define TESSERAQ_DECLARE_REPACK(TYPE, type, LAYOUT, layout, ...)                                                                      \
     void layout##_repack(int nrows, int64_t nb, const void * GGML_RESTRICT x, void * GGML_RESTRICT y);                                \
     void ggml_gemm_##layout          (int n, float * const * s, const void * GGML_RESTRICT vx, const void * GGML_RESTRICT vy, int w); \

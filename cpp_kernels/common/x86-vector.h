@@ -21,6 +21,8 @@ typedef __m512  vfloat;
 static TESSERAQ_INLINE vint   v_load (const void * p)            { return _mm512_loadu_si512(p); }
 static TESSERAQ_INLINE vint   v_bytes(const uint8_t * p)         { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p)); }
 static TESSERAQ_INLINE vint   v_set8 (int x)                     { return _mm512_set1_epi8((char) x); }
+static TESSERAQ_INLINE vint   v_table(const void * p)            { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
+static TESSERAQ_INLINE vint   v_look (vint table, vint at)       { return _mm512_shuffle_epi8(table, at); }
 static TESSERAQ_INLINE vint   v_set32(int x)                     { return _mm512_set1_epi32(x); }
 static TESSERAQ_INLINE vint   v_and  (vint a, vint b)            { return _mm512_and_si512(a, b); }
 static TESSERAQ_INLINE vint   v_or   (vint a, vint b)            { return _mm512_or_si512(a, b); }
@@ -52,6 +54,8 @@ typedef __m256  vfloat;
 static TESSERAQ_INLINE vint   v_load (const void * p)            { return _mm256_loadu_si256((const __m256i *) p); }
 static TESSERAQ_INLINE vint   v_bytes(const uint8_t * p)         { return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *) p)); }
 static TESSERAQ_INLINE vint   v_set8 (int x)                     { return _mm256_set1_epi8((char) x); }
+static TESSERAQ_INLINE vint   v_table(const void * p)            { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)); }
+static TESSERAQ_INLINE vint   v_look (vint table, vint at)       { return _mm256_shuffle_epi8(table, at); }
 static TESSERAQ_INLINE vint   v_set32(int x)                     { return _mm256_set1_epi32(x); }
 static TESSERAQ_INLINE vint   v_and  (vint a, vint b)            { return _mm256_and_si256(a, b); }
 static TESSERAQ_INLINE vint   v_or   (vint a, vint b)            { return _mm256_or_si256(a, b); }

@@ -5,6 +5,8 @@
 #include "tesseraq/common/buffer.h"
 #include "tesseraq/ptq/ptq.h"
 
+#define PTQ1_61_NROWS TESSERAQ_NROWS // rows of a group
+
 // The 128 columns of a block are 32 units of 4. Salient ones are in their order; signs stay in the bytes they come in, 4 bytes of a row
 // together, so that a unit of the first 24 binary ones is a column of each of 4 bytes.
 #define PTQ_UNITS         (QK_PTQ/4)

@@ -6,6 +6,11 @@
 #include "tesseraq/common/q8.h"
 #include "tesseraq/tsq/tsq.h"
 
+// rows of a group
+#define TSQ2_NROWS TESSERAQ_NROWS
+#define TSQ3_NROWS TESSERAQ_NROWS
+#define TSQ4_NROWS TESSERAQ_NROWS
+
 // A group of rows is a sequence of pairs of blocks; a last block without a partner stands alone. A pair is
 //     uint8_t d[rows], z[rows] of the first block, d[rows], z[rows] of the second, codes of the first, codes of the second
 // and the codes of a block are vectors of TESSERAQ_DEPTH*rows bytes. Byte TESSERAQ_DEPTH*r + j of a vector belongs to row r and to columns

@@ -6,6 +6,7 @@
 #if defined(TESSERAQ_AVX2)
 
 #include "tesseraq/common/round.h"
+#include "tesseraq/common/x86-heads.h"
 
 #include <immintrin.h>
 
@@ -52,46 +53,12 @@ static TESSERAQ_INLINE __m512 tsq_unit(int nbits) {
     return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_set_m128(u1, u0)), _mm256_set_m128(u3, u2), 1);
 }
 
-// d and z of the m blocks of a group, in the lowest bytes of 16 lanes. Vectors are loaded from every second (TSQ4), third or fourth
-// block on, as many as have their d and z in one, and a permutation fetches these.
-static TESSERAQ_INLINE void tsq_load_heads(const uint8_t * GGML_RESTRICT x, int nbits, int m, __m512i * d, __m512i * z) {
-    const int each = nbits == 2 ? 4 : nbits == 3 ? 3 : 2;
-    const int end  = m*TSQ_BLOCK_SIZE(nbits);
-
-    // 32-bit word of block i of the group in its vector, and the byte in that word; TSQ3's last vector begins earlier so that it
-    // ends with the group
-    const __m512i word = nbits == 2 ? _mm512_set_epi32(13, 9, 4, 0, 13, 9, 4, 0, 13, 9, 4, 0, 13, 9, 4, 0)
-                       : nbits == 3 ? _mm512_set_epi32(9, 13, 6, 0, 13, 6, 0, 13, 6, 0, 13, 6, 0, 13, 6, 0)
-                                    : _mm512_set_epi32(8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0, 8, 0);
-    const __m512i byte = nbits == 3 ? _mm512_set_epi32(2, 0, 2, 0, 0, 2, 0, 0, 2, 0, 0, 2, 0, 0, 2, 0)
-                                    : _mm512_set_epi32(2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0, 2, 0);
-
-    __m512i heads = _mm512_setzero_si512();
-    TESSERAQ_UNROLL
-    for (int i = 0; i < Q8_GROUP; i += each) {
-        const int at = nbits == 3 && i == 15 ? 16*TSQ_BLOCK_SIZE(3) - 64 : i*TSQ_BLOCK_SIZE(nbits);
-        if (m < Q8_GROUP && at >= end) {
-            break;
-        }
-        const __mmask16 lanes = (__mmask16) (((1u << each) - 1) << i);
-        const __m512i   v     = m == Q8_GROUP || end - at >= 64 ? _mm512_loadu_si512(x + at)
-                                                                    : _mm512_maskz_loadu_epi8(~0ULL >> (64 - (end - at)), x + at);
-        heads = _mm512_mask_permutexvar_epi32(heads, lanes, word, v);
-    }
-
-    // the byte of d, then that of z, of each lane to its lowest place
-    const __m512i lane  = _mm512_set_epi32(12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0, 12, 8, 4, 0);
-    const __m512i low   = _mm512_or_si512(_mm512_add_epi32(lane, byte), _mm512_set1_epi32((int) 0x80808000));
-    *d = _mm512_shuffle_epi8(heads, low);
-    *z = _mm512_shuffle_epi8(heads, _mm512_add_epi32(low, _mm512_set1_epi32(1)));
-}
-
 // one group of m blocks
 static TESSERAQ_INLINE void tsq_dot_group(const uint8_t * GGML_RESTRICT x, int nbits, const uint8_t * GGML_RESTRICT y, int m, __m512 * acc, __m512 * accz) {
     const __mmask16 blocks = (__mmask16) ((1u << m) - 1);
 
     __m512i dx, zx;
-    tsq_load_heads(x, nbits, m, &dx, &zx);
+    x86_load_heads(x, nbits, m, &dx, &zx);
 
     const __m512  d     = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_slli_epi32(dx, 20), _mm512_set1_epi32(103 << 23)));
     const __m512  scale = _mm512_mul_ps(d, _mm512_maskz_loadu_ps(blocks, y));

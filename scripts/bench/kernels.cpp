@@ -216,7 +216,7 @@ int main(int argc, char ** argv) {
     add_vec_dot(kernels, "q2_0_stock", GGML_TYPE_Q2_0, ggml_vec_dot_q2_0_q8_0_generic);
 #if TESSERAQ_NROWS > 0
     TESSERAQ_TSQ_TYPES(ADD_REPACKED)
-#if BCQ_NROWS > 0
+#if BCQ4_NROWS > 0
     TESSERAQ_BCQ_TYPES(ADD_REPACKED)
 #endif
     TESSERAQ_PTQ_TYPES(ADD_REPACKED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,17 @@ import numpy as np
 import pytest
 
 from tesseraq_gguf.errors import RuntimeMissingError
-from tesseraq_gguf.runtime import Runtime, SourceTree, ensure_source, find_runtime
+from tesseraq_gguf.runtime import Runtime, SourceTree, cache, ensure_source, find_runtime
 from tesseraq_gguf.types.facts import tensor_type
 
 TSQ_BITS = (2, 3, 4)
 """Bits of a code of the TSQ types."""
+
+
+def kernel_types() -> list[tuple[str, str, str, str, str]]:
+    """The rows of `types.h`: name in upper and in lower case, id, weights and bytes of a block."""
+    header = (cache.kernels_dir() / "types.h").read_text()
+    return re.findall(r"^ +X\((\w+), +(\w+), +\w+, +\w+, +(\d+), +(\d+), +(\d+), ", header, re.MULTILINE)
 
 
 @pytest.fixture(scope="session", params=TSQ_BITS, ids=lambda bits: f"tsq{bits}")

@@ -201,14 +201,6 @@ static int ptq_panel_place(int j) {
     abort();
 }
 
-#if BCQ_NROWS > 0
-#define BCQ_PANEL(name) PANEL(name)
-#define BCQ_GEMM(f)     f
-#else
-#define BCQ_PANEL(name) { name##_generic, nullptr }
-#define BCQ_GEMM(f)     nullptr
-#endif
-
 // what the activations of a type are like
 #define MAX_q8_tsq 127
 #define MAX_a4_bcq BCQ_MAX_CODE
@@ -220,22 +212,21 @@ static int ptq_panel_place(int j) {
 #define OFFSET_tsq2    tsq_offset<2>
 #define OFFSET_tsq3    tsq_offset<3>
 #define OFFSET_tsq4    tsq_offset<4>
+#define OFFSET_bcq2    bcq_offset
 #define OFFSET_bcq4    bcq_offset
 #define OFFSET_ptq1_61 ptq_offset
 
-#define ROW(name, layout, weights, bytes, acts, rows, words, LAYOUT_OF_ACTS, NROWS, PANEL_OF, GEMM_OF)                                   \
-    { name, weights, bytes, words, MAX_##acts, dequantize_row_##layout, quantize_##layout, OFFSET_##layout, LAYOUT_OF_ACTS,              \
-      BOTH(quantize_row_##acts), BOTH(ggml_vec_dot_##layout##_##rows),                                                                   \
-      NROWS, layout##_repack, PANEL_OF(quantize_panel_##acts), ggml_gemm_##layout##_generic, GEMM_OF(ggml_gemm_##layout) },
+#define ROW(name, LAYOUT, layout, weights, bytes, acts, rows, words, LAYOUT_OF_ACTS)                                        \
+    { name, weights, bytes, words, MAX_##acts, dequantize_row_##layout, quantize_##layout, OFFSET_##layout, LAYOUT_OF_ACTS, \
+      BOTH(quantize_row_##acts), BOTH(ggml_vec_dot_##layout##_##rows),                                                      \
+      LAYOUT##_NROWS, layout##_repack, PANEL(quantize_panel_##acts), ggml_gemm_##layout##_generic, GEMM(ggml_gemm_##layout) },
 
-#define TSQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
-    ROW(#name, layout, weights, bytes, acts, rows, 2, Q8_TSQ_LAYOUT, TESSERAQ_NROWS, PANEL, GEMM)
-#define BCQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
-    ROW(#name, layout, weights, bytes, acts, rows, 2, Q8_TSQ_LAYOUT, BCQ_NROWS, BCQ_PANEL, BCQ_GEMM)
-#define PTQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
-    ROW(#name, layout, weights, bytes, acts, rows, 4, Q8_PTQ_LAYOUT, TESSERAQ_NROWS, PANEL, GEMM)
+#define Q8_TSQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
+    ROW(#name, LAYOUT, layout, weights, bytes, acts, rows, 2, Q8_TSQ_LAYOUT)
+#define Q8_PTQ_ROW(TYPE, name, LAYOUT, layout, id, weights, bytes, ACTS, acts, rows, ...) \
+    ROW(#name, LAYOUT, layout, weights, bytes, acts, rows, 4, Q8_PTQ_LAYOUT)
 
-static const type types[] = { TESSERAQ_TSQ_TYPES(TSQ_ROW) TESSERAQ_BCQ_TYPES(BCQ_ROW) TESSERAQ_PTQ_TYPES(PTQ_ROW) };
+static const type types[] = { TESSERAQ_TSQ_TYPES(Q8_TSQ_ROW) TESSERAQ_BCQ_TYPES(Q8_TSQ_ROW) TESSERAQ_PTQ_TYPES(Q8_PTQ_ROW) };
 
 static const int NTYPES = sizeof(types)/sizeof(types[0]);
 

@@ -35,14 +35,15 @@ static ggml_backend_buffer_type_t find_buffer_type() {
     return nullptr;
 }
 
-// Whether the processor that the backend was compiled for has kernels of repacked rows: on x86 those of BCQ types need a table of 128 bytes.
+// Whether the processor that the backend was compiled for has kernels of repacked rows: on x86 those of BCQ4 need a table of 128 bytes.
 static bool has_kernels(ggml_type type) {
     if (ggml_cpu_has_neon()) {
         return true;
     }
     const bool avx512 = ggml_cpu_has_avx512() && ggml_cpu_has_avx512_vnni();
     switch (type) {
-        TESSERAQ_BCQ_TYPES(TESSERAQ_CASE)
+        case GGML_TYPE_BCQ4:
+        case GGML_TYPE_BCQ4_A4:
             return avx512 && ggml_cpu_has_avx512_vbmi();
         default:
             return avx512 || (ggml_cpu_has_avx2() && ggml_cpu_has_fma());

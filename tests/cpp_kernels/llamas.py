@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 Tensors = dict[str, tuple[Array, int]]
 """Bytes or numbers, and their `ggml_type`, by the tensor's name."""
 
-F32, I32, BCQ4, PTQ1_61 = 0, 26, 503, 505
+F32, I32, BCQ4, PTQ1_61, BCQ2 = 0, 26, 503, 505, 506
 
 PACKER = packer_of("ptq1_61")
 
@@ -60,7 +60,8 @@ writer.add_token_scores([0.0] * len(job["tokens"]))
 writer.add_token_types([2, 3, 3] + [1] * (len(job["tokens"]) - 3))
 writer.add_unk_token_id(0); writer.add_bos_token_id(1); writer.add_eos_token_id(2)
 if job["codebooks"]:
-    writer.add_key_value("tesseraq.bcq.codebooks", job["codebooks"], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT8)
+    key = {128: "tesseraq.bcq.codebooks", 16: "tesseraq.bcq2.codebooks"}[len(job["codebooks"])]
+    writer.add_key_value(key, job["codebooks"], gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT8)
 for name, type in job["types"].items():
     writer.add_tensor(name, arrays[name], raw_dtype=gguf.GGMLQuantizationType(type))
 writer.write_header_to_file(); writer.write_kv_data_to_file(); writer.write_tensors_to_file(); writer.close()
@@ -80,7 +81,7 @@ def write_model(
         source: whose `gguf` writes the file.
         path: where to.
         tensors: what is in it.
-        codebooks: those of BCQ types, int8 [8, 16]; None for the universal ones.
+        codebooks: those of BCQ4, int8 [8, 16], or of BCQ2, int8 [4, 4]; None for the universal ones.
         split: arguments of GGUFWriter that make several files.
     """
     arrays = path.with_suffix(".npz")

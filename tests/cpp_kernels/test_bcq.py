@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,7 @@ def rows(seed: int, count: int, blocks: int) -> Array:
 
 
 def test_header_json_and_page_have_the_same_codebooks() -> None:
-    header = (cache.kernels_dir() / "bcq" / "codebooks.h").read_text()
+    header = (cache.kernels_dir() / "bcq" / "bcq4-codebooks.h").read_text()
     numbers = [int(n) for row in re.findall(r"\{([^}]*)\}", header) for n in row.split(",")]
     assert numbers == bcq.UNIVERSAL.flatten().tolist()
     assert bcq.UNIVERSAL.shape == (8, 16)
@@ -49,20 +52,115 @@ def test_header_json_and_page_have_the_same_codebooks() -> None:
     assert (bcq.UNIVERSAL == 0).any()
 
 
+def universal_bcq2() -> Array:
+    """The universal codebooks of BCQ2 as C has them, int8 [4, 4]."""
+    header = (cache.kernels_dir() / "bcq" / "bcq2-codebooks.h").read_text()
+    return np.array([[int(n) for n in row.split(",")] for row in re.findall(r"\{([^}]*)\}", header)], np.int8)
+
+
+def dequantise_bcq2(data: Array, codebooks: Array) -> Array:
+    """`docs/formats.md` in numpy: uint8 [rows, blocks * 18] to float32 [rows, blocks * 64]."""
+    blocks = data.reshape(-1, 18)
+    i = np.arange(64)
+    index = blocks[:, 2 + i % 16] >> 2 * (i // 16) & 3
+    selector = blocks[:, 1:2] >> 2 * (i // 16) & 3
+    return (e5m3.decode(blocks[:, :1]) * codebooks[selector, index]).reshape(len(data), -1)
+
+
+def test_header_and_page_have_the_same_codebooks_of_bcq2() -> None:
+    codebooks = universal_bcq2()
+    assert codebooks.shape == (4, 4)
+    assert (np.diff(codebooks, axis=1) >= 0).all()
+    assert np.abs(codebooks).max() <= 31
+    page = (cache.kernels_dir().parent / "docs" / "formats.md").read_text()
+    for i, row in enumerate(codebooks.tolist()):
+        assert f"| {i} | {' | '.join(map(str, row))} |\n" in page
+
+
+@pytest.mark.runtime
+def test_bcq2_is_dequantised_as_the_page_says(ggml: ctypes.CDLL, ggml_cpu: ctypes.CDLL, source: SourceTree) -> None:
+    """All scales with all selectors, any indices, in C and in the gguf package of the source."""
+    data = np.random.default_rng(0).integers(0, 256, (256, 256, 18), dtype=np.uint8)
+    data[:, :, 0], data[:, :, 1] = np.arange(256)[:, None], np.arange(256)
+    data = data.reshape(256, -1)
+    expected = dequantise_bcq2(data, universal_bcq2())
+    for kernel in [ggml.dequantize_row_bcq2, *kernels(ggml_cpu, "ggml_cpu_bcq2_to_fp32")]:
+        out = np.empty_like(expected)
+        kernel(pointer(data), pointer(out), ctypes.c_int64(out.size))
+        assert (out == expected).all(), kernel.__name__
+    code = """
+import sys, numpy as np, gguf
+from gguf.quants import bcq2_dequantize_blocks, dequantize
+data, own, out = np.load(sys.argv[1]), np.load(sys.argv[2]), sys.argv[3]
+universal = dequantize(data, gguf.GGMLQuantizationType.BCQ2)
+np.save(out, np.stack([universal, bcq2_dequantize_blocks(data.reshape(-1, 18), own).reshape(universal.shape)]))
+"""
+    own = np.sort(np.random.default_rng(1).integers(-31, 32, (4, 4)).astype(np.int8))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [str(Path(folder, name)) for name in ("data.npy", "own.npy", "out.npy")]
+        np.save(paths[0], data[:8])
+        np.save(paths[1], own)
+        subprocess.run([sys.executable, "-c", code, *paths], env={"PYTHONPATH": str(source.gguf_py)}, check=True)
+        universal, others = np.load(paths[2])
+    assert (universal == expected[:8]).all()
+    assert (others == dequantise_bcq2(data[:8], own)).all()
+
+
+@pytest.mark.runtime
+@settings(max_examples=100, deadline=None)
+@given(blocks=st.integers(1, 49), seed=st.integers(0, 2**32 - 1))
+def test_dot_products_of_bcq2(ggml_cpu: ctypes.CDLL, blocks: int, seed: int) -> None:
+    data = np.random.default_rng(seed).integers(0, 256, (1, blocks * 18), dtype=np.uint8)
+    y = activations(np.random.default_rng(seed), blocks)
+    da, qa = split(y)
+    weights = dequantise_bcq2(data, universal_bcq2()).reshape(-1, 64).astype(np.float64)
+    offset = 32 * e5m3.decode(data.reshape(-1, 18)[:, :1]).astype(np.float64)
+    expected = (weights * (qa * da[:, None].astype(np.float64))).sum()
+    magnitude = ((np.abs(weights) + offset) * np.abs(qa * da[:, None].astype(np.float64))).sum()
+    for kernel in kernels(ggml_cpu, "ggml_vec_dot_bcq2_q8_tsq"):
+        assert abs(dot(kernel, data[0], y) - expected) <= 5e-7 * magnitude, kernel.__name__
+
+
+@pytest.mark.runtime
+def test_quantising_to_bcq2_finds_what_trying_all_finds(ggml: ctypes.CDLL) -> None:
+    """Of normal numbers, within the scales that it tries; importance moves the error to where it matters less."""
+    x = np.random.default_rng(1).standard_normal((16, 256)).astype(np.float32)
+    importance = np.random.default_rng(2).exponential(size=256).astype(np.float32)
+    out = np.empty((16, 4 * 18), np.uint8)
+    ggml.quantize_bcq2.restype = ctypes.c_size_t
+    codebooks = universal_bcq2()
+
+    def error(imatrix: Array | None, weights: Array | float) -> float:
+        given = pointer(imatrix) if imatrix is not None else None
+        assert ggml.quantize_bcq2(pointer(x), pointer(out), ctypes.c_int64(16), ctypes.c_int64(256), given) == out.size
+        return float((weights * (dequantise_bcq2(out, codebooks) - x) ** 2).sum())
+
+    groups = x.reshape(-1, 4, 16).astype(np.float64)
+    best = np.full(len(groups), np.inf)
+    for scale in e5m3.decode(np.arange(256, dtype=np.uint8)):
+        levels = scale * codebooks.astype(np.float64)
+        errors = (np.abs(groups[:, :, :, None, None] - levels).min(axis=-1) ** 2).sum(axis=2)
+        best = np.minimum(best, errors.min(axis=2).sum(axis=1))
+    assert error(None, 1.0) == pytest.approx(best.sum(), rel=1e-3)
+    weights = importance * np.sqrt((x**2).mean(axis=1, keepdims=True) + x**2)
+    assert error(importance, weights) < 0.97 * error(None, weights)
+
+
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc with its sanitizers")
 @pytest.mark.runtime
 def test_sources_under_sanitizers(source: SourceTree, tmp_path: Path, instructions: list[str]) -> None:
     units = ["bcq/bcq.c", "bcq/cpu.c", "bcq/repack.cpp", *(["bcq/x86.c", "bcq/x86-repack.cpp"] if instructions else [])]
     options = [*(instructions or ["-DGGML_CPU_GENERIC"]), "-fsanitize=float-cast-overflow"]
-    lines = 16 if "-mavx512vbmi" in instructions else 4
-    assert run_sanitized(source, tmp_path / "bcq", ["gcc"], units, options) == f"{lines} rows: all ok\n"
+    few = 16 if "-mavx512vnni" in instructions else 8 if instructions else 4
+    many = 16 if "-mavx512vbmi" in instructions else 4
+    assert run_sanitized(source, tmp_path / "bcq", ["gcc"], units, options) == f"{few} and {many} rows: all ok\n"
 
 
 @pytest.mark.runtime
 def test_neon(source: SourceTree, tmp_path: Path, processor: str) -> None:
     units = ["bcq/bcq.c", "bcq/cpu.c", "bcq/repack.cpp", "bcq/arm.c", "bcq/arm-repack.cpp"]
     command = [CC]  # which tells C and C++ apart
-    assert test_arm.run(source, tmp_path / "bcq", command, units, processor) == "4 rows: all ok\n"
+    assert test_arm.run(source, tmp_path / "bcq", command, units, processor) == "4 and 4 rows: all ok\n"
 
 
 @pytest.mark.runtime

@@ -12,15 +12,23 @@ import pytest
 
 from tesseraq_gguf.runtime import Runtime, SourceTree
 
-from .llamas import BCQ4, F32, SHAPES, VOCABULARY, WIDTH, Array, Tensors, save, write_model
+from .llamas import BCQ2, BCQ4, F32, SHAPES, VOCABULARY, WIDTH, Array, Tensors, save, write_model
 
 pytestmark = pytest.mark.runtime
 
-OWN = np.sort(np.random.default_rng(0).integers(-31, 32, (8, 16)), axis=1).astype(np.int8)
+OWN = {
+    BCQ4: np.sort(np.random.default_rng(0).integers(-31, 32, (8, 16)), axis=1).astype(np.int8),
+    BCQ2: np.sort(np.random.default_rng(0).integers(-31, 32, (4, 4)), axis=1).astype(np.int8),
+}
+"""Codebooks that are not the universal ones, by `ggml_type`."""
+
+KEYS = {BCQ4: "tesseraq.bcq.codebooks", BCQ2: "tesseraq.bcq2.codebooks"}
+
+of_each_layout = pytest.mark.parametrize("layout", [BCQ4, BCQ2], ids=["bcq4", "bcq2"])
 
 
-def bcq_tensors() -> Tensors:
-    """A model with any blocks of BCQ4."""
+def bcq_tensors(layout: int) -> Tensors:
+    """A model with any blocks of a layout."""
     rng = np.random.default_rng(1)
     tensors: Tensors = {}
     for name in ("token_embd", "output"):
@@ -28,9 +36,9 @@ def bcq_tensors() -> Tensors:
     for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
         tensors[f"{name}.weight"] = (np.ones(WIDTH, np.float32), F32)
     for name, (rows, columns) in SHAPES.items():
-        blocks = rng.integers(0, 256, (rows, columns // 64, 36), dtype=np.uint8)
+        blocks = rng.integers(0, 256, (rows, columns // 64, {BCQ4: 36, BCQ2: 18}[layout]), dtype=np.uint8)
         blocks[:, :, 0] = 120  # a scale of 2^-9
-        tensors[f"blk.0.{name}.weight"] = (blocks.reshape(rows, -1), BCQ4)
+        tensors[f"blk.0.{name}.weight"] = (blocks.reshape(rows, -1), layout)
     return tensors
 
 
@@ -55,28 +63,49 @@ print(bool(second or load(sys.argv[2])))
         pytest.param({"split_max_tensors": 20, "small_first_shard": True}, id="metadata first"),
     ],
 )
-@pytest.mark.parametrize("own", [None, OWN[::-1].copy()], ids=["universal", "own"])
+@pytest.mark.parametrize("has_own", [False, True], ids=["universal", "own"])
+@of_each_layout
 def test_other_codebooks_wait(
-    runtime: Runtime, source: SourceTree, tmp_path: Path, split: Mapping[str, int | bool], own: Array | None
+    runtime: Runtime, source: SourceTree, tmp_path: Path, layout: int, split: Mapping[str, int | bool], has_own: bool
 ) -> None:
     """The second model is refused while the first is loaded, and welcome when it is gone."""
-    tensors = bcq_tensors()
+    tensors = bcq_tensors(layout)
+    own = OWN[layout][::-1].copy() if has_own else None
     first = write_model(source, tmp_path / "first.gguf", tensors, own, split)
     assert ("-00001-of-" in first.name) == bool(split)
-    second = write_model(source, tmp_path / "second.gguf", tensors, OWN)
+    second = write_model(source, tmp_path / "second.gguf", tensors, OWN[layout])
     answer = subprocess.run([sys.executable, "-c", LOAD, str(first), str(second)], capture_output=True, text=True)
     assert answer.stdout == "True False True\n", answer.stderr
     assert "a model with other ones is loaded" in answer.stderr
 
 
-@pytest.mark.parametrize("own", [None, OWN], ids=["universal", "own"])
-def test_a_copy_of_a_loaded_model_has_its_codebooks(
-    runtime: Runtime, source: SourceTree, tmp_path: Path, own: Array | None
+@of_each_layout
+def test_the_codebooks_of_one_layout_are_nothing_to_the_other(
+    runtime: Runtime, source: SourceTree, tmp_path: Path, layout: int
 ) -> None:
-    from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+    other = BCQ4 if layout == BCQ2 else BCQ2
+    first = write_model(source, tmp_path / "first.gguf", bcq_tensors(layout), OWN[layout])
+    second = write_model(source, tmp_path / "second.gguf", bcq_tensors(other), OWN[other])
+    answer = subprocess.run([sys.executable, "-c", LOAD, str(first), str(second)], capture_output=True, text=True)
+    assert answer.stdout == "True True True\n", answer.stderr
 
-    model, copy = write_model(source, tmp_path / "model.gguf", bcq_tensors(), own), tmp_path / "copy.gguf"
+
+@pytest.mark.parametrize("has_own", [False, True], ids=["universal", "own"])
+@of_each_layout
+def test_a_copy_of_a_loaded_model_has_its_codebooks(
+    runtime: Runtime, source: SourceTree, tmp_path: Path, layout: int, has_own: bool
+) -> None:
+    own: Array | None = OWN[layout] if has_own else None
+    model, copy = write_model(source, tmp_path / "model.gguf", bcq_tensors(layout), own), tmp_path / "copy.gguf"
     save(model, copy)
-    entries = [open_gguf(path).entries.get("tesseraq.bcq.codebooks") for path in (model, copy)]
-    assert (entries[1] is None) == (own is None)
-    assert entries[0] == entries[1]
+    read = """
+import sys, gguf
+fields = [gguf.GGUFReader(path).fields.get(sys.argv[1]) for path in sys.argv[2:]]
+print([field and field.contents() for field in fields])
+"""
+    command = [sys.executable, "-c", read, KEYS[layout], str(model), str(copy)]
+    answer = subprocess.run(
+        command, env={"PYTHONPATH": str(source.gguf_py)}, capture_output=True, text=True, check=True
+    )
+    codebooks = own.flatten().tolist() if own is not None else None
+    assert answer.stdout == f"{[codebooks, codebooks]}\n"

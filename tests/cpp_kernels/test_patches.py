@@ -87,8 +87,9 @@ def test_patches_are_hooks(pristine: Path) -> None:
             assert (pristine / name).is_file(), name
             assert not name.is_relative_to(KERNELS)
         added = [line for line in lines if line.startswith("+") and not line.startswith("+++")]
-        assert len(added) <= 90, f"{patch.name} adds {len(added)} lines"
-        if not all(name.is_relative_to(ELSEWHERE) for name in touched):
+        in_python = all(name.is_relative_to(ELSEWHERE) for name in touched)
+        assert len(added) <= (120 if in_python else 90), f"{patch.name} adds {len(added)} lines"
+        if not in_python:
             assert [line for line in added if names.search(line.partition("//")[0])] == [], patch.name
 
 

@@ -49,7 +49,7 @@ def test_universal_codebooks_are_written_as_they_stand(tmp_path: Path, monkeypat
     assert not (tmp_path / "cpp_kernels").exists()
     (tmp_path / "cpp_kernels" / "bcq").mkdir(parents=True)
     bcq.write_universal(bcq.UNIVERSAL)
-    for name in ("tesseraq_gguf/types/bcq/codebooks.json", "cpp_kernels/bcq/codebooks.h"):
+    for name in ("tesseraq_gguf/types/bcq/codebooks.json", "cpp_kernels/bcq/bcq4-codebooks.h"):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text()
     assert np.array_equal(json.loads((family / "codebooks.json").read_text()), bcq.UNIVERSAL)
 

@@ -17,8 +17,8 @@ static __device__ __forceinline__ uint32_t bcq_quarters(float x) {
 // gets the codewords of their numbers b.
 static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, float & d, int (&c)[2]) {
     const int lane = threadIdx.x;
-    const int g    = lane / BCQ_CODEBOOKS;
-    const int b    = lane % BCQ_CODEBOOKS;
+    const int g    = lane / BCQ4_CODEBOOKS;
+    const int b    = lane % BCQ4_CODEBOOKS;
 
     const float v    = x ? x[2*lane]     : 0.0f;
     const float w    = x ? x[2*lane + 1] : 0.0f;
@@ -51,19 +51,19 @@ static __device__ __forceinline__ void bcq_encode(const float * __restrict__ x, 
 
         int error = 0;
 #pragma unroll
-        for (int j = 0; j < BCQ_GROUP; ++j) {
+        for (int j = 0; j < BCQ4_GROUP; ++j) {
             error += __ldg(&bcq_device.error[(j < 4 ? u : u4) >> 8*(j % 4) & 0xFF][b]);
         }
 
         // the least error, and of those that draw the first codebook
-        int key = error*BCQ_CODEBOOKS + b;
+        int key = error*BCQ4_CODEBOOKS + b;
 #pragma unroll
-        for (int offset = BCQ_CODEBOOKS/2; offset > 0; offset >>= 1) {
+        for (int offset = BCQ4_CODEBOOKS/2; offset > 0; offset >>= 1) {
             key = min(key, __shfl_xor_sync(0xFFFFFFFF, key, offset, WARP_SIZE));
         }
 
         const uint32_t mine = (b < 4 ? u : u4) >> 8*(b % 4) & 0xFF;
-        c[i] = __ldg(&bcq_device.nearest[mine][key % BCQ_CODEBOOKS]);
+        c[i] = __ldg(&bcq_device.nearest[mine][key % BCQ4_CODEBOOKS]);
     }
 }
 

@@ -40,23 +40,25 @@ void bcq_prepare(const ggml_cgraph * cgraph, cudaStream_t stream) {
 
     std::lock_guard<std::mutex> lock(mutex);
     bcq_device_tables & t = tables[device];
-    if (ready[device] && memcmp(t.codeword, bcq_tables.codeword, sizeof(t.codeword)) == 0) {
+    if (ready[device] && memcmp(t.codeword,  bcq4_tables.codeword, sizeof(t.codeword))  == 0
+                      && memcmp(t.codeword2, bcq2_tables.codeword, sizeof(t.codeword2)) == 0) {
         return;
     }
 
-    memcpy(t.codeword, bcq_tables.codeword, sizeof(t.codeword));
-    memcpy(t.shifted,  bcq_tables.shifted,  sizeof(t.shifted));
+    memcpy(t.codeword,  bcq4_tables.codeword, sizeof(t.codeword));
+    memcpy(t.codeword2, bcq2_tables.codeword, sizeof(t.codeword2));
+    memcpy(t.shifted,   bcq4_tables.shifted,  sizeof(t.shifted));
     for (int u = -128; u < 128; ++u) {
-        for (int b = 0; b < BCQ_CODEBOOKS; ++b) {
-            const int n = bcq_tables.nearest4[b][u >> 1 & 127];
+        for (int b = 0; b < BCQ4_CODEBOOKS; ++b) {
+            const int n = bcq4_tables.nearest4[b][u >> 1 & 127];
             const int e = std::min(std::abs(n - u), 127);
             t.nearest[u & 255][b] = n/4;
             t.error  [u & 255][b] = e*e;
         }
     }
 
-    // Nobody uses other codebooks meanwhile: codebooks change when no model with BCQ tensors is loaded. Other streams may use these
-    // as soon as this returns.
+    // Nobody uses other codebooks meanwhile: those of a layout change when no model with tensors of it is loaded, and what is in use is
+    // written over with the same. Other streams may use these as soon as this returns.
     for (const bcq_unit * unit = bcq_units; unit; unit = unit->next) {
         CUDA_CHECK(cudaMemcpyToSymbolAsync(unit->symbol, &t, sizeof(t), 0, cudaMemcpyHostToDevice, stream));
     }

@@ -2,7 +2,7 @@
 
 // Our types in mmvq.cu: the cases of its switches, and launch parameters.
 
-#include "tesseraq/bcq/cuda/unit.cuh"
+#include "tesseraq/bcq/cuda/mmvq.cuh"
 
 #define TESSERAQ_CASE_VEC_DOT(TYPE, type, LAYOUT, layout, ...) case GGML_TYPE_##TYPE: return vec_dot_##layout##_q8_1;
 #define TESSERAQ_CASE_VDR(TYPE, type, LAYOUT, layout, ...)     case GGML_TYPE_##TYPE: return VDR_##LAYOUT##_Q8_1_MMVQ;
@@ -43,17 +43,8 @@
 #define TESSERAQ_MMVQ_ROW(type, i) \
     (rows_per_cuda_block > 1 && tesseraq_is_type(type) ? min(i, (int) (TESSERAQ_MMVQ_NROWS(type) - row0) - 1) : (i))
 
-// all threads of a block; codebooks are no result of the kernel before, so this need not wait for it
-static __device__ __forceinline__ void bcq_share_codebooks() {
-    const int thread = blockDim.x*threadIdx.y + threadIdx.x;
-    if (thread < BCQ_CODEBOOKS) {
-        bcq_shared_codebooks()[thread] = bcq_load_codebook(thread);
-    }
-    __syncthreads();
-}
-
 // at the beginning of a kernel
 #define TESSERAQ_MMVQ_BEGIN(type)                 \
     if constexpr (tesseraq_has_codebooks(type)) { \
-        bcq_share_codebooks();                    \
+        bcq_share_codebooks<type>();              \
     }

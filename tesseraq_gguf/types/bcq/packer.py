@@ -59,7 +59,7 @@ def write_universal(codebooks: NDArray[np.int8]) -> None:
     """Make codebooks, int8 [8, 16], the universal ones: of Python, and of C in a source tree."""
     rows = [[int(c) for c in row] for row in read_codebooks(codebooks)]
     _FILE.write_text("[\n" + ",\n".join(f" {json.dumps(row)}" for row in rows) + "\n]\n", encoding="utf-8")
-    header = Path(__file__).parents[3] / "cpp_kernels" / "bcq" / "codebooks.h"
+    header = Path(__file__).parents[3] / "cpp_kernels" / "bcq" / "bcq4-codebooks.h"
     if header.parent.is_dir():
         lines = ", \\\n".join("    { " + ", ".join(f"{c:3d}" for c in row) + " }" for row in rows)
         header.write_text(_HEADER.format(lines=lines), encoding="utf-8")
@@ -68,10 +68,10 @@ def write_universal(codebooks: NDArray[np.int8]) -> None:
 _HEADER = """\
 #pragma once
 
-// The universal codebooks of BCQ types, written by scripts/design_codebooks; convert/packers/bcq_codebooks.json holds the same
-// numbers for Python.
+// The universal codebooks of BCQ4, written by scripts/design_codebooks; tesseraq_gguf/types/bcq/codebooks.json holds the same numbers
+// for Python.
 
-#define BCQ_UNIVERSAL_CODEBOOKS \\
+#define BCQ4_UNIVERSAL_CODEBOOKS \\
 {lines}
 """  # noqa: E501
 

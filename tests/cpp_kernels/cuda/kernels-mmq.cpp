@@ -34,7 +34,11 @@ static expected_weight expected_tsq(const uint8_t * block, int nbits, int i) {
 static expected_weight expected_in_tile(ggml_type type, const uint8_t * block, int i) {
     if (tesseraq_has_codebooks(type)) {
         int8_t c[QK];
-        bcq_decode((const block_bcq4 *) block, c);
+        if (type == GGML_TYPE_BCQ2) {
+            bcq2_decode((const block_bcq2 *) block, c);
+        } else {
+            bcq4_decode((const block_bcq4 *) block, c);
+        }
         return { c[i], e5m3_decode(block[0]), 0.0f };
     }
     return expected_tsq(block, 2 + type - GGML_TYPE_TSQ2, i);

@@ -91,24 +91,24 @@ extern "C" void ggml_critical_section_end(void) {}
 
 // ------------------------------------------------------------ codebooks of a model
 
-static std::vector<int8_t> own_codebooks(random_t & random) {
-    std::vector<int8_t> codebooks(BCQ_CODEBOOKS*BCQ_LEVELS);
+static std::vector<int8_t> own_codebooks(int count, int levels, random_t & random) {
+    std::vector<int8_t> codebooks(count*levels);
     for (int8_t & c : codebooks) {
         c = (int8_t) (random() % (2*BCQ_MAX_CODE + 1)) - BCQ_MAX_CODE;
     }
-    for (int b = 0; b < BCQ_CODEBOOKS; ++b) {
-        std::sort(&codebooks[b*BCQ_LEVELS], &codebooks[b*BCQ_LEVELS] + BCQ_LEVELS);
+    for (int b = 0; b < count; ++b) {
+        std::sort(&codebooks[b*levels], &codebooks[b*levels] + levels);
     }
     return codebooks;
 }
 
-// takes the universal codebooks (none) or others into use, as a model does that is loaded, and computes a graph of one product
-static void use(const int8_t * codebooks) {
-    if (!bcq_acquire(codebooks)) {
+// takes the universal codebooks of a layout (none) or others into use, as a model does that is loaded, and computes a graph of one product
+static void use(bcq_layout layout, ggml_type type, const int8_t * codebooks) {
+    if (!bcq_acquire(layout, codebooks)) {
         fail("codebooks are refused");
     }
     ggml_tensor weights = {}, product = {}, * nodes[] = { &product };
-    weights.type   = GGML_TYPE_BCQ4;
+    weights.type   = type;
     product.src[0] = &weights;
 
     ggml_cgraph graph = {};
@@ -132,10 +132,13 @@ int main(int argc, char ** argv) {
             with_codebooks.push_back(&t);
         }
     }
-    use(nullptr);
+#define USE_UNIVERSAL(LAYOUT, ...) use(BCQ_LAYOUT_##LAYOUT, GGML_TYPE_##LAYOUT, nullptr);
+    TESSERAQ_CODEBOOKS(USE_UNIVERSAL)
     check(all, random);
-    bcq_release();
-    use(own_codebooks(random).data());
+#define USE_OWN(LAYOUT, layout, count, levels, key) \
+    bcq_release(BCQ_LAYOUT_##LAYOUT);               \
+    use(BCQ_LAYOUT_##LAYOUT, GGML_TYPE_##LAYOUT, own_codebooks(count, levels, random).data());
+    TESSERAQ_CODEBOOKS(USE_OWN)
     check(with_codebooks, random);
     printf("%s: all ok\n", part.c_str());
     return 0;

@@ -1,9 +1,9 @@
 #pragma once
 
-// The universal codebooks of BCQ types, written by scripts/design_codebooks; convert/packers/bcq_codebooks.json holds the same
-// numbers for Python.
+// The universal codebooks of BCQ4, written by scripts/design_codebooks; tesseraq_gguf/types/bcq/codebooks.json holds the same numbers
+// for Python.
 
-#define BCQ_UNIVERSAL_CODEBOOKS \
+#define BCQ4_UNIVERSAL_CODEBOOKS \
     { -19, -15, -12, -10,  -8,  -6,  -4,  -2,  -1,   0,   1,   2,   4,   6,   8,  11 }, \
     { -31, -25, -18, -12,  -9,  -6,  -4,  -2,   0,   2,   4,   6,   8,  11,  14,  19 }, \
     { -21, -17, -14, -11,  -8,  -6,  -4,  -2,   0,   2,   4,   6,   8,  10,  13,  17 }, \
