@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conversions import Listener, recipe_of
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.conversion.progress import SilentProgress
-from tesseraq_gguf.conversion.work_directory import WorkDirectory
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.evaluation.simulation import final_states
@@ -37,29 +36,6 @@ from tesseraq_gguf.types.quantized import load_tensors
 pytestmark = pytest.mark.slow
 
 
-class Listener(SilentProgress):
-    def __init__(self) -> None:
-        self.results: list[Any] = []
-        self.notes: list[str] = []
-        self.steps = 0
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, block: int, blocks: int, done: int, total: int) -> None:
-        self.steps += 1
-
-    def block(self, result, blocks: int) -> None:
-        self.results.append(result)
-
-
-def _recipe(source, out, text, **options) -> Recipe:
-    settings: dict[str, Any] = {"preset": "fast", "samples": 8, "seqlen": 32, "calibration": str(text)}
-    if options.get("method") == "rtn":  # it learns nothing, from no text
-        settings = {}
-    return Recipe(str(source.folder), out, **settings | {"device": "cpu"} | options)
-
-
 def _digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
@@ -69,7 +45,7 @@ def _digests(folder: Path) -> dict[str, str]:
 def test_learning_lowers_the_loss_of_every_block(kind, method, named, make_model, long_text, tmp_path):  # noqa: F811
     source, told = make_model(kind), Listener()
     before = _digests(source.folder)
-    report = convert(_recipe(source, tmp_path / "out.gguf", long_text, method=method), told)
+    report = convert(recipe_of(source, tmp_path / "out.gguf", long_text, method=method), told)
     assert [r.index for r in told.results] == [0, 1]
     assert all(r.loss_after < r.loss_before for r in told.results)
     assert report.block_bits_per_weight == 2.25
@@ -86,7 +62,9 @@ def test_learning_lowers_the_loss_of_every_block(kind, method, named, make_model
 def test_it_ends_with_the_divergence_on_what_is_held_out(options, make_model, long_text, tmp_path):  # noqa: F811
     """What the report says is what the file's blocks give, in another run of the same model."""
     source, told = make_model("llama"), Listener()
-    recipe = _recipe(source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work", finish_steps=None, **options)
+    recipe = recipe_of(
+        source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work", finish_steps=None, **options
+    )
     report = convert(recipe, told)
     assert report.held_out == 4 * 32
     assert report.kept_start == sum(r.verdict.kept_start for r in told.results)
@@ -129,7 +107,7 @@ def test_a_killed_run_resumed_gives_the_same_file(make_model, long_text, tmp_pat
     killed.wait()
     assert not broken.exists()
     told = Listener()
-    report = convert(_recipe(source, broken, long_text), told)
+    report = convert(recipe_of(source, broken, long_text), told)
     assert report.resumed >= 1
     assert told.results[0].resumed
     assert broken.read_bytes() == whole.read_bytes()
@@ -137,7 +115,7 @@ def test_a_killed_run_resumed_gives_the_same_file(make_model, long_text, tmp_pat
 
 def test_finished_blocks_are_not_learned_again(make_model, long_text, tmp_path):  # noqa: F811
     source = make_model("llama")
-    recipe = _recipe(source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work")
+    recipe = recipe_of(source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work")
     convert(recipe)
     first = recipe.out.read_bytes()
     told = Listener()
@@ -145,7 +123,7 @@ def test_finished_blocks_are_not_learned_again(make_model, long_text, tmp_path):
     assert told.steps == 0
     assert recipe.out.read_bytes() == first
     told = Listener()
-    assert convert(_recipe(source, recipe.out, long_text, work_dir=recipe.work_dir, fresh=True), told).resumed == 0
+    assert convert(recipe_of(source, recipe.out, long_text, work_dir=recipe.work_dir, fresh=True), told).resumed == 0
     assert told.steps > 0
 
 
@@ -153,17 +131,17 @@ def test_whatever_changes_the_result_is_noticed(make_model, long_text, tmp_path)
     source, text = make_model("llama"), tmp_path / "text.txt"
     text.write_text(long_text.read_text())
     place = {"work_dir": tmp_path / "work"}
-    convert(_recipe(source, tmp_path / "out.gguf", text, **place))
+    convert(recipe_of(source, tmp_path / "out.gguf", text, **place))
     first = (tmp_path / "out.gguf").read_bytes()
     changes: list[dict[str, Any]] = [
         {"seed": 1}, {"samples": 9}, {"method": "gptq"}, {"preset": "balanced"}, {"rotate": True},
     ]  # fmt: skip
     for change in changes:
         with pytest.raises(UsageError, match="differs in"):
-            convert(_recipe(source, tmp_path / "out.gguf", text, **place, **change))
+            convert(recipe_of(source, tmp_path / "out.gguf", text, **place, **change))
     text.write_text(long_text.read_text()[7:])
     with pytest.raises(UsageError, match="differs in calibration"):
-        convert(_recipe(source, tmp_path / "out.gguf", text, **place))
+        convert(recipe_of(source, tmp_path / "out.gguf", text, **place))
     assert (tmp_path / "out.gguf").read_bytes() == first
 
 
@@ -176,7 +154,7 @@ def test_rounding_needs_no_text(make_model, tmp_path):  # noqa: F811
 
 def test_matrices_that_do_not_fit_are_named_and_kept(make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
-    report = convert(_recipe(make_model("llama-odd"), tmp_path / "out.gguf", long_text), told)
+    report = convert(recipe_of(make_model("llama-odd"), tmp_path / "out.gguf", long_text), told)
     assert set(report.fallbacks) == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)}
     assert all("160" in reason for reason in report.fallbacks.values())
     assert sum("down_proj" in note for note in told.notes) >= 2
@@ -234,7 +212,7 @@ def test_the_engine_keeps_two_chains(make_model, long_text):  # noqa: F811
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "tesseraq", "lrq"])
 def test_rows_with_one_scale_reach_the_file(method, make_model, long_text, tmp_path):  # noqa: F811
-    recipe = _recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method=method, granularity="channel")
+    recipe = recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, method=method, granularity="channel")
     convert(recipe, Listener())
     file = open_gguf(recipe.out)
     tensor = next(t for t in file.tensors if t.name == "blk.0.ffn_down.weight")
@@ -246,7 +224,7 @@ def test_rows_with_one_scale_reach_the_file(method, make_model, long_text, tmp_p
 @pytest.mark.parametrize("options", [{"method": "flexround"}, {"method": "lrq", "rank": 8}], ids=["flexround", "lrq"])
 def test_divisions_learned_before_rounding_reach_the_file(options, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
-    report = convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="tsq3", **options), told)
+    report = convert(recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, type="tsq3", **options), told)
     assert report.block_bits_per_weight == 3.25
     assert all(r.loss_after < r.loss_before for r in told.results)
 
@@ -254,7 +232,7 @@ def test_divisions_learned_before_rounding_reach_the_file(options, make_model, l
 @pytest.mark.parametrize("init", ["none", "awq", "omniquant", "awq+gptq"])
 def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
-    convert(_recipe(make_model("gemma3"), tmp_path / "out.gguf", long_text, init=init), told)
+    convert(recipe_of(make_model("gemma3"), tmp_path / "out.gguf", long_text, init=init), told)
     assert all(r.loss_after < r.loss_before for r in told.results)
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == f"tesseraq from {init}"
 
@@ -262,7 +240,7 @@ def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path
 @pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "omniquant"])
 def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
-    convert(_recipe(make_model("gemma3"), tmp_path / "out.gguf", long_text, method=method, type="tsq3"), told)
+    convert(recipe_of(make_model("gemma3"), tmp_path / "out.gguf", long_text, method=method, type="tsq3"), told)
     # in the second block of random weights AWQ alone, without outliers to scale, may win nothing over its worse inputs
     assert told.results[0].loss_after < told.results[0].loss_before
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == method
@@ -271,7 +249,7 @@ def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path
 @pytest.mark.parametrize("type", ["tsq3", "tsq4", "bcq4", "bcq4_a4", "q2_0", "q4_0", "q4_1", "q8_0"])
 def test_every_type_can_be_learned(type, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
-    report = convert(_recipe(make_model("llama-576"), tmp_path / "out.gguf", long_text, type=type), told)
+    report = convert(recipe_of(make_model("llama-576"), tmp_path / "out.gguf", long_text, type=type), told)
     assert all(r.loss_after < r.loss_before for r in told.results)
     seen = inspect(tmp_path / "out.gguf")
     assert {t.type for t in seen.tensors if t.name.startswith("blk.") and len(t.shape) == 2} == {type}
@@ -287,7 +265,7 @@ def test_rows_that_a_super_block_does_not_divide_fall_back_as_llama_quantize_doe
     tmp_path,
 ):
     told = Listener()
-    convert(_recipe(make_model("qwen2"), tmp_path / "out.gguf", long_text, type=type, method="gptq"), told)
+    convert(recipe_of(make_model("qwen2"), tmp_path / "out.gguf", long_text, type=type, method="gptq"), told)
     found = {t.name: t.type for t in inspect(tmp_path / "out.gguf").tensors}
     assert found["blk.0.attn_q.weight"] == instead  # rows of 896
     assert found["blk.0.ffn_down.weight"] == instead  # rows of 192
@@ -300,7 +278,7 @@ def test_embedding_and_output_take_our_types(kind, method, make_model, long_text
     source, types = make_model(kind), {"embedding_type": "tsq4"}
     if kind == "llama":
         types["output_type"] = "tsq3"
-    convert(_recipe(source, tmp_path / "out.gguf", long_text, method=method, **types))
+    convert(recipe_of(source, tmp_path / "out.gguf", long_text, method=method, **types))
     found = {t.name: t.type for t in inspect(tmp_path / "out.gguf").tensors}
     assert found["token_embd.weight"] == "tsq4"
     assert found.get("output.weight") == (None if kind == "gemma3" else "tsq3")
@@ -308,82 +286,7 @@ def test_embedding_and_output_take_our_types(kind, method, make_model, long_text
 
 def test_a_tied_output_matrix_has_no_type_of_its_own(make_model, long_text, tmp_path):  # noqa: F811
     with pytest.raises(UsageError, match="give embedding_type alone"):
-        convert(_recipe(make_model("gemma3"), tmp_path / "x.gguf", long_text, output_type="tsq2"))
-
-
-def test_the_last_pass_is_in_the_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
-    source, told = make_model("gemma3"), Listener()
-    options = {"method": "gptq", "samples": 24, "work_dir": tmp_path / "work"}
-    convert(_recipe(source, tmp_path / "plain.gguf", long_text, **options))
-    options["finish"] = "distill"  # added later: the blocks serve again
-    convert(_recipe(source, tmp_path / "a.gguf", long_text, **options), told)
-    assert all(r.resumed for r in told.results)
-    first = [n for n in told.notes if "held out" in n]
-    assert len(first) == 1
-    assert (tmp_path / "work" / "final.safetensors").is_file()
-    again = Listener()
-    convert(_recipe(source, tmp_path / "b.gguf", long_text, **options), again)
-    assert [n for n in again.notes if "held out" in n] == first
-    assert all(r.resumed for r in again.results)
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-    longer = Listener()
-    convert(_recipe(source, tmp_path / "c.gguf", long_text, finish_steps=80, **options), longer)
-    assert all(r.resumed for r in longer.results)
-    assert [n for n in longer.notes if "held out" in n] != first
-
-
-def test_blocks_of_two_last_passes_are_never_mixed(make_model, long_text, tmp_path, monkeypatch):  # noqa: F811
-    """The second pass is stopped while its blocks replace those of the first one."""
-    source = make_model("llama")
-    options = {"method": "gptq", "samples": 24, "work_dir": tmp_path / "work", "finish": "distill"}
-    first = {"finish_steps": 12}
-    convert(_recipe(source, tmp_path / "a.gguf", long_text, **options, **first))
-    keep = WorkDirectory.keep_tensors
-
-    def stopped(work, name, tensors, notes=None):
-        if name == "finish-0001":
-            raise KeyboardInterrupt
-        keep(work, name, tensors, notes)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(WorkDirectory, "keep_tensors", stopped)
-        with pytest.raises(KeyboardInterrupt):
-            convert(_recipe(source, tmp_path / "b.gguf", long_text, **options, finish_steps=16))
-    convert(_recipe(source, tmp_path / "c.gguf", long_text, **options, **first))
-    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "c.gguf").read_bytes()
-
-
-def test_sensitivity_is_the_fisher_diagonal(make_model):  # noqa: F811
-    """Against gradients through the whole model at once."""
-    from transformers import AutoModelForCausalLM
-
-    from tesseraq_gguf.learning.sensitivity import measure_sensitivity
-    from tesseraq_gguf.models import Decoder
-
-    source = make_model("llama")
-    tokens = torch.randint(4, 300, (40, 12), generator=torch.Generator().manual_seed(0))
-    ours = measure_sensitivity(Decoder(source, torch.device("cpu")), tokens, seed=3)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
-    drawn, energy = torch.Generator().manual_seed(3), []
-    for t in tokens:
-        out = model(t[None], output_hidden_states=True)
-        hidden = out.hidden_states[1]  # after block 0
-        probabilities = out.logits[0].detach().softmax(-1)
-        uniform = torch.rand(len(t), 1, generator=drawn)
-        y = torch.searchsorted(probabilities.cumsum(-1), uniform).clamp_max(probabilities.shape[-1] - 1)
-        score = out.logits[0].log_softmax(-1).gather(1, y).sum()
-        energy.append(torch.autograd.grad(score, hidden)[0][0].square())
-    expected = torch.stack(energy).mean(0)[1:].mean(0)
-    expected /= expected.mean()
-    assert len(ours.blocks) == 2
-    assert ours.blocks[0].shape == (2, 128)
-    # the file's embedding is bfloat16, so a few draws at the edge of two tokens differ
-    assert float((ours.blocks[0][1] - expected).abs().mean()) < 0.05
-    assert float(ours.blocks[0][1].mean()) == pytest.approx(1, abs=1e-3)
-    assert ours.embedding.shape == (128,)
-    with torch.no_grad():
-        x = torch.cat([model.model(t[None]).last_hidden_state[0] for t in tokens])
-    torch.testing.assert_close(ours.output_moment, x.T @ x / len(x), rtol=0.02, atol=0.02)
+        convert(recipe_of(make_model("gemma3"), tmp_path / "x.gguf", long_text, output_type="tsq2"))
 
 
 def test_best_is_the_papers_setting():
@@ -394,13 +297,13 @@ def test_best_is_the_papers_setting():
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_path):  # noqa: F811
     out = tmp_path / "out.gguf"
-    recipe = _recipe(make_model("llama"), out, long_text, type="bcq4", method=method, codebooks="model")
+    recipe = recipe_of(make_model("llama"), out, long_text, type="bcq4", method=method, codebooks="model")
     report = convert(recipe, Listener())
     assert report.block_bits_per_weight == 4.5
     own = own_codebooks(open_gguf(out))
     assert own is not None
     assert not np.array_equal(own, bcq.UNIVERSAL)
-    convert(_recipe(make_model("llama"), out, long_text, type="bcq4", method=method), Listener())
+    convert(recipe_of(make_model("llama"), out, long_text, type="bcq4", method=method), Listener())
     assert own_codebooks(open_gguf(out)) is None
 
 
@@ -424,7 +327,7 @@ def test_learning_begins_where_it_measured_best(options, start):
 @pytest.mark.parametrize("options", [{"method": "lrq"}, {"method": "flexround"}, {"init": "omniquant"}])
 def test_codebooks_refuse_methods_that_step_by_one_scale(options, make_model, long_text, tmp_path):  # noqa: F811
     with pytest.raises(UsageError, match="not evenly spaced"):
-        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="bcq4", **options))
+        convert(recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, type="bcq4", **options))
 
 
 def _final(source, tokens, blocks) -> torch.Tensor:
@@ -476,28 +379,10 @@ def test_ordered_columns_from_model_to_file(method, origin, make_model, long_tex
     assert float((got - expected).norm()) < 2e-3 * float(expected.norm())
 
 
-def test_a_last_pass_keeps_orders_and_biases(make_model, long_text, tmp_path):  # noqa: F811
-    source = make_model("llama-256-bias")
-    recipe = _recipe(
-        source, tmp_path / "out.gguf", long_text, type="ptq1_61", method="gptq", finish="distill",
-        work_dir=tmp_path / "work",
-    )  # fmt: skip
-    convert(recipe)
-    for index in (0, 1):
-        before, after = (
-            load_tensors(tmp_path / "work" / f"{name}-{index:04d}.safetensors")[0] for name in ("block", "finish")
-        )
-        assert before.keys() <= after.keys()
-        kept = [n for n, t in before.items() if t.is_order or n.endswith("bias")]
-        assert len(kept) == 5 + 3
-        assert all(torch.equal(before[n].arrays["values"], after[n].arrays["values"]) for n in kept)
-        assert any(not torch.equal(before[n].arrays["d"], t.arrays["d"]) for n, t in after.items() if t.is_matrix)
-
-
 def test_rows_that_no_block_divides_are_named(make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()  # 128 channels, and 192 between
     report = convert(
-        _recipe(make_model("llama"), tmp_path / "out.gguf", long_text, type="ptq1_61", method="gptq"), told
+        recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, type="ptq1_61", method="gptq"), told
     )
     assert {name.split(".")[-2] for name in report.fallbacks} == {"down_proj"}
     assert any("down_proj" in note and "128 does not divide its rows of 192" in note for note in told.notes)
@@ -505,71 +390,8 @@ def test_rows_that_no_block_divides_are_named(make_model, long_text, tmp_path): 
 
 def test_ptq161_is_of_its_own_type(make_model, long_text, tmp_path):  # noqa: F811
     with pytest.raises(UsageError, match="not possible in tsq2"):
-        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method="ptq161"))
+        convert(recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, method="ptq161"))
     with pytest.raises(UsageError, match="lrq is not possible in ptq1_61"):
-        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, method="lrq", type="ptq1_61"))
+        convert(recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, method="lrq", type="ptq1_61"))
     with pytest.raises(UsageError, match="no order"):
-        convert(_recipe(make_model("llama"), tmp_path / "out.gguf", long_text, embedding_type="ptq1_61"))
-
-
-class Stopper(Listener):
-    """Stops a conversion after some steps of the preprocessing."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self.left, self.stage_now = steps, ""
-
-    def stage(self, text: str) -> None:
-        self.stage_now = text
-
-    def advance(self, done: int, total: int) -> None:
-        if self.stage_now.startswith("Learning on the quantised model"):
-            self.left -= 1
-            if self.left < 0:
-                raise KeyboardInterrupt
-
-
-def test_preprocessing_makes_another_file_and_resumes(make_model, long_text, tmp_path):  # noqa: F811
-    source, whole = make_model("llama-256"), tmp_path / "whole.gguf"
-    options: dict[str, Any] = {"type": "ptq1_61", "method": "ptq161", "embedding_type": "f16"}
-    plain = _recipe(source, tmp_path / "plain.gguf", long_text, **options)
-    options |= {"preprocess": str(long_text), "preprocess_steps": 4}
-    told = Listener()
-    convert(plain, told)
-    convert(_recipe(source, whole, long_text, **options), told)
-    assert whole.read_bytes() != plain.out.read_bytes()
-    assert "preprocessed" in str(inspect(whole).tesseraq["method"])
-    broken = _recipe(source, tmp_path / "broken.gguf", long_text, **options)
-    with pytest.raises(KeyboardInterrupt):
-        convert(broken, Stopper(2))
-    told = Listener()
-    convert(broken, told)
-    assert [r.resumed for r in told.results] == [True, True, False, False]  # blocks of the first, then of the last
-    assert broken.out.read_bytes() == whole.read_bytes()
-
-
-@pytest.mark.parametrize("origin", ["folder", "gguf"])
-@pytest.mark.parametrize("kind", ["llama-odd", "gemma3"])
-def test_a_rotated_model_gives_the_same_answers(kind, origin, make_model, long_text, tmp_path):  # noqa: F811
-    source, told = make_model(kind), Listener()
-    if origin == "gguf":
-        write_plain(source, tmp_path / "source.gguf", "f32")
-        source = resolve_model(str(tmp_path / "source.gguf"))
-    options: dict[str, Any] = {"type": "q8_0", "method": "rtn", "rotate": True, "embedding_type": "f32"}
-    model = str(source.gguf or source.folder)
-    convert(Recipe(model, tmp_path / "out.gguf", calibration=str(long_text), samples=2, seqlen=32, **options), told)
-    whole = kind == "llama-odd" and origin == "folder"
-    assert ("an output matrix of its own" in " ".join(told.notes)) == whole
-    assert ("output.weight" in {t.name for t in inspect(tmp_path / "out.gguf").tensors}) == whole
-    assert [file.name for file in tmp_path.iterdir() if "work" in file.name] == []
-    tokens = torch.randint(4, 300, (1, 32), generator=torch.Generator().manual_seed(0))
-    got, expected = (
-        decoder.answers()(final_states(decoder, tokens)[0])
-        for decoder in (
-            Decoder(expand(tmp_path / "out.gguf", tmp_path / "expanded"), torch.device("cpu")),
-            Decoder(source, torch.device("cpu")),
-        )
-    )
-    assert (expected.exp() * (expected - got)).sum(-1).mean() < 1e-3
-    with pytest.raises(UsageError, match="keeps apart"):
-        convert(Recipe(model, tmp_path / "o.gguf", type="ptq1_61", rotate=True, method="gptq"))
+        convert(recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, embedding_type="ptq1_61"))
