@@ -31,17 +31,15 @@ from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_inde
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of, stored_orders
-from tesseraq_gguf.gguf_files.dequantize import dequantized, own_codebooks
+from tesseraq_gguf.gguf_files.dequantize import FileCodebooks, dequantized, own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
 from tesseraq_gguf.models.weights import Checkpoint
-from tesseraq_gguf.types.bcq import packer as bcq
 from tesseraq_gguf.types.facts import (
     FORMAT_VERSION,
     ORDERED_TYPES,
     TENSOR_TYPES,
-    WITH_CODEBOOKS,
     register_with_gguf,
     tensor_type,
 )
@@ -131,13 +129,15 @@ class LearnedTensors:
         rows, columns = self[name].arrays["q"].shape
         return int(rows), int(columns)
 
-    def codebooks(self) -> NDArray[np.int8] | None:
-        """Return the codebooks that matrices bring, int8 [8, 16], or None if all have the universal ones."""
+    def codebooks(self) -> dict[str, list[int]]:
+        """Return the codebooks that matrices bring, flat, by their key in the file."""
+        found: dict[str, list[int] | None] = {}
         for name, kind in self.types.items():
-            if kind in WITH_CODEBOOKS:  # all have the same
+            shape = tensor_type(kind).codebooks
+            if shape is not None and shape.key not in found:  # all of a layout have the same
                 arrays = self[name].arrays
-                return bcq.codebooks_of({"c": arrays["c"].numpy()}) if "c" in arrays else None
-        return None
+                found[shape.key] = arrays["c"][0].tolist() if "c" in arrays else None
+        return {key: codewords for key, codewords in found.items() if codewords is not None}
 
     def main_type(self) -> str:
         """Return the type that most matrices have."""
@@ -633,7 +633,7 @@ def _copied(
     tensor: TensorInfo,
     kind: str,
     order: NDArray[np.int32] | None,
-    codebooks: NDArray[np.int8] | None,
+    codebooks: FileCodebooks,
 ) -> DeferredTensor:
     import gguf
 
@@ -744,10 +744,8 @@ def _add_metadata(writer: Any, job: dict[str, Any], learned: LearnedTensors) -> 
         custom = any(tensor_type(t).custom for t in learned.types.values())
         values["tesseraq.format_version"] = FORMAT_VERSION
         values["tesseraq.runtime"] = _RUNTIME_HINT if custom else _STOCK_HINT
-    if (codebooks := learned.codebooks()) is not None:
-        writer.add_key_value(
-            bcq.METADATA, codebooks.flatten().tolist(), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT8
-        )
+    for key, codewords in learned.codebooks().items():
+        writer.add_key_value(key, codewords, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.INT8)
     for key, value in (values | job["metadata"]).items():
         if isinstance(value, bool):
             writer.add_bool(key, value)

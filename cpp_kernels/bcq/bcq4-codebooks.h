@@ -1,7 +1,7 @@
 #pragma once
 
-// The universal codebooks of BCQ4, written by scripts/design_codebooks; tesseraq_gguf/types/bcq/codebooks.json holds the same numbers
-// for Python.
+// The universal codebooks of BCQ4, written by `scripts/run design codebooks`; tesseraq_gguf/types/bcq/bcq4.json holds the same
+// numbers for Python.
 
 #define BCQ4_UNIVERSAL_CODEBOOKS \
     { -19, -15, -12, -10,  -8,  -6,  -4,  -2,  -1,   0,   1,   2,   4,   6,   8,  11 }, \

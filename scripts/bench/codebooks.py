@@ -13,7 +13,7 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +33,14 @@ from tesseraq_gguf.learning.codebooks import best_design, draw
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.runtime import find_runtime
+from tesseraq_gguf.types.bcq.packer import shape_of
 from tesseraq_gguf.types.grids import grid_of
 
 CTX = 512
 
 EMBEDDING = "q8_0"
+
+SHAPE = shape_of("bcq4_a4")
 
 FP4 = "nvfp4-like"
 """What weights in NVFP4's format are called: 16 to an E4M3 scale; llama.cpp makes no such files from others."""
@@ -117,7 +120,7 @@ class OtherCodebooks(ActivationRounding):
 
     @override
     def feed(self, name: str, x: Tensor) -> Tensor:
-        return codebook_blocks(x, self.codebooks, self.block)
+        return codebook_blocks(x, self.codebooks[SHAPE.layout], self.block)
 
 
 def show(name: str, measured: Figures) -> None:
@@ -173,11 +176,12 @@ def curve(bench: Bench, options: argparse.Namespace) -> None:
         generator = torch.Generator().manual_seed(0)
         found = draw(bench.decoder, calibration, length, options.arrays * 64 // length, generator)
         drawn = torch.cat([d.arrays for d in found if d.block % 2 == 0])
-        best = best_design(drawn, count, options.starts, generator)
+        best = best_design(drawn, replace(SHAPE, count=count), options.starts, generator)
         encode = partial(codebook_blocks, codebooks=best.codebooks, block=length)
         weights = {name: torch.cat([encode(part) for part in w.split(512)]) for name, w in bench.matrices()}
         figures = bench.measure(
-            weights, OtherCodebooks(scheme_of("a4-codebooks", None), codebooks=best.codebooks, block=length)
+            weights,
+            OtherCodebooks(scheme_of("a4-codebooks", None), codebooks={SHAPE.layout: best.codebooks}, block=length),
         )
         bits = 4 + math.log2(count) / 8 + 8 / length
         relative = best.rounded_error / float(drawn.square().mean())

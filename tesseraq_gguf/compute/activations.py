@@ -24,7 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from tesseraq_gguf.compute.kernel_arithmetic import BLOCK, codebook_blocks, fp4_blocks, integer_blocks
 from tesseraq_gguf.compute.schemes import ActivationScheme, Range
+from tesseraq_gguf.types.bcq.grid import BCQ4_A4
 from tesseraq_gguf.types.grid import through
+from tesseraq_gguf.types.grids import OwnCodebooks
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,12 @@ class ActivationRounding:
     Attributes:
         scheme: what is rounded.
         ranges: static ranges by module name, for a static scheme.
-        codebooks: int8 [8, 16] for a scheme with codebooks; None means the universal ones.
+        codebooks: those of the model, for a scheme with codebooks.
     """
 
     scheme: ActivationScheme
     ranges: Mapping[str, Range] = field(default_factory=dict)
-    codebooks: Tensor | None = None
+    codebooks: OwnCodebooks = field(default_factory=dict)
 
     def feed(self, name: str, x: Tensor) -> Tensor:
         """Round what a matrix is fed, [..., in]; `name` is its module's.
@@ -59,7 +61,7 @@ class ActivationRounding:
 
     def _in_blocks(self, x: Tensor, bits: int) -> Tensor:
         if self.scheme.form == "codebooks":
-            return codebook_blocks(x, self.codebooks)
+            return codebook_blocks(x, self.codebooks.get(BCQ4_A4.shape.layout))
         return fp4_blocks(x) if self.scheme.form == "fp4" else integer_blocks(x, bits)
 
     def keep(self, x: Tensor) -> Tensor:

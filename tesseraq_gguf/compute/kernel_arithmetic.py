@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.bcq.grid import nearest_indices, universal
+from tesseraq_gguf.types.bcq.grid import BCQ4_A4, nearest_indices
 
 BLOCK = 64
 """Numbers that share a scale in our kernels."""
@@ -46,7 +45,9 @@ def fp4_blocks(x: Tensor, block: int = 16) -> Tensor:
     return (nearest.copysign(scaled) * scale).flatten(-2)
 
 
-def codebook_blocks(x: Tensor, codebooks: Tensor | None = None, block: int = BLOCK, group: int = bcq.GROUP) -> Tensor:
+def codebook_blocks(
+    x: Tensor, codebooks: Tensor | None = None, block: int = BLOCK, group: int = BCQ4_A4.shape.group
+) -> Tensor:
     """Activations of BCQ4_A4 kernels (`cpp_kernels/bcq/cpu.h`), codeword for codeword.
 
     Args:
@@ -55,7 +56,7 @@ def codebook_blocks(x: Tensor, codebooks: Tensor | None = None, block: int = BLO
         block: L_A, numbers that share a scale; 64 in the kernels.
         group: L_b, numbers that share a codebook; 8 in the kernels.
     """
-    codebooks = (universal() if codebooks is None else codebooks).to(x.device)
+    codebooks = (BCQ4_A4.codebooks if codebooks is None else codebooks).to(x.device)
     parts = x.reshape(-1, block).split(_BLOCKS)
     return torch.cat([_encoded(part, codebooks, group) for part in parts]).view(x.shape)
 
@@ -64,7 +65,7 @@ def _encoded(blocks: Tensor, codebooks: Tensor, group: int) -> Tensor:
     largest = blocks.abs().amax(-1, keepdim=True)
     there = largest > _SMALLEST
     # the scale keeps three bits of mantissa
-    bits = (largest / bcq.LARGEST).view(torch.int32)
+    bits = (largest / BCQ4_A4.shape.largest).view(torch.int32)
     scale = torch.where(there, ((bits + (1 << 19)) & -(1 << 20)).view(torch.float32), 0)
     quarters = (blocks * torch.where(there, 4 / scale, 0)).round().clamp(-128, 127).to(torch.int64)
     index = (quarters + 128).unflatten(-1, (-1, group))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import CODEBOOKS
 from tesseraq_gguf.learning.codebooks import model_codebooks
-from tesseraq_gguf.types.facts import WITH_CODEBOOKS
+from tesseraq_gguf.types.facts import Codebooks, tensor_type
+from tesseraq_gguf.types.grids import OwnCodebooks
 from tesseraq_gguf.types.quantized import plain_vector
 
 _TOKENS = 2048
@@ -20,18 +21,21 @@ _TOKENS = 2048
 def design_codebooks(run: Run, model: Model) -> Model:
     """Give the model codebooks of its own where the recipe asks for them and a type has any."""
     types = model.plan.types | model.plan.outside
-    if run.recipe.codebooks == "universal" or not set(types.values()) & set(WITH_CODEBOOKS):
+    shapes = {shape.layout: shape for type in types.values() if (shape := tensor_type(type).codebooks)}
+    if run.recipe.codebooks == "universal" or not shapes:
         return model
-    return replace(model, codebooks=_designed(run, model))
+    return replace(model, codebooks=_designed(run, model, shapes))
 
 
-def _designed(run: Run, model: Model) -> Tensor:
-    """Design codebooks, unless an earlier run has."""
+def _designed(run: Run, model: Model, shapes: Mapping[str, Codebooks]) -> OwnCodebooks:
+    """Design codebooks of each layout, unless an earlier run has."""
     stored = run.work.tensors(CODEBOOKS)
-    if stored is None:
+    found = {layout: t.arrays["values"].to(torch.int8) for layout, t in stored[0].items()} if stored else {}
+    if missing := shapes.keys() - found.keys():
         run.progress.stage("Designing codebooks")
         few = run.calibration.first(_TOKENS) if run.calibration else None
-        found = model_codebooks(model.decoder, few, run.recipe.seed)
-        run.work.keep_tensors(CODEBOOKS, {CODEBOOKS: plain_vector(found)})
-        return found
-    return stored[0][CODEBOOKS].arrays["values"].to(torch.int8)
+        found |= {
+            layout: model_codebooks(model.decoder, few, run.recipe.seed, shapes[layout]) for layout in sorted(missing)
+        }
+        run.work.keep_tensors(CODEBOOKS, {layout: plain_vector(codebooks) for layout, codebooks in found.items()})
+    return found

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
 
 from tesseraq_gguf.compute.devices import learning_dtype
 from tesseraq_gguf.compute.parallel import Team
@@ -21,6 +20,7 @@ from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
+from tesseraq_gguf.types.grids import OwnCodebooks
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ class Model:
         source: the model that the file is written from, but for what is learned.
         decoder: the model whose matrices are quantised. Preprocessing gives it other weights than `source` has.
         plan: types of all matrices.
-        codebooks: its own ones, int8 [8, 16], of types that have any; None means the universal ones.
+        codebooks: its own ones, of types that have any.
     """
 
     source: ModelSource
     decoder: Decoder
     plan: TypePlan
-    codebooks: Tensor | None = None
+    codebooks: OwnCodebooks = field(default_factory=dict)
 
 
 @contextmanager

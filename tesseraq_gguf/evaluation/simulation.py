@@ -77,8 +77,7 @@ class Simulation:
             ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"), special=False)[1]
             tokens = chunks_of(ids, opening(file), ctx, chunks)
             student = Decoder(source, self.device)
-            own = own_codebooks(open_gguf(file))
-            codebooks = None if own is None else torch.from_numpy(own)
+            codebooks = {layout: torch.from_numpy(own) for layout, own in own_codebooks(open_gguf(file)).items()}
 
             def rounding(block: LoadedBlock) -> ActivationRounding | None:
                 return ActivationRounding(scheme, block.by_module(ranges), codebooks) if scheme.rounds else None

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.errors import FileFormatError
 from tesseraq_gguf.gguf_files.gguf_file import ArrayValue, GgufFile, TensorInfo
-from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.facts import TENSOR_TYPES, WITH_CODEBOOKS, tensor_type
+from tesseraq_gguf.types.bcq.packer import read_codebooks, repeated
+from tesseraq_gguf.types.facts import LAYOUTS, TENSOR_TYPES, Codebooks, tensor_type
 from tesseraq_gguf.types.packers import packer_of
 
+FileCodebooks = Mapping[str, NDArray[np.int8]]
+"""Codebooks that a file brings, int8 [codebooks, levels], by their layout."""
 
-def dequantized(tensor: TensorInfo, rows: NDArray[np.uint8], codebooks: NDArray[np.int8] | None) -> NDArray[np.float32]:
+
+def dequantized(tensor: TensorInfo, rows: NDArray[np.uint8], codebooks: FileCodebooks) -> NDArray[np.float32]:
     """Weights of rows of a tensor, float32 [rows, columns], columns in the order of the file.
 
     Args:
         tensor: what the header says of it.
         rows: the bytes of the rows, uint8 [rows, row_bytes].
-        codebooks: those that the file brings, if it brings any.
+        codebooks: those that the file brings.
 
     Raises:
         FileFormatError: nobody here can read weights of this type.
@@ -33,27 +38,29 @@ def dequantized(tensor: TensorInfo, rows: NDArray[np.uint8], codebooks: NDArray[
     return unpacked(tensor.type, np.ascontiguousarray(rows), codebooks)
 
 
-def unpacked(type: str, data: NDArray[np.uint8], codebooks: NDArray[np.int8] | None) -> NDArray[np.float32]:
+def unpacked(type: str, data: NDArray[np.uint8], codebooks: FileCodebooks) -> NDArray[np.float32]:
     """Weights of rows of bytes in a type that can be learned, as `dequantized` gives them."""
     packer = packer_of(type)
     arrays = packer.unpack(data)
-    if codebooks is not None and type in WITH_CODEBOOKS:
-        arrays["c"] = bcq.repeated(codebooks, len(data))
+    shape = tensor_type(type).codebooks
+    if shape is not None and shape.layout in codebooks:
+        arrays["c"] = repeated(codebooks[shape.layout], len(data))
     return packer.dequantize(arrays)
 
 
-def own_codebooks(file: GgufFile) -> NDArray[np.int8] | None:
-    """Return the codebooks that a file brings, int8 [8, 16], or None if its BCQ tensors have the universal ones.
+def own_codebooks(file: GgufFile) -> dict[str, NDArray[np.int8]]:
+    """Return the codebooks that a file brings; tensors of other layouts have the universal ones.
 
     Raises:
-        FileFormatError: the entry is something else.
+        FileFormatError: an entry is something else.
     """
-    entry = file.entries.get(bcq.METADATA)
-    if entry is None:
-        return None
-    size = bcq.CODEBOOKS * bcq.LEVELS
+    return {layout: _read(file, shape) for layout, shape in LAYOUTS.items() if shape.key in file.entries}
+
+
+def _read(file: GgufFile, shape: Codebooks) -> NDArray[np.int8]:
+    entry, size = file.entries[shape.key], shape.count * shape.levels
     if not isinstance(entry.value, ArrayValue) or (entry.value.element, entry.value.count) != ("i8", size):
         raise FileFormatError(
-            f"{file.path}: {bcq.METADATA} is no array of {size} int8. The file is damaged, or made by another version"
+            f"{file.path}: {shape.key} is no array of {size} int8. The file is damaged, or made by another version"
         )
-    return bcq.read_codebooks(np.frombuffer(entry.raw[-size:], np.int8))
+    return read_codebooks(np.frombuffer(entry.raw[-size:], np.int8), shape)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.methods.lobcq import Design, block_arrays, design
+from tesseraq_gguf.methods.lobcq import Design, block_arrays, clipped, design
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
-from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.bcq.grid import FEW
+from tesseraq_gguf.types.bcq.packer import BLOCK
+from tesseraq_gguf.types.facts import Codebooks
 
 _STARTS = 2
 """Designs of each kind of start that a model's own codebooks are the best of."""
@@ -71,31 +73,36 @@ def draw(
 
 def best_design(
     arrays: Tensor,
-    count: int,
+    shape: Codebooks,
     starts: int,
     generator: torch.Generator,
     say: Callable[[str], None] = lambda _: None,
 ) -> Design:
-    """Design `count` codebooks from several starts of each kind; return what errs least with INT6 codewords."""
+    """Design codebooks from several starts of each kind; return what errs least with INT6 codewords."""
     found = []
     for start in ("k-means++", "random"):
         for _ in range(starts):
-            found.append(design(arrays, bcq.GROUP, count, start=start, generator=generator))
-            errors = found[-1].errors
-            say(
-                f"{start}: {errors[0]:.4f} -> {errors[-1]:.4f} in {len(errors)} steps, "
-                f"with INT6 codewords {found[-1].rounded_error:.4f}"
-            )
+            new = design(arrays, shape.group, shape.count, levels=shape.levels, start=start, generator=generator)
+            said = f"{start}: {new.errors[0]:.4f} -> {new.errors[-1]:.4f} in {len(new.errors)} steps, "
+            if shape.levels <= FEW:
+                said += f"with INT6 codewords {new.rounded_error:.4f}, with outliers clipped "
+                new = clipped(arrays, new, shape.group)
+            else:
+                said += "with INT6 codewords "
+            say(f"{said}{new.rounded_error:.4f}")
+            found.append(new)
     return min(found, key=lambda d: d.rounded_error)
 
 
-def model_codebooks(decoder: Decoder, tokens: Tensor | None, seed: int) -> Tensor:
-    """Design a model's own codebooks, int8 [8, 16].
+def model_codebooks(decoder: Decoder, tokens: Tensor | None, seed: int, shape: Codebooks) -> Tensor:
+    """Design a model's own codebooks, int8 [codebooks, levels].
 
     Args:
         decoder: the full-precision model.
-        tokens: what it is run on, int64 [samples, length]; None designs from weights alone.
+        tokens: what it is run on, int64 [samples, length]. Without any, or where no activations are written in these
+            codebooks, they are designed from weights alone.
         seed: of draws and starts.
+        shape: of the codebooks.
 
     Raises:
         NotFiniteError: a matrix, or what it is fed, is not finite.
@@ -103,11 +110,11 @@ def model_codebooks(decoder: Decoder, tokens: Tensor | None, seed: int) -> Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = []
-    for d in draw(decoder, tokens, bcq.BLOCK, _ARRAYS, generator):
+    for d in draw(decoder, tokens if shape.activations else None, BLOCK, _ARRAYS, generator):
         what = "its numbers" if d.kind == "weight" else "what it is fed"
         check_finite({f"{decoder.block_prefix(d.block)}{d.name}.weight": d.arrays}, f"{what}, scaled,", TAKE_ANOTHER)
         drawn.append(d.arrays)
     arrays = torch.cat(drawn)
     if not len(arrays):
         raise ModelError(f"{decoder.source.name}: its matrices are all zeros: use --codebooks universal")
-    return best_design(arrays, bcq.CODEBOOKS, _STARTS, generator).codebooks
+    return best_design(arrays, shape, _STARTS, generator).codebooks

@@ -16,7 +16,7 @@ from tesseraq_gguf.learning.sensitivity import Sensitivity
 from tesseraq_gguf.methods.gptq import compensate
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.head import ANSWERS, Head
-from tesseraq_gguf.types.grids import Grid, grid_for, grid_of
+from tesseraq_gguf.types.grids import UNIVERSAL, Grid, OwnCodebooks, grid_for, grid_of
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _CHUNK = 1 << 24
@@ -31,7 +31,7 @@ def round_embeddings(
     types: Mapping[str, str],
     sensitivity: Sensitivity | None,
     report: Callable[[int, int], None] = lambda *_: None,
-    codebooks: Tensor | None = None,
+    codebooks: OwnCodebooks = UNIVERSAL,
 ) -> dict[str, QuantizedTensor]:
     """Round embedding and output matrix.
 
@@ -40,7 +40,7 @@ def round_embeddings(
         types: tensor type by checkpoint name; matrices not named stay as they are.
         sensitivity: what the model feels; None rounds to nearest.
         report: called with (weights done, weights in all) of one matrix.
-        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+        codebooks: those that the model brings.
 
     Returns:
         The rounded matrices by checkpoint name.

@@ -35,7 +35,7 @@ from tesseraq_gguf.methods.problem import BlockProblem, Method, Weights
 from tesseraq_gguf.methods.rare_experts import Visits, counted, on_both_chains, rarely, round_rare
 from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite, origin
-from tesseraq_gguf.types.grids import Grid, grid_for
+from tesseraq_gguf.types.grids import Grid, OwnCodebooks, grid_for
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, column_order, plain_vector
 
 Finished = Callable[[int], "BlockResult | None"]
@@ -88,7 +88,7 @@ class Reconstruction:
         report: called with (block, steps done, steps in all).
         granularity: what shares a scale: `group` or `channel`.
         activations: how activations of the quantised chain are rounded.
-        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+        codebooks: those that the model brings.
         salient: which channels come to salient places, where a type has these.
         team: the processes that learn together.
         empty: makes the tensors that hidden states are kept in.
@@ -102,7 +102,7 @@ class Reconstruction:
     report: Callable[[int, int, int], None] = lambda *_: None
     granularity: str = "group"
     activations: ActivationScheme = field(default_factory=ActivationScheme)
-    codebooks: Tensor | None = None
+    codebooks: OwnCodebooks = field(default_factory=dict)
     salient: Score = "error"
     team: Team = field(default_factory=Team)
     empty: Empty = torch.empty

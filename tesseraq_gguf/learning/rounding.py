@@ -16,7 +16,7 @@ from torch import Tensor
 from tesseraq_gguf.learning.reconstruction import BlockResult, Finished, leaving
 from tesseraq_gguf.learning.reordering import plan_moves
 from tesseraq_gguf.models.decoder import Decoder
-from tesseraq_gguf.types.grids import grid_for, grid_of
+from tesseraq_gguf.types.grids import UNIVERSAL, OwnCodebooks, grid_for, grid_of
 
 _LENGTH = 32
 """Tokens that are run to find out which matrices read the same."""
@@ -27,7 +27,7 @@ def round_blocks(
     types: Mapping[str, str],
     finished: Finished,
     granularity: str = "group",
-    codebooks: Tensor | None = None,
+    codebooks: OwnCodebooks = UNIVERSAL,
 ) -> Iterator[BlockResult]:
     """Round the matrices of every block: the baseline every method must beat.
 
@@ -36,7 +36,7 @@ def round_blocks(
         types: tensor type of each matrix to round, by checkpoint name.
         finished: gives what an earlier run rounded.
         granularity: what shares a scale: `group` or `channel`.
-        codebooks: of types that have any, int8 [8, 16]; None means the universal ones.
+        codebooks: those that the model brings.
 
     Yields:
         One result per block, in order, without losses: nothing is calibrated.

@@ -26,18 +26,22 @@ class Codebooks:
     """What the codes of a type are looked up in.
 
     Attributes:
+        layout: what types with the same bytes have in common, and name their universal codebooks by.
         key: GGUF key of a file's own codebooks, an array of int8, codebook after codebook.
         count: how many there are.
         levels: codewords of each, ascending.
         group: neighbouring weights that share one.
         largest: largest magnitude of a codeword.
+        activations: whether kernels may write activations in codewords too.
     """
 
+    layout: str
     key: str
     count: int
     levels: int
     group: int
     largest: int
+    activations: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,7 +103,8 @@ class TensorType:
         return row_length % self.block_weights == 0
 
 
-_BCQ4 = Codebooks("tesseraq.bcq.codebooks", count=8, levels=16, group=8, largest=31)
+_BCQ4 = Codebooks("bcq4", "tesseraq.bcq.codebooks", count=8, levels=16, group=8, largest=31, activations=True)
+_BCQ2 = Codebooks("bcq2", "tesseraq.bcq2.codebooks", count=4, levels=4, group=16, largest=31)
 
 # The file types of the K types are the "small" ones, Q2_K_S and so on: the others promise a mix of types.
 _ROWS = (
@@ -109,6 +114,7 @@ _ROWS = (
     TensorType("tsq2", 500, 500, 64, 18, "tsq", custom=True),
     TensorType("tsq3", 501, 501, 64, 26, "tsq", custom=True),
     TensorType("tsq4", 502, 502, 64, 34, "tsq", custom=True),
+    TensorType("bcq2", 506, 506, 64, 18, "bcq", custom=True, codebooks=_BCQ2),
     TensorType("bcq4", 503, 503, 64, 36, "bcq", custom=True, codebooks=_BCQ4),
     TensorType("bcq4_a4", 504, 504, 64, 36, "bcq", custom=True, codebooks=_BCQ4),
     TensorType("ptq1_61", 505, 505, 128, 27, "ptq161", custom=True, without_order="tsq2"),
@@ -135,6 +141,9 @@ ORDERED_TYPES = names(lambda t: t.ordered)
 
 WITH_CODEBOOKS = names(lambda t: t.codebooks)
 """Types whose codes name codewords of codebooks."""
+
+LAYOUTS: dict[str, Codebooks] = {t.codebooks.layout: t.codebooks for t in TENSOR_TYPES.values() if t.codebooks}
+"""What there are codebooks of: types of one layout have the same."""
 
 
 def tensor_type(name: str) -> TensorType:

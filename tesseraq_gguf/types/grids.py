@@ -4,6 +4,7 @@ A grid quantises, dequantises and searches parameters in torch; it knows no loss
 """
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -28,20 +29,26 @@ def grid_of(tensor_type: str) -> Grid:
         raise UsageError(f"no method learns on type '{tensor_type}'. Types to learn on: {', '.join(GRIDS)}") from None
 
 
-def grid_for(type: str, columns: int, granularity: str, codebooks: Tensor | None = None) -> Grid:
-    """Return the grid of a matrix with rows of `columns` weights, with one scale per `group` or per `channel`.
+OwnCodebooks = Mapping[str, Tensor]
+"""Codebooks that a model brings, int8 [codebooks, levels], by their layout; others have the universal ones."""
 
-    `codebooks`, int8 [8, 16], take the place of the universal ones in types that have any.
+UNIVERSAL: OwnCodebooks = MappingProxyType({})
+"""Of a model that brings none."""
+
+
+def grid_for(type: str, columns: int, granularity: str, codebooks: OwnCodebooks = UNIVERSAL) -> Grid:
+    """Return the grid of a matrix with rows of `columns` weights, with one scale per `group` or per `channel`.
 
     Raises:
         UsageError: super-blocks, whose groups share more than a scale, cannot have one scale per row.
     """
     grid = grid_of(type)
-    if codebooks is not None:
-        grid = grid.with_codebooks(codebooks)
+    shape = tensor_type(type).codebooks
+    if shape is not None and shape.layout in codebooks:
+        grid = grid.with_codebooks(codebooks[shape.layout])
     if granularity == "group":
         return grid
-    if (shape := tensor_type(type).codebooks) is not None:
+    if shape is not None:
         raise UsageError(
             f"--granularity channel is not possible in {grid.type}: every {shape.group} weights have their own codebook"
         )
@@ -50,4 +57,4 @@ def grid_for(type: str, columns: int, granularity: str, codebooks: Tensor | None
     return per_channel(grid, columns)
 
 
-__all__ = ["GRIDS", "Arrays", "Grid", "grid_for", "grid_of"]
+__all__ = ["GRIDS", "UNIVERSAL", "Arrays", "Grid", "OwnCodebooks", "grid_for", "grid_of"]

@@ -178,7 +178,7 @@ def test_blocks_are_rounded_as_kernels_do_and_gradients_pass(name):
 def test_a_models_own_codebooks_serve_its_activations_too():
     x = torch.randn(1, 64, generator=torch.Generator().manual_seed(5))
     own = torch.linspace(-31, 31, 16).round().to(torch.int8).repeat(8, 1)
-    rounded = ActivationRounding(scheme_of("a4-codebooks", None), codebooks=own).feed("up", x)
+    rounded = ActivationRounding(scheme_of("a4-codebooks", None), codebooks={"bcq4": own}).feed("up", x)
     torch.testing.assert_close(rounded, codebook_blocks(x, own), rtol=1e-6, atol=1e-6)
 
 

@@ -36,7 +36,7 @@ def test_codebook_blocks_choose_the_best_codebook(x):
     scale = (x.view(-1, 64).abs().amax(1) / 31).repeat_interleave(8)
     bits = scale.view(torch.int32)
     scale = (((bits + (1 << 19)) >> 20) << 20).view(torch.float32)[:, None]
-    codewords = universal().float()
+    codewords = universal("bcq4").float()
     distance = (x.view(-1, 8)[:, None, :, None] / scale[..., None, None] - codewords[None, :, None]).abs()
     best = distance.amin(-1).square().sum(-1).amin(-1)
     mine = ((x.view(-1, 8) - got) / scale).square().sum(-1)

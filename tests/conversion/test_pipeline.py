@@ -30,7 +30,8 @@ from tesseraq_gguf.learning.calibration import load_calibration
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.source import expand
 from tesseraq_gguf.recipe.presets import PRESETS
-from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.bcq.packer import universal
+from tesseraq_gguf.types.facts import LAYOUTS
 from tesseraq_gguf.types.quantized import load_tensors
 
 pytestmark = pytest.mark.slow
@@ -246,7 +247,7 @@ def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == method
 
 
-@pytest.mark.parametrize("type", ["tsq3", "tsq4", "bcq4", "bcq4_a4", "q2_0", "q4_0", "q4_1", "q8_0"])
+@pytest.mark.parametrize("type", ["tsq3", "tsq4", "bcq2", "bcq4", "bcq4_a4", "q2_0", "q4_0", "q4_1", "q8_0"])
 def test_every_type_can_be_learned(type, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
     report = convert(recipe_of(make_model("llama-576"), tmp_path / "out.gguf", long_text, type=type), told)
@@ -301,10 +302,27 @@ def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_pat
     report = convert(recipe, Listener())
     assert report.block_bits_per_weight == 4.5
     own = own_codebooks(open_gguf(out))
-    assert own is not None
-    assert not np.array_equal(own, bcq.UNIVERSAL)
+    assert own.keys() == {"bcq4"}
+    assert not np.array_equal(own["bcq4"], universal(LAYOUTS["bcq4"]))
     convert(recipe_of(make_model("llama"), out, long_text, type="bcq4", method=method), Listener())
-    assert own_codebooks(open_gguf(out)) is None
+    assert own_codebooks(open_gguf(out)) == {}
+
+
+def test_a_file_of_two_layouts_brings_codebooks_of_both(make_model, long_text, tmp_path):  # noqa: F811
+    out = tmp_path / "out.gguf"
+    rules = {"down_proj": "bcq2", "v_proj": "tsq3"}
+    recipe = recipe_of(make_model("llama"), out, long_text, type="bcq4", rules=rules, codebooks="model", method="rtn")
+    convert(recipe, Listener())  # compares every tensor with what was learned
+    file = open_gguf(out)
+    assert {t.type for t in file.tensors if t.name.startswith("blk.") and len(t.shape) == 2} == {"bcq2", "bcq4", "tsq3"}
+    own = own_codebooks(file)
+    assert {layout: codebooks.shape for layout, codebooks in own.items()} == {"bcq2": (4, 4), "bcq4": (8, 16)}
+    for layout, codebooks in own.items():
+        assert not np.array_equal(codebooks, universal(LAYOUTS[layout]))
+    # a file that is made of this one takes weights alone
+    again = tmp_path / "again.gguf"
+    convert(Recipe(out, again, type="f16"), Listener())
+    assert own_codebooks(open_gguf(again)) == {}
 
 
 @pytest.mark.parametrize(

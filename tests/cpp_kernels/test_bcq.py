@@ -21,7 +21,7 @@ from tesseraq_gguf.compute.kernel_arithmetic import codebook_blocks
 from tesseraq_gguf.runtime import SourceTree, cache
 from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.bcq import packer as bcq
-from tesseraq_gguf.types.packers import packer_of
+from tesseraq_gguf.types.facts import LAYOUTS, Codebooks
 
 from . import test_arm
 from .conftest import pointer
@@ -33,48 +33,24 @@ __all__ = ["instructions", "processor"]
 
 Array = np.ndarray[Any, Any]
 
-PACKER = packer_of("bcq4")
+PACKER, BCQ2 = bcq.BCQ4, bcq.BCQ2
+UNIVERSAL = bcq.universal(PACKER.shape)
 
 
 def rows(seed: int, count: int, blocks: int) -> Array:
     return np.random.default_rng(seed).integers(0, 256, (count, blocks * 36), dtype=np.uint8)
 
 
-def test_header_json_and_page_have_the_same_codebooks() -> None:
-    header = (cache.kernels_dir() / "bcq" / "bcq4-codebooks.h").read_text()
-    numbers = [int(n) for row in re.findall(r"\{([^}]*)\}", header) for n in row.split(",")]
-    assert numbers == bcq.UNIVERSAL.flatten().tolist()
-    assert bcq.UNIVERSAL.shape == (8, 16)
-    page = (cache.kernels_dir().parent / "docs" / "formats.md").read_text()
-    for i, row in enumerate(bcq.UNIVERSAL.tolist()):
-        assert f"| {i} | {' | '.join(map(str, row))} |" in page
-    # a block of zeros needs a codebook with a 0
-    assert (bcq.UNIVERSAL == 0).any()
-
-
-def universal_bcq2() -> Array:
-    """The universal codebooks of BCQ2 as C has them, int8 [4, 4]."""
-    header = (cache.kernels_dir() / "bcq" / "bcq2-codebooks.h").read_text()
-    return np.array([[int(n) for n in row.split(",")] for row in re.findall(r"\{([^}]*)\}", header)], np.int8)
-
-
-def dequantise_bcq2(data: Array, codebooks: Array) -> Array:
-    """`docs/formats.md` in numpy: uint8 [rows, blocks * 18] to float32 [rows, blocks * 64]."""
-    blocks = data.reshape(-1, 18)
-    i = np.arange(64)
-    index = blocks[:, 2 + i % 16] >> 2 * (i // 16) & 3
-    selector = blocks[:, 1:2] >> 2 * (i // 16) & 3
-    return (e5m3.decode(blocks[:, :1]) * codebooks[selector, index]).reshape(len(data), -1)
-
-
-def test_header_and_page_have_the_same_codebooks_of_bcq2() -> None:
-    codebooks = universal_bcq2()
-    assert codebooks.shape == (4, 4)
-    assert (np.diff(codebooks, axis=1) >= 0).all()
-    assert np.abs(codebooks).max() <= 31
+@pytest.mark.parametrize("shape", LAYOUTS.values(), ids=LAYOUTS)
+def test_header_json_and_page_have_the_same_codebooks(shape: Codebooks) -> None:
+    header = (cache.kernels_dir() / "bcq" / f"{shape.layout}-codebooks.h").read_text()
+    codebooks = bcq.universal(shape)
+    assert [[int(n) for n in row.split(",")] for row in re.findall(r"\{([^}]*)\}", header)] == codebooks.tolist()
     page = (cache.kernels_dir().parent / "docs" / "formats.md").read_text()
     for i, row in enumerate(codebooks.tolist()):
         assert f"| {i} | {' | '.join(map(str, row))} |\n" in page
+    # a block of zeros needs a codebook with a 0
+    assert (codebooks == 0).any()
 
 
 @pytest.mark.runtime
@@ -83,7 +59,7 @@ def test_bcq2_is_dequantised_as_the_page_says(ggml: ctypes.CDLL, ggml_cpu: ctype
     data = np.random.default_rng(0).integers(0, 256, (256, 256, 18), dtype=np.uint8)
     data[:, :, 0], data[:, :, 1] = np.arange(256)[:, None], np.arange(256)
     data = data.reshape(256, -1)
-    expected = dequantise_bcq2(data, universal_bcq2())
+    expected = BCQ2.dequantize(BCQ2.unpack(data))
     for kernel in [ggml.dequantize_row_bcq2, *kernels(ggml_cpu, "ggml_cpu_bcq2_to_fp32")]:
         out = np.empty_like(expected)
         kernel(pointer(data), pointer(out), ctypes.c_int64(out.size))
@@ -103,7 +79,7 @@ np.save(out, np.stack([universal, bcq2_dequantize_blocks(data.reshape(-1, 18), o
         subprocess.run([sys.executable, "-c", code, *paths], env={"PYTHONPATH": str(source.gguf_py)}, check=True)
         universal, others = np.load(paths[2])
     assert (universal == expected[:8]).all()
-    assert (others == dequantise_bcq2(data[:8], own)).all()
+    assert (others == BCQ2.dequantize(BCQ2.unpack(data[:8]) | {"c": bcq.repeated(own, 8)})).all()
 
 
 @pytest.mark.runtime
@@ -113,7 +89,7 @@ def test_dot_products_of_bcq2(ggml_cpu: ctypes.CDLL, blocks: int, seed: int) -> 
     data = np.random.default_rng(seed).integers(0, 256, (1, blocks * 18), dtype=np.uint8)
     y = activations(np.random.default_rng(seed), blocks)
     da, qa = split(y)
-    weights = dequantise_bcq2(data, universal_bcq2()).reshape(-1, 64).astype(np.float64)
+    weights = BCQ2.dequantize(BCQ2.unpack(data)).reshape(-1, 64).astype(np.float64)
     offset = 32 * e5m3.decode(data.reshape(-1, 18)[:, :1]).astype(np.float64)
     expected = (weights * (qa * da[:, None].astype(np.float64))).sum()
     magnitude = ((np.abs(weights) + offset) * np.abs(qa * da[:, None].astype(np.float64))).sum()
@@ -128,12 +104,12 @@ def test_quantising_to_bcq2_finds_what_trying_all_finds(ggml: ctypes.CDLL) -> No
     importance = np.random.default_rng(2).exponential(size=256).astype(np.float32)
     out = np.empty((16, 4 * 18), np.uint8)
     ggml.quantize_bcq2.restype = ctypes.c_size_t
-    codebooks = universal_bcq2()
+    codebooks = bcq.universal(BCQ2.shape)
 
     def error(imatrix: Array | None, weights: Array | float) -> float:
         given = pointer(imatrix) if imatrix is not None else None
         assert ggml.quantize_bcq2(pointer(x), pointer(out), ctypes.c_int64(16), ctypes.c_int64(256), given) == out.size
-        return float((weights * (dequantise_bcq2(out, codebooks) - x) ** 2).sum())
+        return float((weights * (BCQ2.dequantize(BCQ2.unpack(out)) - x) ** 2).sum())
 
     groups = x.reshape(-1, 4, 16).astype(np.float64)
     best = np.full(len(groups), np.inf)
@@ -206,7 +182,7 @@ def test_dot_products(ggml_cpu: ctypes.CDLL, blocks: int, seed: int) -> None:
     y = activations(np.random.default_rng(seed), blocks)
     da, qa = split(y)
     arrays = PACKER.unpack(data[None])
-    codewords = bcq.UNIVERSAL[np.repeat(arrays["s"][0], 8), arrays["q"][0]].reshape(-1, 64).astype(np.float64)
+    codewords = UNIVERSAL[np.repeat(arrays["s"][0], 8), arrays["q"][0]].reshape(-1, 64).astype(np.float64)
     scale = e5m3.decode(arrays["d"][0]).astype(np.float64) * da
     expected = (scale * (codewords * qa).sum(axis=1)).sum()
     magnitude = (scale * ((np.abs(codewords) + 32) * np.abs(qa)).sum(axis=1)).sum()
@@ -233,10 +209,10 @@ def test_activations_are_those_of_the_simulation(ggml_cpu: ctypes.CDLL, blocks: 
 
 def test_own_codebooks_are_checked() -> None:
     good = np.sort(np.random.default_rng(0).integers(-31, 32, (8, 16)), axis=1)
-    assert (bcq.read_codebooks(good.flatten().tolist()) == good).all()
+    assert (bcq.read_codebooks(good.flatten().tolist(), PACKER.shape) == good).all()
     for bad in (good[:, ::-1], good * 2 + 31, good[:7], good / 2):
         with pytest.raises(ValueError, match=r"BCQ codebooks|BCQ codewords"):
-            bcq.read_codebooks(bad)
+            bcq.read_codebooks(bad, PACKER.shape)
 
 
 def test_a_tensor_with_its_own_codebooks_explains_itself() -> None:

@@ -19,9 +19,6 @@ from .conftest import kernel_types
 
 CUSTOM = [t for t in TENSOR_TYPES.values() if t.custom]
 
-C_ALONE = {"bcq2": (506, 64, 18)}
-"""Types that Python has no packer for yet, by id, weights and bytes of a block."""
-
 ACTIVATIONS = {"q8_tsq": (510, 64, 72), "a4_bcq": (511, 64, 72), "q8_ptq": (512, 128, 144)}
 """Id, numbers and bytes of a block of activations, which no file has and Python has no other use for."""
 
@@ -29,7 +26,7 @@ ACTIVATIONS = {"q8_tsq": (510, 64, 72), "a4_bcq": (511, 64, 72), "q8_ptq": (512,
 def test_the_lists_of_c_and_python_are_equal() -> None:
     types = kernel_types()
     known = {t.name: (t.id, t.block_weights, t.block_bytes) for t in CUSTOM}
-    assert {name: (int(i), int(weights), int(size)) for _, name, i, weights, size in types} == known | C_ALONE
+    assert {name: (int(i), int(weights), int(size)) for _, name, i, weights, size in types} == known
     assert all(upper == lower.upper() for upper, lower, *_ in types)
     assert all(t.id == t.file_type for t in CUSTOM)
     header = (cache.kernels_dir() / "types.h").read_text()
@@ -65,7 +62,7 @@ def test_activations_have_a_type(ggml: ctypes.CDLL, name: str) -> None:
 
 @pytest.mark.runtime
 def test_other_ids_are_empty(ggml: ctypes.CDLL) -> None:
-    ours = [*(t.id for t in CUSTOM), *(number for number, *_ in (C_ALONE | ACTIVATIONS).values())]
+    ours = [*(t.id for t in CUSTOM), *(number for number, *_ in ACTIVATIONS.values())]
     for i in sorted({*range(43, 513)} - {*ours}):
         assert ggml.ggml_type_name(i) is None
         assert ggml.ggml_blck_size(i) == 0
@@ -75,10 +72,11 @@ def test_other_ids_are_empty(ggml: ctypes.CDLL) -> None:
 def test_gguf_py_of_the_source(source: SourceTree) -> None:
     code = """
 import sys, numpy as np, gguf
-from gguf.quants import bcq_dequantize_blocks, dequantize
+from gguf.quants import bcq2_dequantize_blocks, bcq_dequantize_blocks, dequantize
 from tesseraq_gguf.types.bcq import packer as bcq
 from tesseraq_gguf.types.tsq import packer as tsq
 from tesseraq_gguf.types.facts import TENSOR_TYPES, WITH_CODEBOOKS
+from tesseraq_gguf.types.packers import packer_of
 assert gguf.__file__.startswith(sys.argv[1]), gguf.__file__
 for t in TENSOR_TYPES.values():
     assert gguf.GGMLQuantizationType[t.name.upper()] == t.id
@@ -90,13 +88,15 @@ for bits in (2, 3, 4):
     expected = tsq.dequantize(*tsq.unpack(data, bits), bits)
     got = dequantize(data, gguf.GGMLQuantizationType[f"TSQ{bits}"])
     assert (got.view(np.uint32) == expected.view(np.uint32)).all()
-data = np.random.default_rng(0).integers(0, 256, (20, 3 * 36), dtype=np.uint8)
-arrays = bcq.BcqPacker().unpack(data)
+own_blocks = {"bcq2": bcq2_dequantize_blocks, "bcq4": bcq_dequantize_blocks, "bcq4_a4": bcq_dequantize_blocks}
 for name in WITH_CODEBOOKS:
-    assert (dequantize(data, gguf.GGMLQuantizationType[name.upper()]) == bcq.BcqPacker().dequantize(arrays)).all()
-own = np.sort(np.random.default_rng(1).integers(-31, 32, (8, 16)).astype(np.int8))
-got = bcq_dequantize_blocks(data.reshape(-1, 36), own.reshape(-1)).reshape(20, -1)
-assert (got == bcq.BcqPacker().dequantize(arrays | {"c": bcq.repeated(own, 20)})).all()
+    kind, packer, shape = TENSOR_TYPES[name], packer_of(name), bcq.shape_of(name)
+    data = np.random.default_rng(0).integers(0, 256, (20, 3 * kind.block_bytes), dtype=np.uint8)
+    arrays = packer.unpack(data)
+    assert (dequantize(data, gguf.GGMLQuantizationType[name.upper()]) == packer.dequantize(arrays)).all()
+    own = np.sort(np.random.default_rng(1).integers(-31, 32, shape.shape).astype(np.int8))
+    got = own_blocks[name](data.reshape(-1, kind.block_bytes), own.reshape(-1)).reshape(20, -1)
+    assert (got == packer.dequantize(arrays | {"c": bcq.repeated(own, 20)})).all()
 """
     result = subprocess.run(
         [sys.executable, "-c", code, str(source.gguf_py)],

@@ -8,6 +8,7 @@ import torch
 from tesseraq_gguf.learning.codebooks import model_codebooks
 from tesseraq_gguf.methods import lobcq
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.types.facts import LAYOUTS
 
 
 def generator(seed=0):
@@ -139,9 +140,56 @@ def test_an_unknown_start_is_refused(arrays):
         lobcq.design(arrays, 8, 2, start="zeros", generator=generator())
 
 
-def test_a_model_can_have_its_own(make_model):
+@pytest.mark.parametrize("levels", [4, 16])
+def test_a_lattice_may_reach_further_than_codewords(arrays, levels):
+    """What is scaled beyond them counts as far as it is off."""
+    found = lobcq.design(arrays * 2, 16, 4, levels=levels, reach=62, generator=generator())
+    assert found.codebooks.shape == (4, levels)
+    assert int(found.codebooks.abs().max()) <= 31
+    blocks = lobcq.on_lattice(arrays * 2, 62).view(-1, 16)
+    chosen, error = lobcq.assign(blocks, found.codebooks.float(), 62)
+    x = blocks.double() / 16 - 62
+    distance = (x[:, :, None] - found.codebooks.double()[chosen][:, None]).abs().amin(-1)
+    assert error == pytest.approx(float(distance.square().mean()), rel=1e-5)
+    assert found.rounded_error == pytest.approx(error, rel=1e-2)
+
+
+def test_a_design_goes_on_from_codebooks(arrays):
+    first = lobcq.design(arrays, 16, 4, levels=4, steps=1, generator=generator())
+    further = lobcq.design(arrays, 16, 4, levels=4, start=first.codebooks, generator=generator())
+    assert further.errors[0] == pytest.approx(first.rounded_error)
+    assert further.errors[-1] < first.errors[-1]
+
+
+def test_arrays_are_scaled_as_far_as_serves_them_best(arrays):
+    codebooks = torch.tensor([[-30, -9, 9, 30], [-12, -4, 4, 12]], dtype=torch.int8)
+    scaled, error = lobcq.widened(arrays, codebooks, 16)
+
+    def errors(x):
+        each = (x.unflatten(1, (-1, 1, 16))[..., None] - codebooks.float()[:, None]).square().amin(-1)
+        return each.sum(-1).amin(-1).sum(-1)
+
+    tried = torch.stack([errors(arrays * factor) / factor**2 for factor in 2.0 ** (-torch.arange(-8, 3) / 8)])
+    torch.testing.assert_close(errors(scaled) / (scaled / arrays)[:, 0] ** 2, tried.amin(0), rtol=1e-4, atol=1e-4)
+    assert error == pytest.approx(float(tried.amin(0).sum()) / arrays.numel(), rel=1e-4)
+
+
+def test_clipping_serves_codebooks_of_few_levels(arrays):
+    found = lobcq.design(arrays, 16, 4, levels=4, generator=generator())
+    clipped = lobcq.clipped(arrays, found, 16)
+    assert clipped.rounded_error == pytest.approx(lobcq.widened(arrays, clipped.codebooks, 16)[1])
+    assert clipped.rounded_error < 0.95 * found.rounded_error
+    assert bool((clipped.codebooks == 0).any())
+    assert bool((clipped.codebooks.int().diff(dim=1) >= 0).all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_can_have_its_own(make_model, layout):
+    shape = LAYOUTS[layout]
     decoder = Decoder(make_model("llama"), torch.device("cpu"))
     tokens = torch.randint(4, 300, (2, 16), generator=generator())
-    found = model_codebooks(decoder, tokens, seed=0)
-    assert found.shape == (8, 16)
-    assert torch.equal(found, model_codebooks(decoder, tokens, seed=0))
+    found = model_codebooks(decoder, tokens, 0, shape)
+    assert found.shape == shape.shape
+    assert torch.equal(found, model_codebooks(decoder, tokens, 0, shape))
+    alone = model_codebooks(decoder, None, 0, shape)
+    assert torch.equal(found, alone) != shape.activations

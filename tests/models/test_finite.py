@@ -30,6 +30,7 @@ from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.finite import origin
 from tesseraq_gguf.models.quantised import Quantised
+from tesseraq_gguf.types.facts import LAYOUTS
 from tesseraq_gguf.types.grids import GRIDS, grid_of
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_moments_that_overflow_name_their_matrix(method, make_model):  # noqa: F
         list(walk(decoder, method))
 
 
-@pytest.mark.parametrize("type", ["tsq2", "bcq4", "ptq1_61", "q4_0", "q2_k", "q3_k"])
+@pytest.mark.parametrize("type", ["tsq2", "bcq2", "bcq4", "ptq1_61", "q4_0", "q2_k", "q3_k"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_gptq_ends_and_names_the_matrix(type, bad):
     grid, weight = grid_of(type), torch.randn(4, 256)
@@ -256,9 +257,9 @@ def test_codebooks_of_a_model_of_zeros_or_of_infinities(make_model):  # noqa: F8
     empty = Changed(source, CPU)
     empty.factors = dict.fromkeys(empty.matrix_shapes(), 0.0)
     with pytest.raises(ModelError, match="all zeros"):
-        model_codebooks(empty, None, 0)
+        model_codebooks(empty, None, 0, LAYOUTS["bcq4"])
     with pytest.raises(NotFiniteError, match=re.escape(UP)):
-        model_codebooks(changed(source, up=torch.inf), None, 0)
+        model_codebooks(changed(source, up=torch.inf), None, 0, LAYOUTS["bcq4"])
 
 
 def test_the_last_pass_stops_at_gradients_that_are_not_finite(make_model, tmp_path, monkeypatch):  # noqa: F811

@@ -311,7 +311,7 @@ def _retyped(file: Path, out: Path, types: dict[str, gguf.GGMLQuantizationType],
     from tesseraq_gguf.gguf_files.dequantize import dequantized
 
     whole = open_gguf(file)
-    values = {t.name: dequantized(t, whole.data(t), None) for t in whole.tensors}
+    values = {t.name: dequantized(t, whole.data(t), {}) for t in whole.tensors}
     random = np.random.default_rng(0)
     made, infos = {}, []
     for tensor in whole.tensors:

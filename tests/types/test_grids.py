@@ -14,7 +14,7 @@ from tesseraq_gguf.types.ptq161.grid import BLOCK, SALIENT
 # relative squared error on normally distributed weights that a good search stays below
 GOOD = {
     "tsq2": 0.105, "tsq3": 0.030, "tsq4": 0.0080, "q2_0": 0.130, "q4_0": 0.0080, "q4_1": 0.0060, "q5_0": 0.0020,
-    "q8_0": 3e-5, "bcq4": 0.0050, "bcq4_a4": 0.0050, "q2_k": 0.080, "q3_k": 0.024, "q4_k": 0.0061,
+    "q8_0": 3e-5, "bcq2": 0.090, "bcq4": 0.0050, "bcq4_a4": 0.0050, "q2_k": 0.080, "q3_k": 0.024, "q4_k": 0.0061,
     "ptq1_61": 0.300,
 }  # fmt: skip
 
@@ -54,10 +54,10 @@ def test_importance_moves_the_error_away_from_what_matters(grid, weight):
 
 
 def test_which_grids_are_uneven():
-    assert {name for name, grid in GRIDS.items() if not grid.uniform} == {"bcq4", "bcq4_a4", "ptq1_61"}
+    assert {name for name, grid in GRIDS.items() if not grid.uniform} == {"bcq2", "bcq4", "bcq4_a4", "ptq1_61"}
     assert {name for name, grid in GRIDS.items() if grid.ordered} == {"ptq1_61"}
     assert {name for name, grid in GRIDS.items() if not grid.learns_zero} == {
-        "bcq4", "bcq4_a4", "ptq1_61", "q2_0", "q4_0", "q5_0", "q8_0", "q3_k",
+        "bcq2", "bcq4", "bcq4_a4", "ptq1_61", "q2_0", "q4_0", "q5_0", "q8_0", "q3_k",
     }  # fmt: skip
 
 

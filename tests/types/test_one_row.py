@@ -41,7 +41,7 @@ writer.add_file_type(599)
 writer.add_tensor("blk.0.ffn_up.weight", data, raw_dtype=gguf.GGMLQuantizationType.ODD3)
 writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
 file = open_gguf(sys.argv[1])
-assert np.array_equal(dequantized(file.tensors[0], file.data(file.tensors[0]), None), grid.dequantize(tensor).numpy())
+assert np.array_equal(dequantized(file.tensors[0], file.data(file.tensors[0]), {}), grid.dequantize(tensor).numpy())
 assert "odd3" in _PRODUCTS[-1]
 """
 

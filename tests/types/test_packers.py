@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.types import e5m3
-from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
+from tesseraq_gguf.types.bcq import packer as bcq
+from tesseraq_gguf.types.facts import LAYOUTS, TENSOR_TYPES, tensor_type
 from tesseraq_gguf.types.grids import GRIDS, grid_of
 from tesseraq_gguf.types.packers import PACKERS, packer_of
 from tesseraq_gguf.types.ptq161 import packer as ptq161
@@ -86,10 +87,21 @@ def test_each_weight_stands_where_the_formats_page_says(bits):
             np.testing.assert_array_equal(block, expected)
 
 
+BCQ2 = bcq.universal(LAYOUTS["bcq2"]).tolist()
+# weights 0 to 15 have codebook 2, all others codebook 0
+BCQ2_EXAMPLE: dict[int, float] = dict.fromkeys(range(1, 16), BCQ2[2][0]) | {
+    0: BCQ2[2][3],
+    16: BCQ2[0][2],
+    32: BCQ2[0][1],
+}
+BCQ4_EXAMPLE: dict[int, float] = {0: 15, 32: -12, **dict.fromkeys(range(1, 8), -7)}
+
 EXAMPLES: dict[str, tuple[str, int, dict[int, float], float]] = {
     "tsq2": ("c8 78 1b", 18, {0: 2.5, 16: 0.5, 32: -1.5, 48: -3.5}, -3.5),
     "tsq3": ("c8 78 1b" + " 00" * 15 + " 81", 26, {0: 7, 16: -3, 32: -5, 48: -7, 56: 1}, -7.0),
     "tsq4": ("c8 78 1b", 34, {0: 8, 32: -12}, -14.0),
+    "bcq2": ("c0 02 1b", 18, BCQ2_EXAMPLE, float(BCQ2[0][0])),
+    "bcq4": ("c0 05 00 00 2f", 36, BCQ4_EXAMPLE, -19.0),
 }
 
 
@@ -114,6 +126,62 @@ def test_arrays_that_do_not_fit_together():
     ):
         with pytest.raises(ValueError, match="TSQ"):
             packer_of("tsq2").pack(good | bad)
+
+
+@st.composite
+def bcq_arrays(draw):
+    name = draw(st.sampled_from(["bcq2", "bcq4"]))
+    shape = TENSOR_TYPES[name].codebooks
+    rows, blocks = draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    selectors = hnp.arrays(np.uint8, (rows, blocks * 64 // shape.group), elements=st.integers(0, shape.count - 1))
+    return name, {
+        "q": draw(hnp.arrays(np.uint8, (rows, blocks * 64), elements=st.integers(0, shape.levels - 1))),
+        "s": draw(selectors),
+        "d": draw(hnp.arrays(np.uint8, (rows, blocks))),
+    }
+
+
+@settings(max_examples=100, deadline=None)
+@given(bcq_arrays())
+def test_bcq_unpack_inverts_pack(named):
+    name, arrays = named
+    packer, kind = packer_of(name), TENSOR_TYPES[name]
+    data = packer.pack(arrays)
+    assert data.shape == (len(arrays["q"]), arrays["d"].shape[1] * kind.block_bytes)
+    for key, array in packer.unpack(data).items():
+        np.testing.assert_array_equal(array, arrays[key])
+
+
+@pytest.mark.parametrize("name", ["bcq2", "bcq4"])
+def test_any_bytes_are_a_bcq_block(name):
+    data = np.random.default_rng(0).integers(0, 256, (5, 3 * TENSOR_TYPES[name].block_bytes), dtype=np.uint8)
+    packer = packer_of(name)
+    arrays = packer.unpack(data)
+    np.testing.assert_array_equal(packer.pack(arrays), data)
+    tensor = QuantizedTensor(name, {key: torch.from_numpy(a) for key, a in arrays.items()})
+    np.testing.assert_array_equal(packer.dequantize(arrays), grid_of(name).dequantize(tensor).numpy())
+
+
+def test_bcq2_bits_stand_where_the_page_says():
+    """Selector k at bit 2k of byte 1; weight i in byte 2 + i % 16, from bit 2(i / 16) up."""
+    zeros = {"q": np.zeros((1, 64), np.uint8), "s": np.zeros((1, 4), np.uint8), "d": np.array([[7]], np.uint8)}
+    for k in range(4):
+        arrays = {key: a.copy() for key, a in zeros.items()}
+        arrays["s"][0, k] = 3
+        assert packer_of("bcq2").pack(arrays)[0, :2].tolist() == [7, 3 << 2 * k]
+    for i in range(64):
+        arrays = {key: a.copy() for key, a in zeros.items()}
+        arrays["q"][0, i] = 2
+        expected = np.zeros(18, np.uint8)
+        expected[0], expected[2 + i % 16] = 7, 2 << 2 * (i // 16)
+        np.testing.assert_array_equal(packer_of("bcq2").pack(arrays)[0], expected)
+
+
+@pytest.mark.parametrize("bad", [{"q": np.full((1, 64), 4)}, {"s": np.full((1, 4), 4)}, {"s": np.zeros((1, 8))}])
+def test_bcq2_arrays_that_do_not_fit(bad):
+    good = {"q": np.zeros((1, 64), np.uint8), "s": np.zeros((1, 4), np.uint8), "d": np.zeros((1, 1), np.uint8)}
+    with pytest.raises(ValueError, match="BCQ"):
+        packer_of("bcq2").pack(good | {key: a.astype(np.uint8) for key, a in bad.items()})
 
 
 @st.composite

@@ -50,11 +50,13 @@ def test_super_blocks_have_no_scale_per_row(tensor_type):
 
 def test_codebooks_are_those_given_where_a_type_has_any():
     own = torch.randint(-31, 32, (8, 16), generator=torch.Generator().manual_seed(3)).sort(1).values.to(torch.int8)
-    grid = grid_for("bcq4", COLUMNS, "group", own)
+    given = {"bcq4": own}
+    grid = grid_for("bcq4", COLUMNS, "group", given)
     assert isinstance(grid, CodebookGrid)
     assert torch.equal(grid.codebooks, own)
     assert grid_for("bcq4", COLUMNS, "group") is grid_of("bcq4")
-    assert grid_for("tsq2", COLUMNS, "group", own) is grid_of("tsq2")
-    assert grid_for("q4_0", COLUMNS, "channel", own) == grid_for("q4_0", COLUMNS, "channel")
+    assert grid_for("bcq2", COLUMNS, "group", given) is grid_of("bcq2")
+    assert grid_for("tsq2", COLUMNS, "group", given) is grid_of("tsq2")
+    assert grid_for("q4_0", COLUMNS, "channel", given) == grid_for("q4_0", COLUMNS, "channel")
     with pytest.raises(UsageError, match="--granularity channel is not possible in bcq4: every 8 weights"):
-        grid_for("bcq4", COLUMNS, "channel", own)
+        grid_for("bcq4", COLUMNS, "channel", given)

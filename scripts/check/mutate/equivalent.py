@@ -22,7 +22,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "a fit of the smallest scale itself is as good as any beside it",
     (
         "tesseraq_gguf/types/bcq/grid.py",
-        "row.take(half).sub_(scaled).square_().mul_(importance).unflatten(1, (-1, bcq.GROUP)).mean(2) for row in near",
+        "errors = [each.unflatten(1, (-1, group)).mean(2) for each in weighted]",
     ): _COMPARED,
     (
         "tesseraq_gguf/types/bcq/grid.py",

@@ -45,7 +45,7 @@ def pack(q: NDArray[np.uint8], d: NDArray[np.uint8], z: NDArray[np.uint8], bits:
     rest = q.reshape(rows, columns // BLOCK, BLOCK)
     planes = []
     for width in WIDTHS[bits]:
-        planes.append(_to_planes(rest & np.uint8((1 << width) - 1), width))
+        planes.append(to_planes(rest & np.uint8((1 << width) - 1), width))
         rest = rest >> np.uint8(width)
     return np.concatenate([d[..., None], z[..., None], *planes], axis=2).reshape(rows, -1)
 
@@ -57,19 +57,19 @@ def unpack(data: NDArray[np.uint8], bits: int) -> tuple[NDArray[np.uint8], NDArr
     q = np.zeros((*blocks.shape[:2], BLOCK), np.uint8)
     start, shift = 2, 0
     for width in WIDTHS[bits]:
-        q |= _from_planes(blocks[:, :, start : start + 8 * width], width) << np.uint8(shift)
+        q |= from_planes(blocks[:, :, start : start + 8 * width], width) << np.uint8(shift)
         start, shift = start + 8 * width, shift + width
     return q.reshape(rows, -1), blocks[:, :, 0].copy(), blocks[:, :, 1].copy()
 
 
-def _to_planes(values: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+def to_planes(values: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
     """Put values below 2^width, [rows, blocks, 64], into planes: bytes [rows, blocks, 8 * width]."""
     planes = values.reshape(*values.shape[:2], 8 // width, 8 * width)
     return np.bitwise_or.reduce(planes << _shifts(width), axis=2)
 
 
-def _from_planes(planes: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
-    """Invert `_to_planes`."""
+def from_planes(planes: NDArray[np.uint8], width: int) -> NDArray[np.uint8]:
+    """Invert `to_planes`."""
     values = planes[:, :, None] >> _shifts(width) & np.uint8((1 << width) - 1)
     return values.reshape(*planes.shape[:2], BLOCK)
 
