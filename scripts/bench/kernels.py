@@ -53,6 +53,8 @@ IN_CACHE = (
     ("TSQ3 repacked", "tsq3_x1", "q3_K", "Q3_K", 1.3),
     ("TSQ4 row by row", "tsq4", "q4_0", "Q4_0", 1.2),
     ("TSQ4 repacked", "tsq4_x1", "q4_0", "Q4_0", 1.2),
+    ("BCQ2 row by row", "bcq2", "q2_K", "Q2_K", 1.0),
+    ("BCQ2 repacked", "bcq2_x1", "q2_K", "Q2_K", 1.4),
     ("BCQ4 row by row", "bcq4", "q4_0", "Q4_0", 1.0),
     ("BCQ4 repacked", "bcq4_x1", "q4_0", "Q4_0", 1.0),
     ("PTQ1_61 row by row", "ptq1_61", "iq1_m", "IQ1_M", 1.5),
