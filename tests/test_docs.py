@@ -42,9 +42,10 @@ def test_links_outside_the_site_lead_somewhere(page):
 def test_code_in_contributing_is_the_programs():
     """What the walks show stands in the package; how it is broken into lines does not matter."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "tesseraq_gguf").rglob("*.py")]
-    program = "".join("".join(source.split()) for source in sources)
-    shown = [line for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    homes = [*(ROOT / "tesseraq_gguf").rglob("*.py"), *(ROOT / "cpp_kernels").rglob("*.h")]
+    program = "".join("".join(path.read_text(encoding="utf-8").split()) for path in homes)
+    blocks = re.findall(r"```(?:python|c)\n(.*?)```", page, re.DOTALL)
+    shown = [line for block in blocks for line in block.splitlines()]
     assert len(shown) > 10
     missing = [line for line in shown if "".join(line.split()).rstrip(",") not in program]
     assert not missing
