@@ -97,7 +97,7 @@ def test_what_is_no_number_stays_none():
 
 
 @pytest.mark.runtime
-@pytest.mark.parametrize(("type", "scheme"), [("bcq4", "none"), ("bcq4_a4", "a4-codebooks")])
+@pytest.mark.parametrize(("type", "scheme"), [("bcq2", "none"), ("bcq4", "none"), ("bcq4_a4", "a4-codebooks")])
 def test_a_model_with_its_own_codebooks_is_read_with_them(type, scheme, made, text):
     """Torch and llama.cpp are as far from the model. Four bits flip with the last bit of a sum: no more is asked."""
     out, plain = made(type=type, method="rtn", codebooks="model"), made(type="f32")

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from tesseraq_gguf.types import e5m3
 
-TYPE = "ptq1_61"
-
 BLOCK = 128
 """Weights per block."""
 
