@@ -79,7 +79,7 @@ def test_help_lists_options_under_headings(run):
 def test_version(run):
     answer = run("--version")
     assert answer.code == 0
-    assert re.fullmatch(r"tesseraq-gguf \d+\.\d+\.\d+\n", answer.out)
+    assert re.fullmatch(r"tesseraq-gguf \d+\.\d+\.\d+(\.dev\d+)?(\+[\w.]+)?\n", answer.out)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["runtime", "info"], ["inspect", "GGUF"]])
