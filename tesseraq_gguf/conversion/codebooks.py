@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import CODEBOOKS
+from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.learning.codebooks import model_codebooks
-from tesseraq_gguf.types.facts import Codebooks, tensor_type
+from tesseraq_gguf.types.facts import WITH_CODEBOOKS, Codebooks, tensor_type
 from tesseraq_gguf.types.grids import OwnCodebooks
 from tesseraq_gguf.types.quantized import plain_vector
 
@@ -19,11 +21,22 @@ _TOKENS = 2048
 
 
 def design_codebooks(run: Run, model: Model) -> Model:
-    """Give the model codebooks of its own where the recipe asks for them and a type has any."""
+    """Give the model codebooks of its own where the recipe asks for them and a type has any.
+
+    Raises:
+        UsageError: they are asked for, and no matrix is of such a type. Types chosen within a budget may be others.
+    """
     types = model.plan.types | model.plan.outside
     shapes = {shape.layout: shape for type in types.values() if (shape := tensor_type(type).codebooks)}
-    if run.recipe.codebooks == "universal" or not shapes:
+    if run.recipe.codebooks == "universal":
         return model
+    if not shapes:
+        if run.recipe.budgeted:
+            return model
+        raise UsageError(
+            f"{spelled('codebooks')} {run.recipe.codebooks} has no effect: rules or the length of rows leave no matrix "
+            f"of this model in {', '.join(WITH_CODEBOOKS)}"
+        )
     return replace(model, codebooks=_designed(run, model, shapes))
 
 

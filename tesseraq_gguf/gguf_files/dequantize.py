@@ -63,4 +63,7 @@ def _read(file: GgufFile, shape: Codebooks) -> NDArray[np.int8]:
         raise FileFormatError(
             f"{file.path}: {shape.key} is no array of {size} int8. The file is damaged, or made by another version"
         )
-    return read_codebooks(np.frombuffer(entry.raw[-size:], np.int8), shape)
+    try:
+        return read_codebooks(np.frombuffer(entry.raw[-size:], np.int8), shape)
+    except ValueError as error:
+        raise FileFormatError(f"{file.path}: {shape.key}: {error}. The file is damaged, make it again") from None

@@ -19,8 +19,8 @@ Codebooks of few levels serve best where they leave outliers out. Then arrays ar
 each as far as serves it best, and the design is repeated from the codebooks that there are.
 
 Scalars are put on a fine lattice first: then a codebook's errors are one small table, a cluster is a histogram, and a
-step over millions of blocks is a few gathers. No weight is changed by any of this; `grids.codebook` encodes with what
-comes out.
+step over millions of blocks is a few gathers. No weight is changed by any of this; `types/bcq/grid.py` encodes with
+what comes out.
 """
 
 from __future__ import annotations

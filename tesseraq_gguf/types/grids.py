@@ -40,7 +40,7 @@ def grid_for(type: str, columns: int, granularity: str, codebooks: OwnCodebooks 
     """Return the grid of a matrix with rows of `columns` weights, with one scale per `group` or per `channel`.
 
     Raises:
-        UsageError: super-blocks, whose groups share more than a scale, cannot have one scale per row.
+        UsageError: super-blocks, whose groups share more than a scale, and codebooks cannot have one scale per row.
     """
     grid = grid_of(type)
     shape = tensor_type(type).codebooks

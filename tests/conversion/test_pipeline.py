@@ -20,7 +20,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.converter.writer import write_plain
-from tesseraq_gguf.errors import ModelError, UsageError
+from tesseraq_gguf.errors import FileFormatError, ModelError, UsageError
 from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.column_orders import orders_of
 from tesseraq_gguf.gguf_files.dequantize import own_codebooks
@@ -306,6 +306,25 @@ def test_a_model_brings_its_own_codebooks(method, make_model, long_text, tmp_pat
     assert not np.array_equal(own["bcq4"], universal(LAYOUTS["bcq4"]))
     convert(recipe_of(make_model("llama"), out, long_text, type="bcq4", method=method), Listener())
     assert own_codebooks(open_gguf(out)) == {}
+
+
+def test_damaged_codebooks_are_one_line(make_model, long_text, tmp_path):  # noqa: F811
+    out = tmp_path / "out.gguf"
+    convert(recipe_of(make_model("llama"), out, long_text, type="bcq2", method="rtn", codebooks="model"))
+    own = own_codebooks(open_gguf(out))["bcq2"]
+    data = out.read_bytes()
+    assert data.count(own.tobytes()) == 1
+    out.write_bytes(data.replace(own.tobytes(), own[:, ::-1].tobytes()))
+    with pytest.raises(FileFormatError, match=r"BCQ codewords ascend .*damaged, make it again"):
+        own_codebooks(open_gguf(out))
+
+
+def test_codebooks_that_no_matrix_would_have_are_refused(make_model, long_text, tmp_path):  # noqa: F811
+    rules = {"type": "bcq2", "rules": ((".", "tsq2"),), "method": "rtn"}
+    recipe = recipe_of(make_model("llama"), tmp_path / "x.gguf", long_text, codebooks="model", **rules)
+    with pytest.raises(UsageError, match="codebooks model has no effect"):
+        convert(recipe)
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_a_file_of_two_layouts_brings_codebooks_of_both(make_model, long_text, tmp_path):  # noqa: F811

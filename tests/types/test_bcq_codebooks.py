@@ -35,10 +35,15 @@ def test_codewords_ascend_and_may_be_equal(shape: Codebooks) -> None:
 @each
 @pytest.mark.parametrize(
     ("place", "value", "said"),
-    [((0, -1), 32, "magnitudes up to 31"), ((-1, 0), -32, "magnitudes up to 31"), ((2, 1), 30, "ascend")],
+    [
+        ((0, -1), 32, "magnitudes up to 31"),
+        ((-1, 0), -32, "magnitudes up to 31"),
+        ((0, 0), -128, "magnitudes"),
+        ((2, 1), 30, "ascend"),
+    ],
 )
 def test_other_codewords_are_refused(shape: Codebooks, place: tuple[int, int], value: int, said: str) -> None:
-    wrong = _even(shape)
+    wrong = _even(shape).astype(np.int8)
     wrong[place] = value
     with pytest.raises(ValueError, match=said):
         bcq.read_codebooks(wrong, shape)

@@ -46,7 +46,7 @@ def read_codebooks(values: Any, shape: Codebooks) -> NDArray[np.int8]:
     codebooks = np.asarray(values)
     if codebooks.size != shape.count * shape.levels or not np.issubdtype(codebooks.dtype, np.integer):
         raise ValueError(f"BCQ codebooks are {shape.count} times {shape.levels} integers")
-    codebooks = codebooks.reshape(shape.shape)
+    codebooks = codebooks.reshape(shape.shape).astype(np.int64)  # -128 has no magnitude in int8
     if np.abs(codebooks).max() > shape.largest or (np.diff(codebooks, axis=1) < 0).any():
         raise ValueError(f"BCQ codewords ascend and have magnitudes up to {shape.largest}")
     return codebooks.astype(np.int8)
