@@ -25,7 +25,6 @@ BLOCK = 128
 SALIENT = 24
 """Weights of a block that have 4 bits; they are the first."""
 
-BINARY = BLOCK - SALIENT
 LEVELS = 16
 BLOCK_BYTES = 27
 
