@@ -13,6 +13,7 @@ from tesseraq_gguf.methods.table import METHODS, STARTS
 from tesseraq_gguf.types.facts import ORDERED_TYPES, names
 
 OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
+FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
 
 TYPES, ROUNDING, PTQ161, ACTIVATIONS = "types", "rounding", "ptq161", "activations"
 """Studies: what a type of some size can do, ours and theirs; how rounding is learned, by what it generalises to; what
