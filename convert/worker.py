@@ -35,7 +35,7 @@ from tesseraq_gguf.gguf_files.dequantize import FileCodebooks, dequantized, own_
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
-from tesseraq_gguf.models.weights import Checkpoint
+from tesseraq_gguf.models.weights import SafetensorsCheckpoint
 from tesseraq_gguf.types.facts import (
     FORMAT_VERSION,
     ORDERED_TYPES,
@@ -200,7 +200,7 @@ class Converter:
                 found[self.name(name)] = name
         return found
 
-    def feed(self, weights: Checkpoint) -> None:
+    def feed(self, weights: SafetensorsCheckpoint) -> None:
         """Give the class all weights as the learner reads them, dequantised, in place of what it would read."""
         from conversion.base import LazyTorchTensor
 
@@ -220,7 +220,9 @@ class Converter:
 
         return type(self.model).dequant_model is not ModelBase.dequant_model
 
-    def read(self, weights: Checkpoint, names: Iterable[str]) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
+    def read(
+        self, weights: SafetensorsCheckpoint, names: Iterable[str]
+    ) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
         """Give the tensors of the checkpoint as llama.cpp reads them, where it knows how.
 
         Args:
@@ -244,7 +246,7 @@ class Converter:
 
                 yield name, tuple(tensor.shape), part
 
-    def _dequantized(self, weights: Checkpoint) -> bool:
+    def _dequantized(self, weights: SafetensorsCheckpoint) -> bool:
         """Let the class dequantise its tensors; tell whether it knew how."""
         try:
             self.model.dequant_model()
@@ -392,7 +394,7 @@ def _compare(job: dict[str, Any], converter: Converter) -> None:
     """Hold weights as the learner reads them against what llama.cpp's converter reads, before anything is learned."""
     import torch
 
-    weights = Checkpoint(ModelSource(job["name"], Path(job["folder"])))
+    weights = SafetensorsCheckpoint(ModelSource(job["name"], Path(job["folder"])))
     for name, shape, theirs in converter.read(weights, job["compared"].values()):
         picked = torch.linspace(0, shape[0] - 1, min(shape[0], _COMPARED_ROWS if len(shape) > 1 else shape[0])).long()
         mine, other = weights.rows(name, picked), theirs(picked)
@@ -521,7 +523,7 @@ def _feed(job: dict[str, Any], converter: Converter, learned: bool) -> None:
     """Give a converter the weights, unless nothing is learned and it alone can read them."""
     safetensors = any(Path(job["folder"]).glob("model*.safetensors"))
     if learned or (safetensors and not converter.reads_its_own()):
-        converter.feed(Checkpoint(ModelSource(job["name"], Path(job["folder"]))))
+        converter.feed(SafetensorsCheckpoint(ModelSource(job["name"], Path(job["folder"]))))
 
 
 def _within_range(name: str, tensor: Any, kind: Any) -> Any:
@@ -666,7 +668,7 @@ def _check_expansion(job: dict[str, Any], source: GgufFile, converter: Converter
     """
     import torch
 
-    weights = Checkpoint(ModelSource(job["name"], Path(job["folder"])))
+    weights = SafetensorsCheckpoint(ModelSource(job["name"], Path(job["folder"])))
     original = _Original(source)
     for target, layers in plan.by_target.items():
         for name, placement in layers[:1] + layers[1:][-1:]:

@@ -26,7 +26,7 @@ from tesseraq_gguf.models.experts import aliases, expert_of, stack_of, unroll
 from tesseraq_gguf.models.head import Head, check, final_norm_of, output_of
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.stand_ins import BlockStandIn, replaced
-from tesseraq_gguf.models.weights import Checkpoint, check_weights
+from tesseraq_gguf.models.weights import check_weights, open_checkpoint
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor
 
@@ -216,7 +216,7 @@ class Decoder:
     def __init__(self, source: ModelSource, device: torch.device) -> None:
         self.source = source
         self.device = device
-        self.weights = Checkpoint(source)
+        self.weights = open_checkpoint(source)
         self._model = _skeleton(source)
         self.config = self._model.config.get_text_config()
         self._blocks_name, self._blocks = _find_blocks(self._model, self.config.num_hidden_layers)

@@ -1,9 +1,9 @@
 """The tensors of a checkpoint by name, as the numbers that they stand for.
 
-Checkpoints that are quantised already keep scales beside their matrices. `Checkpoint` knows the schemes whose matrices
-keep name and shape: 8-bit floats and integers with a scale for a matrix, for each row, for groups of columns or for
-blocks. It multiplies on reading, hides what only quantisation needs, and refuses whatever it does not understand:
-nothing is ever read raw. Learner, last pass, simulation and writer all read through it.
+Checkpoints that are quantised already keep scales beside their matrices. `SafetensorsCheckpoint` knows the schemes
+whose matrices keep name and shape: 8-bit floats and integers with a scale for a matrix, for each row, for groups of
+columns or for blocks. It multiplies on reading, hides what only quantisation needs, and refuses whatever it does not
+understand: nothing is ever read raw. Learner, last pass, simulation and writer all read through it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.models.checkpoint import Checkpoint
 from tesseraq_gguf.models.source import ModelSource
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,8 +106,17 @@ class _Scaled:
     layout: _Layout
 
 
-class Checkpoint(Collection[str]):
-    """The tensors of a model by stored name, read one by one; buffers of integers are none.
+def open_checkpoint(source: ModelSource) -> Checkpoint:
+    """Return the tensors of a model, of whatever files it consists.
+
+    Raises:
+        ModelError: a file is missing or broken, or the model is quantised in a way that is not understood.
+    """
+    return SafetensorsCheckpoint(source)
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """The tensors of a Hugging Face folder.
 
     Args:
         source: the model's files.
@@ -132,9 +142,6 @@ class Checkpoint(Collection[str]):
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._stored if name in self)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
     def _is_weight(self, name: str) -> bool:
         """Whether a tensor is no buffer of integers, such as a mask."""

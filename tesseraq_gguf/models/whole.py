@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tesseraq_gguf.models.source import ModelSource
-from tesseraq_gguf.models.weights import Checkpoint
+from tesseraq_gguf.models.weights import open_checkpoint
 
 
 def whole_model(source: ModelSource, dtype: torch.dtype) -> Any:
@@ -19,7 +19,7 @@ def whole_model(source: ModelSource, dtype: torch.dtype) -> Any:
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    weights = Checkpoint(source)
+    weights = open_checkpoint(source)
     if not weights.dequantized:
         return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
     config = AutoConfig.from_pretrained(source.folder)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models import Decoder, ModelSource
-from tesseraq_gguf.models.weights import Checkpoint, plain_config
+from tesseraq_gguf.models.weights import open_checkpoint, plain_config
 from tesseraq_gguf.models.whole import whole_model
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def difference(got: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_quantised_matrices_are_read_dequantised(name, model, tmp_path):
     values = prequantise(model.folder, tmp_path / "quantised", SCHEMES[name])
-    weights = Checkpoint(ModelSource(name, tmp_path / "quantised"))
+    weights = open_checkpoint(ModelSource(name, tmp_path / "quantised"))
     plain = tensors_of(model.folder)
     assert set(weights) == plain.keys()
     assert weights.dequantized == values.keys()
@@ -166,7 +166,7 @@ def test_packed_checkpoints_are_refused_by_name(name, nested, model, tmp_path):
         **{"text_config": {"quantization_config": said}} if nested else {"quantization_config": said},
     )
     with pytest.raises(ModelError, match=message + ".*take the original model") as caught:
-        Checkpoint(ModelSource("packed", tmp_path / "packed"))
+        open_checkpoint(ModelSource("packed", tmp_path / "packed"))
     assert "\n" not in str(caught.value)
 
 
@@ -176,7 +176,7 @@ def test_scales_that_nobody_speaks_of_are_refused(name, model, tmp_path):
     edit(tmp_path / "silent", quantization_config=None, compression_config=None)
     (tmp_path / "silent" / "hf_quant_config.json").unlink(missing_ok=True)
     with pytest.raises(ModelError, match=r"has scales beside its matrices .*no quantization_config"):
-        Checkpoint(ModelSource("silent", tmp_path / "silent"))
+        open_checkpoint(ModelSource("silent", tmp_path / "silent"))
 
 
 def _change(model: ModelSource, folder: Path, scheme: str, change) -> ModelSource:
@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_named(what, model, tmp_path):
     change, message = CHANGES[what]
     source = _change(model, tmp_path / "changed", "fp8-block", change)
     with pytest.raises(ModelError, match=message):
-        Checkpoint(source).read(DOWN)
+        open_checkpoint(source).read(DOWN)
 
 
 def test_integers_are_never_weights(model, tmp_path):
@@ -219,13 +219,13 @@ def test_integers_are_never_weights(model, tmp_path):
     tensors = tensors_of(model.folder)
     tensors["model.position_ids"] = torch.arange(8)[None]
     save_file(tensors, tmp_path / "odd" / "model.safetensors")
-    weights = Checkpoint(ModelSource("odd", tmp_path / "odd"))  # a buffer that nobody reads
+    weights = open_checkpoint(ModelSource("odd", tmp_path / "odd"))  # a buffer that nobody reads
     assert set(weights) == tensors.keys() - {"model.position_ids"}
     with pytest.raises(ModelError, match="position_ids holds I64"):
         weights.read("model.position_ids")
     save_file(tensors | {DOWN: tensors[DOWN].char()}, tmp_path / "odd" / "model.safetensors")
     with pytest.raises(ModelError, match=rf"{DOWN} holds I8 and has no scale"):
-        Checkpoint(ModelSource("odd", tmp_path / "odd"))
+        open_checkpoint(ModelSource("odd", tmp_path / "odd"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
