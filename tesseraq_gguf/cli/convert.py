@@ -57,7 +57,7 @@ def convert(
     try:
         report = _run(recipe)
     except KeyboardInterrupt:
-        raise Stopped("stopped; finished blocks are kept, run the same command again to go on") from None
+        raise Stopped("stopped; what is finished is kept, run the same command again to go on") from None
     if report is None:
         return  # the first process tells
     if as_json:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.methods.lobcq import Design, block_arrays, clipped, design
+from tesseraq_gguf.methods.lobcq import Design, Sought, block_arrays, clipped, design
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.types.bcq.grid import FEW
@@ -82,7 +82,7 @@ def best_design(
     found = []
     for start in ("k-means++", "random"):
         for _ in range(starts):
-            new = design(arrays, shape.group, shape.count, levels=shape.levels, start=start, generator=generator)
+            new = design(arrays, Sought(shape.group, shape.count, shape.levels), generator, start)
             said = f"{start}: {new.errors[0]:.4f} -> {new.errors[-1]:.4f} in {len(new.errors)} steps, "
             if shape.levels <= FEW:
                 said += f"with INT6 codewords {new.rounded_error:.4f}, with outliers clipped "

@@ -55,6 +55,36 @@ _SEED_BLOCKS = 16384
 
 
 @dataclass(frozen=True)
+class Sought:
+    """What a design is to find.
+
+    Attributes:
+        block: L_b, scalars that share a codebook.
+        count: N_c, codebooks.
+        levels: codewords of each.
+        reach: largest magnitude of a scalar; what is larger counts as that.
+    """
+
+    block: int
+    count: int
+    levels: int = 16
+    reach: int = LARGEST
+
+
+@dataclass(frozen=True)
+class Patience:
+    """When a design has done enough.
+
+    Attributes:
+        steps: alternations of both steps, at most.
+        tolerance: relative fall of the error in an alternation below which it stops.
+    """
+
+    steps: int = 100
+    tolerance: float = 3e-4
+
+
+@dataclass(frozen=True)
 class Design:
     """What a design came to.
 
@@ -91,43 +121,35 @@ def block_arrays(tensor: Tensor, length: int, count: int, generator: torch.Gener
 
 def design(
     arrays: Tensor,
-    block: int,
-    count: int,
-    *,
-    levels: int = 16,
-    reach: int = LARGEST,
-    start: str | Tensor = "k-means++",
-    steps: int = 100,
-    tolerance: float = 3e-4,
+    sought: Sought,
     generator: torch.Generator,
+    start: str | Tensor = "k-means++",
+    patience: Patience = Patience(),
 ) -> Design:
     """Design codebooks for scaled block arrays.
 
     Args:
         arrays: float32 [arrays, L_A], scaled as `block_arrays` does.
-        block: L_b, scalars that share a codebook.
-        count: N_c, codebooks.
-        levels: codewords of each.
-        reach: largest magnitude of a scalar; what is larger counts as that.
-        start: `k-means++`, `random`, or codebooks [N_c, levels] to begin from.
-        steps: alternations of both steps, at most.
-        tolerance: relative fall of the error in an alternation below which it stops.
+        sought: what is to be found.
         generator: of the seeds.
+        start: `k-means++`, `random`, or codebooks [N_c, levels] to begin from.
+        patience: when to stop.
     """
-    blocks = on_lattice(arrays, reach).reshape(-1, block)
+    reach = sought.reach
+    blocks = on_lattice(arrays, reach).reshape(-1, sought.block)
     if isinstance(start, Tensor):
         codebooks = start.float().to(blocks.device)
     else:
-        codebooks = _initial(blocks, count, levels, reach, start, generator)
+        codebooks = _initial(blocks, sought, start, generator)
     errors: list[float] = []
-    while len(errors) < 2 * steps:
+    while len(errors) < 2 * patience.steps:
         chosen, error = assign(blocks, codebooks, reach)
         errors.append(error)
         codebooks, error = refit(blocks, chosen, codebooks, reach)
         errors.append(error)
-        if len(errors) > 2 and errors[-3] - error < tolerance * error:
+        if len(errors) > 2 and errors[-3] - error < patience.tolerance * error:
             break
-    rounded, error = _rounded(blocks, codebooks, reach, steps, tolerance)
+    rounded, error = _rounded(blocks, codebooks, reach, patience)
     return Design(rounded.to(torch.int8).cpu(), tuple(errors), error)
 
 
@@ -145,12 +167,13 @@ def clipped(arrays: Tensor, found: Design, block: int, tolerance: float = 1e-3) 
         were.
     """
     count, levels = found.codebooks.shape
+    sought = Sought(block, count, levels, _REACH)
     best, codebooks = replace(found, rounded_error=torch.inf), found.codebooks
     for _ in range(_ROUNDS):
         # codewords are as fine as they can be where the largest is 31
         spread = codebooks.float() * (LARGEST / codebooks.abs().max())
         scaled, _ = widened(arrays, spread.round().to(torch.int8), block)
-        again = design(scaled, block, count, levels=levels, reach=_REACH, start=spread, generator=torch.Generator())
+        again = design(scaled, sought, torch.Generator(), spread)
         codebooks = _with_zero(again.codebooks)
         _, error = widened(arrays, codebooks, block)
         falls = error < best.rounded_error * (1 - tolerance)
@@ -261,18 +284,18 @@ def round_levels(histogram: Tensor, levels: Tensor) -> Tensor:
     return levels
 
 
-def _rounded(blocks: Tensor, codebooks: Tensor, reach: int, steps: int, tolerance: float) -> tuple[Tensor, float]:
+def _rounded(blocks: Tensor, codebooks: Tensor, reach: int, patience: Patience) -> tuple[Tensor, float]:
     """INT6 codebooks, float32 [N_c, levels] ascending, and the mean squared error with them."""
     best, least = codebooks.round().clamp(-LARGEST, LARGEST), torch.inf
     chosen, _ = assign(blocks, codebooks, reach)
-    for _ in range(steps):
+    for _ in range(patience.steps):
         histograms = _histograms(blocks, chosen, len(codebooks), reach)
         fitted = [lloyd_max(h, c.double(), _LLOYD_STEPS) for h, c in zip(histograms, codebooks, strict=True)]
         codebooks = torch.stack([round_levels(h, c) for h, c in zip(histograms, fitted, strict=True)]).float()
         chosen, error = assign(blocks, codebooks, reach)
         if error < least:
             best = codebooks
-        if not error < least * (1 - tolerance):
+        if not error < least * (1 - patience.tolerance):
             return best, min(error, least)
         least = error
     return best, least
@@ -306,16 +329,16 @@ def _points(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device) / _FINE - (count - 1) // (2 * _FINE)
 
 
-def _initial(blocks: Tensor, count: int, levels: int, reach: int, start: str, generator: torch.Generator) -> Tensor:
+def _initial(blocks: Tensor, sought: Sought, start: str, generator: torch.Generator) -> Tensor:
     """First codebooks, float32 [N_c, levels]: Lloyd-Max on clusters of blocks around seeds."""
     some = blocks[torch.randperm(len(blocks), generator=generator)[:_SEED_BLOCKS].to(blocks.device)]
     ordered = some.float().sort(1).values
-    seeds = _seeds(ordered, count, start, generator)
+    levels, seeds = sought.levels, _seeds(ordered, sought.count, start, generator)
     joined = torch.cdist(ordered, seeds).argmin(1)
     shares = torch.linspace(0.5 / levels, 1 - 0.5 / levels, levels, device=blocks.device)
-    points = _points(_count(reach), blocks.device)
+    points = _points(_count(sought.reach), blocks.device)
     codebooks = []
-    for index in range(count):
+    for index in range(sought.count):
         scalars = some[joined == index].flatten()
         if scalars.numel() < levels:
             scalars = some.flatten()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
+from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,10 +78,14 @@ class Row:
             UsageError: the grid is not what is needed.
         """
         if self.needs == "ordered" and not grid.ordered:
-            raise UsageError(f"{self.name} {self.summary}: it is not possible in {grid.type}")
+            raise UsageError(
+                f"{self.name} {self.summary}: it is not possible in {grid.type}. Take another {spelled('method')}, "
+                "such as tesseraq"
+            )
         if self.needs == "uniform" and not grid.uniform:
             raise UsageError(
-                f"{self.name} is not possible in {grid.type}: its values are not evenly spaced, or not equally many"
+                f"{self.name} is not possible in {grid.type}: its values are not evenly spaced, or not equally many. "
+                "tesseraq, gptq and awq are"
             )
 
 

@@ -154,7 +154,10 @@ def without_codebooks(recipe: Recipe) -> str | None:
     """Codebooks are for types that have any."""
     types = {*(recipe.candidates if recipe.budgeted else (recipe.type,)), recipe.embedding_type, recipe.output_type}
     found = (types | {type for _, type in recipe.rules}) & set(WITH_CODEBOOKS)
-    return None if found else f"{recipe.type} has none"
+    if found:
+        return None
+    chosen = f"none of {', '.join(recipe.candidates)}" if recipe.budgeted else f"not {recipe.type}"
+    return f"{', '.join(WITH_CODEBOOKS)} have codebooks, {chosen}"
 
 
 def of_another_method(name: str) -> Judge:

@@ -212,7 +212,7 @@ BAD = [
     ("convert model out.gguf --method rtn --tensor-type layers=f16", "nothing to learn"),
     ("convert model out.gguf --method lrq --tensor-type down=bcq4", "lrq is not possible in bcq4"),
     ("convert model out.gguf --method rtn --tensor-type lm_head=f16 --output-type q8_0", "give one of them"),
-    ("convert model out.gguf --codebooks universal", "tsq2 has none"),
+    ("convert model out.gguf --codebooks universal", "have codebooks, not tsq2"),
     ("convert model out.gguf --samples 0", "--samples"),
     ("convert model out.gguf --seqlen 1", "--seqlen"),
     ("convert model out.gguf --samples many", "--samples"),
@@ -375,7 +375,7 @@ def test_ctrl_c_is_one_line(run, tiny_model, tiny_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr("tesseraq_gguf.conversion.pipeline.convert", interrupted)
     answer = run("convert", tiny_model, tmp_path / "out.gguf")
     assert answer.code == 130
-    assert answer.err.splitlines()[-1].startswith("stopped; finished blocks are kept")
+    assert answer.err.splitlines()[-1].startswith("stopped; what is finished is kept")
     monkeypatch.setattr("tesseraq_gguf.gguf_files.inspection.inspect", interrupted)
     answer = run("inspect", tiny_gguf)
     assert (answer.code, answer.err.strip()) == (130, "stopped")

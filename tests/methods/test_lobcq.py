@@ -7,6 +7,7 @@ import torch
 
 from tesseraq_gguf.learning.codebooks import model_codebooks
 from tesseraq_gguf.methods import lobcq
+from tesseraq_gguf.methods.lobcq import Patience, Sought
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.types.facts import LAYOUTS
 
@@ -36,7 +37,7 @@ def test_block_arrays_are_scaled_to_31_and_zeros_left_out():
 @pytest.mark.parametrize("start", ["k-means++", "random"])
 @pytest.mark.parametrize(("block", "count"), [(8, 8), (4, 2), (16, 5), (64, 1)])
 def test_the_error_never_rises(arrays, start, block, count):
-    found = lobcq.design(arrays, block, count, start=start, tolerance=0.0, steps=12, generator=generator())
+    found = lobcq.design(arrays, Sought(block, count), generator(), start, Patience(12, 0.0))
     assert all(after <= before * (1 + 1e-6) for before, after in zip(found.errors, found.errors[1:], strict=False))
     assert found.errors[-1] < found.errors[0]
     assert found.codebooks.shape == (count, 16)
@@ -46,12 +47,12 @@ def test_the_error_never_rises(arrays, start, block, count):
 
 
 def test_a_design_ends_when_the_error_falls_no_further(arrays):
-    found = lobcq.design(arrays, 8, 4, tolerance=0.01, steps=50, generator=generator())
+    found = lobcq.design(arrays, Sought(8, 4), generator(), patience=Patience(50, 0.01))
     falls = [1 - now / before for before, now in zip(found.errors[1::2], found.errors[3::2], strict=False)]
     assert all(fall >= 0.0099 for fall in falls[:-1])
     assert falls[-1] < 0.0101
     assert 4 <= len(found.errors) < 100
-    assert len(lobcq.design(arrays, 8, 4, tolerance=0.0, steps=3, generator=generator()).errors) == 6
+    assert len(lobcq.design(arrays, Sought(8, 4), generator(), patience=Patience(3, 0.0)).errors) == 6
 
 
 def test_a_block_gets_the_codebook_that_serves_it_best(arrays):
@@ -115,7 +116,7 @@ def test_integers_stay_within_6_bits_and_move_while_the_error_falls():
 
 
 def test_rounding_loses_little_and_repairs_some(arrays):
-    found = lobcq.design(arrays, 8, 4, generator=generator())
+    found = lobcq.design(arrays, Sought(8, 4), generator())
     assert found.errors[-1] <= found.rounded_error < 1.1 * found.errors[-1]
     histogram = torch.bincount(lobcq.on_lattice(arrays).flatten(), minlength=2 * 31 * 16 + 1).double()
     levels = lobcq.lloyd_max(histogram, torch.linspace(-31, 31, 16).double(), 30)
@@ -130,20 +131,20 @@ def test_rounding_loses_little_and_repairs_some(arrays):
 
 
 def test_more_codebooks_serve_better(arrays):
-    errors = [lobcq.design(arrays, 8, count, generator=generator()).rounded_error for count in (1, 2, 4, 8)]
+    errors = [lobcq.design(arrays, Sought(8, count), generator()).rounded_error for count in (1, 2, 4, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.46 * errors[0]
 
 
 def test_an_unknown_start_is_refused(arrays):
     with pytest.raises(ValueError, match="k-means"):
-        lobcq.design(arrays, 8, 2, start="zeros", generator=generator())
+        lobcq.design(arrays, Sought(8, 2), generator(), "zeros")
 
 
 @pytest.mark.parametrize("levels", [4, 16])
 def test_a_lattice_may_reach_further_than_codewords(arrays, levels):
     """What is scaled beyond them counts as far as it is off."""
-    found = lobcq.design(arrays * 2, 16, 4, levels=levels, reach=62, generator=generator())
+    found = lobcq.design(arrays * 2, Sought(16, 4, levels, 62), generator())
     assert found.codebooks.shape == (4, levels)
     assert int(found.codebooks.abs().max()) <= 31
     blocks = lobcq.on_lattice(arrays * 2, 62).view(-1, 16)
@@ -155,8 +156,8 @@ def test_a_lattice_may_reach_further_than_codewords(arrays, levels):
 
 
 def test_a_design_goes_on_from_codebooks(arrays):
-    first = lobcq.design(arrays, 16, 4, levels=4, steps=1, generator=generator())
-    further = lobcq.design(arrays, 16, 4, levels=4, start=first.codebooks, generator=generator())
+    first = lobcq.design(arrays, Sought(16, 4, 4), generator(), patience=Patience(steps=1))
+    further = lobcq.design(arrays, Sought(16, 4, 4), generator(), first.codebooks)
     assert further.errors[0] == pytest.approx(first.rounded_error)
     assert further.errors[-1] < first.errors[-1]
 
@@ -175,7 +176,7 @@ def test_arrays_are_scaled_as_far_as_serves_them_best(arrays):
 
 
 def test_clipping_serves_codebooks_of_few_levels(arrays):
-    found = lobcq.design(arrays, 16, 4, levels=4, generator=generator())
+    found = lobcq.design(arrays, Sought(16, 4, 4), generator())
     clipped = lobcq.clipped(arrays, found, 16)
     assert clipped.rounded_error == pytest.approx(lobcq.widened(arrays, clipped.codebooks, 16)[1])
     assert clipped.rounded_error < 0.95 * found.rounded_error

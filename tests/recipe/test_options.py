@@ -243,7 +243,7 @@ IGNORED = [
     ({"target_bpw": 3.0, "type": "tsq3"}, "give one of them"),
     ({"target_bpw": 3.0, "target_size": 10**9}, "two budgets"),
     ({"embedding_type": "auto"}, "target_size only"),
-    ({"codebooks": "model"}, "tsq2 has none: codebooks"),
+    ({"codebooks": "model"}, "have codebooks, not tsq2: codebooks"),
     ({"finish_steps": 5}, "finish_steps must go with finish distill"),
     ({"preprocess_steps": 5}, "preprocess_steps must go with preprocess TEXT"),
     ({"finish": "distill", "granularity": "channel"}, "not possible with granularity channel"),
