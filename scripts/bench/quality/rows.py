@@ -65,6 +65,9 @@ STOCK_TYPES = names(lambda t: t.family == "stock" and t.name != "q5_0")  # which
 K_TYPES = names(lambda t: t.family == "kquants")
 (ONE_BIT_TYPE,) = ORDERED_TYPES
 METHOD_NAMES = {name: row.title for name, row in METHODS.items()}
+SEEDED_TYPES = ("tsq2", "bcq2")
+"""Types of 2.25 bits that are learned with three seeds; rows that name none have seed 0."""
+
 ROUNDING_SAMPLES = 512
 """Calibration sequences of the study of rounding, where it does not vary them."""
 
@@ -171,6 +174,10 @@ def _our_rows() -> Iterator[Row]:
             title = "TesseraQ" if start.name == "none" else f"TesseraQ from {start.title}"
             name = f"tesseraq-{start.name.replace('+', '-')}"
             yield row(name, title, "--method", "tesseraq", "--init", start.name, *learning)
+        if type in SEEDED_TYPES:  # what is chance, where types of one size are compared
+            for seed in ("1", "2"):
+                title, begun = f"TesseraQ from AWQ, seed {seed}", ("--method", "tesseraq", "--init", "awq")
+                yield row(f"tesseraq-awq-seed{seed}", title, *begun, "--seed", seed, *learning)
         if type in ("tsq2", "tsq3", "tsq4"):
             learn = ("--method", "flexround", "--init", "awq")
             yield row("flexround-awq", "FlexRound from AWQ", *learn, *learning)
