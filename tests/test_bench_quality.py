@@ -48,10 +48,12 @@ def a_result(**different: object):
 
 def test_rows_have_names_of_their_own_and_commands_that_fill() -> None:
     from bench.quality.__main__ import SHOWN
-    from bench.quality.rows import FAMILIES, all_rows
+    from bench.quality.rows import FAMILIES
+    from bench.quality.subjects import SUBJECTS
 
-    rows = all_rows()
-    assert len({row.name for row in rows}) == len(rows)
+    for subject in SUBJECTS.values():
+        assert len({row.name for row in subject.rows()}) == len(subject.rows())
+    rows = [row for subject in SUBJECTS.values() for row in subject.rows()]
     names = SHOWN | {"out": "o", "calibration": "c", "preset": "p", "iters": "1", "threads": "2"}
     for row in rows:
         assert row.family in FAMILIES
@@ -121,22 +123,52 @@ def test_rows_stand_under_their_size_the_least_divergence_first() -> None:
     assert {line.count("|") for lines in found.values() for line in lines} == {10}
 
 
+def written(subject: str, measured: list[Any], docs: Path) -> None:
+    """Write the pages of a model."""
+    from bench.quality.__main__ import _shown, write_report
+    from bench.quality.pages import Setting
+    from bench.quality.places import Options
+    from bench.quality.subjects import SUBJECTS
+
+    options = Options(
+        model="model.gguf", embedding="f16", calibration=Path("calibration.txt"), text=Path("valid.txt"), work=docs,
+        ctx=512, chunks=24, preset="fast", imatrix_chunks=64, samples=128, seqlen=256, iters=200, threads=2,
+        torch="torch",
+    )  # fmt: skip
+    write_report(measured, Setting(SUBJECTS[subject], options, {}, _shown(options)), docs)
+
+
+def test_files_of_another_model_stand_by_their_size(tmp_path: Path) -> None:
+    from bench.quality.rows import file_rows
+
+    rows = {row.name: row for row in file_rows()}
+    mixed = {"q2_k": 100, "q4_0": 26}
+    measured = [
+        (rows["llama-q2_k"], a_result(bytes=88_200_000, types=mixed)),
+        (rows["ours-tsq2-tesseraq-awq"], a_result(bytes=61_900_000, types={"tsq2": 126})),
+    ]
+    written("qwen15b", measured, tmp_path)
+    page = (tmp_path / "results/quality-qwen15b.md").read_text()
+    files = [line for line in page.splitlines() if line.startswith(("| ours", "| llama"))]
+    assert [line.split(" | ")[:4] for line in files] == [
+        ["| ours", "TesseraQ from AWQ", "TSQ2", "61.9"],
+        ["| llama-quantize", "imatrix", "Q2_K", "88.2"],
+    ]
+    assert "Q2_K: matrices of the blocks: 100 × q2_k, 26 × q4_0." in page
+    assert "scripts/run bench quality --model qwen15b=FILE" in page
+    assert "    tesseraq-gguf convert model.gguf ours-tsq2-tesseraq-awq.gguf --type tsq2" in page
+    assert list(tmp_path.rglob("*.md")) == [tmp_path / "results/quality-qwen15b.md"]
+
+
 def test_every_table_has_a_page(tmp_path: Path) -> None:
     """The pages are written where they are missing, keep what stands around the markers, and lines stay short."""
-    from bench.quality.__main__ import write_report
-    from bench.quality.places import Options
-
     rows = ("ours-tsq2-gptq", "rounding-tsq3-rtn", "ptq161-mask", "a4-awq", "llama-q2_k")
     kept = (20.0, 1.0, 0.5, 0.9)
     measured = [(a_row(name), a_result(kept=kept, recorded="89abcde")) for name in rows]
-    options = Options(
-        model="demo", calibration=Path("calibration.txt"), text=Path("valid.txt"), work=tmp_path, ctx=512, chunks=24,
-        preset="fast", imatrix_chunks=64, samples=128, seqlen=256, iters=200, threads=2, torch="torch",
-    )  # fmt: skip
     docs = tmp_path / "docs"
     (docs / "results").mkdir(parents=True)
     (docs / "results/ptq161.md").write_text("# PTQ1.61\n")
-    write_report(measured, options, docs)
+    written("demo", measured, docs)
     pages = {str(page.relative_to(docs)): page.read_text() for page in docs.rglob("*.md")}
     assert pages.keys() == {
         "results/quality.md", "results/commands.md", "results/rounding.md", "results/ptq161.md",

@@ -1,5 +1,5 @@
 # needs: extras=demo,build,plot runtime=cpu
-"""Measure files of one small model, ours and the rivals', and write tables and plot into docs/.
+"""Measure files of a small model, ours and the rivals', and write tables and plot into docs/.
 
 Every row is a file: it is made, measured by one run of llama-perplexity against the 16-bit model's logits, and removed.
 A result is kept beside the pages at once, in `results/quality.json`: the same command goes on where it was stopped, and
@@ -9,6 +9,7 @@ calibration text.
     scripts/run bench quality --calibration calib.txt --text wikitext2-valid.txt
     scripts/run bench quality … --rows 'llama-|autoround-'    some of the rows
     scripts/run bench quality … --report                      only write the docs
+    scripts/run bench quality … --model smollm2               another model, by the size of whole files
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from bench.quality.pages import DRAWING, Setting, pages
 from bench.quality.places import AUTOROUND_VERSION, Options, Places, remove, run
 from bench.quality.plot import plot
 from bench.quality.results import Result, Results, figures_of, program, result_key
-from bench.quality.rows import AUTOROUND, LLAMA_CPP, OURS, RANKS, ROUNDING, TYPES, Row, all_rows
+from bench.quality.rows import AUTOROUND, LLAMA_CPP, OURS, RANKS, ROUNDING, TYPES, Row
+from bench.quality.subjects import DEMO, SUBJECTS, Subject
 from bench.quality.variables import learned_at_once
 from tesseraq_gguf.compute.schemes import scheme_of
 from tesseraq_gguf.errors import TesseraqError
@@ -79,8 +81,9 @@ def main() -> None:
     """Make and measure what is missing, then write the report."""
     parser = _parser()
     given = parser.parse_args()
-    options = _options(given, parser)
-    rows = [row for row in all_rows() if re.search(given.rows, row.name)]
+    subject, options = _subject(given, parser), _options(given, parser)
+    every = subject.rows()
+    rows = [row for row in every if re.search(given.rows, row.name)]
     if given.list:
         print("\n".join(row.name for row in rows))
         return
@@ -88,9 +91,9 @@ def main() -> None:
         parser.error(f"no row matches --rows {given.rows}; --list shows them")
     options.work.mkdir(parents=True, exist_ok=True)
     (given.docs / "results").mkdir(parents=True, exist_ok=True)
-    results = Results(given.docs / "results" / "quality.json")
-    setting = _setting(options)
-    keys = {row.name: result_key(row, _decisive(row, setting, options)) for row in all_rows()}
+    results = Results(given.docs / "results" / subject.results)
+    setting = _setting(subject, options)
+    keys = {row.name: result_key(row, _decisive(row, setting, options)) for row in every}
     failed = []
     if not given.report:
         places = Places(options, _say)
@@ -101,11 +104,11 @@ def main() -> None:
                 except (TesseraqError, RuntimeError) as error:
                     _say(f"error: {row.name}: {error}")
                     failed.append(row.name)
-    found = [(row, results.get(row, keys[row.name])) for row in all_rows()]
+    found = [(row, results.get(row, keys[row.name])) for row in every]
     measured = [(row, result) for row, result in found if result]
     if not measured:
         sys.exit("error: nothing is measured with these options yet")
-    write_report(measured, options, given.docs)
+    write_report(measured, Setting(subject, options, _today(), _shown(options)), given.docs)
     if failed:
         sys.exit(f"error: {len(failed)} rows failed: {', '.join(failed)}")
 
@@ -166,6 +169,7 @@ def measure(row: Row, key: str, places: Places, *, keep: bool = False) -> Result
         commit=program(ROOT),
         date=time.strftime("%Y-%m-%d"),
         figures=figures_of(row, {"preset": options.preset}),
+        bytes=facts.bytes,
     )
     agreement = f"divergence {kld:.5f}, same token {100 * top1:.2f} %"
     _say(f"{row.name}: perplexity {perplexity:.4f}, {agreement}, {spent[0]:.0f} s")
@@ -185,19 +189,29 @@ def base_logits(places: Places, text: Path) -> Path:
     return file
 
 
-def write_report(measured: report.Measured, options: Options, docs: Path) -> None:
+def write_report(measured: report.Measured, setting: Setting, docs: Path) -> None:
     """Draw, and put the tables and commands into the pages that have them, between their markers."""
-    plot([m for m in measured if m[0].study == TYPES], docs / DRAWING)
-    shown = SHOWN | {
+    if types := [m for m in measured if m[0].study == TYPES]:
+        plot(types, docs / DRAWING)
+    for name, part in pages(measured, setting).items():
+        write_part(docs / name, part)
+        _say(f"{docs / name} is written")
+
+
+def _shown(options: Options) -> dict[str, str]:
+    """Readable names for what commands name."""
+    return SHOWN | {
+        "plain_model": options.model if options.model.startswith(DEMO) else Path(options.model).name,
         "calibration": options.calibration.name,
         "preset": options.preset,
         "iters": str(options.iters),
         "threads": str(options.threads),
     }
-    today = {name: asdict(preset) for name, preset in PRESETS.items()}
-    for name, part in pages(measured, Setting(options, today, shown)).items():
-        write_part(docs / name, part)
-        _say(f"{docs / name} is written")
+
+
+def _today() -> dict[str, dict[str, Any]]:
+    """What presets stand for."""
+    return {name: asdict(preset) for name, preset in PRESETS.items()}
 
 
 def _simulated(places: Places, file: Path, scheme: str) -> tuple[float, float, float, float]:
@@ -247,9 +261,9 @@ def _children_seconds() -> float:
     return times.children_user + times.children_system
 
 
-def _setting(options: Options) -> dict[str, Any]:
+def _setting(subject: Subject, options: Options) -> dict[str, Any]:
     return {
-        "model": options.model,
+        "model": subject.name,
         "text": _digest(options.text),
         "calibration": _digest(options.calibration),
         "ctx": options.ctx,
@@ -280,7 +294,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/run bench quality", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--calibration", type=Path, metavar="TEXT", help="everything is calibrated on this text")
     parser.add_argument("--text", type=Path, metavar="TEXT", help="everything is measured on this text")
-    parser.add_argument("--model", default="demo", help="a Gemma 3 model, as `convert` takes it (default: demo)")
+    parser.add_argument(
+        "--model", default=DEMO, metavar="NAME[=MODEL]",
+        help=f"one of {', '.join(SUBJECTS)} (default: {DEMO}), and where it is, as `convert` takes it",
+    )  # fmt: skip
     parser.add_argument("--rows", default="", metavar="REGEX", help="only rows whose name matches")
     parser.add_argument("--list", action="store_true", help="print the rows' names and leave")
     parser.add_argument("--report", action="store_true", help="measure nothing, write the docs from the results")
@@ -308,6 +325,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _subject(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Subject:
+    """Return the model that is asked for; the place that the user gives for it goes before its own."""
+    name, _, place = given.model.partition("=")
+    if name not in SUBJECTS:
+        parser.error(f"--model must be one of {', '.join(SUBJECTS)}, not {name}")
+    given.model = place or SUBJECTS[name].model
+    given.embedding = SUBJECTS[name].embedding
+    if not given.model and not given.list:
+        parser.error(f"--model {name}=FILE must say where {SUBJECTS[name].title} is")
+    work = given.work or cache_folder("bench-quality")
+    given.work = work if name == DEMO else work / name
+    return SUBJECTS[name]
+
+
 def _options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Options:
     if not given.list:
         for name in ("calibration", "text"):
@@ -322,7 +353,7 @@ def _options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Opti
     values["seqlen"] = given.seqlen or PRESETS[given.preset].length
     if given.imatrix_chunks is None:
         values["imatrix_chunks"] = -(-values["samples"] * values["seqlen"] // 512)
-    values["work"] = (given.work or cache_folder("bench-quality")).resolve()
+    values["work"] = given.work.resolve()
     return Options(**values, torch=os.environ.get("TORCH", "torch"))
 
 

@@ -10,7 +10,8 @@ from bench.quality import report
 from bench.quality.places import AUTOROUND_VERSION, Options
 from bench.quality.plot import WIDEST
 from bench.quality.report import Figures, Measured
-from bench.quality.rows import ACTIVATIONS, PTQ161, REFERENCE, ROUNDING, TYPES
+from bench.quality.rows import ACTIVATIONS, FILES, PTQ161, REFERENCE, ROUNDING, TYPES
+from bench.quality.subjects import Subject
 
 DRAWING = "results/quality.svg"
 
@@ -51,11 +52,13 @@ class Setting:
     """What the rows share.
 
     Attributes:
+        subject: the model.
         options: of the measurement.
         today: what presets stand for.
         shown: readable names for what commands name.
     """
 
+    subject: Subject
     options: Options
     today: Figures
     shown: Mapping[str, str]
@@ -63,6 +66,8 @@ class Setting:
 
 def pages(measured: Measured, setting: Setting) -> dict[str, str]:
     """Return what belongs between the markers of each page, by the page's path in the folder of documents."""
+    if any(row.study == FILES for row, _ in measured):
+        return {setting.subject.page: "\n\n".join(filter(None, _files(measured, setting)))}
     studies = {study: [m for m in measured if m[0].study == study] for study in (TYPES, ROUNDING, PTQ161, ACTIVATIONS)}
     parts = {
         "results/quality.md": _quality(studies[TYPES], setting),
@@ -118,6 +123,29 @@ def _quality(measured: Measured, setting: Setting) -> list[str]:
         *(part for heading, rows in bands(measured) for part in (heading, report.table(rows, setting.today))),
         "## Notes to the rows" if notes else "",
         "\n".join(prose(line, "  ") for line in notes),
+    ]
+
+
+def _files(measured: Measured, setting: Setting) -> list[str]:
+    options, subject = setting.options, setting.subject
+    made = f"scripts/run bench quality --model {subject.name}{'' if subject.model else '=FILE'}"
+    notes = report.notes(measured, setting.today).splitlines()
+    return [
+        prose(
+            f"Written by `{made}`. The model is {subject.title}. It came as {subject.came_as}, so “16 bits” means that "
+            f"file's weights in f16, and a type that finds its own grid again there has an unfair start. The first "
+            f"{options.chunks} chunks of {options.ctx} tokens of {options.text.name} are measured; everything is "
+            f"calibrated on {options.calibration.name}. Our rows were learned with `{options.preset}`, and their "
+            "embedding is q8_0. Where 256 does not divide a row, K types take another type for it, in llama-quantize "
+            "and here alike: the notes say which. Files stand by their whole size. Times are wall time and, in "
+            "parentheses, processor time of all threads."
+        ),
+        prose(PROGRAMS_SAID),
+        report.files_table(measured, setting.today),
+        "## Notes to the rows" if notes else "",
+        "\n".join(prose(line, "  ") for line in notes),
+        "## Commands",
+        report.commands([m for m in measured if m[0].family != REFERENCE], setting.shown),
     ]
 
 

@@ -35,6 +35,7 @@ class Options:
     Attributes:
         work: the folder for results and shared files.
         model: the model, as `tesseraq-gguf convert` takes it.
+        embedding: type of the embedding in the file that divergence is measured from.
         calibration: the text that everything is calibrated on.
         text: the text that everything is measured on.
         ctx: tokens of a chunk.
@@ -50,6 +51,7 @@ class Options:
 
     work: Path
     model: str
+    embedding: str
     calibration: Path
     text: Path
     ctx: int
@@ -87,7 +89,9 @@ class Places(Mapping[str, object]):
             "llama_cpp": lambda: ensure_source().llama_cpp,
             "plain_model": lambda: options.model,
             "plain_f16": lambda: self._made("plain-f16.gguf", lambda out: self._convert(out, "f16")),
-            "plain_reference": lambda: self._made("plain-reference.gguf", lambda out: self._convert(out, "q8_0")),
+            "plain_reference": lambda: self._made(
+                "plain-reference.gguf", lambda out: self._convert(out, options.embedding)
+            ),
             "plain_imatrix": lambda: self._imatrix("plain"),
             "plain_folder": lambda: resolve_model(options.model, say).folder,
             "padded_f16": lambda: self._padded("f16"),

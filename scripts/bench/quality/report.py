@@ -31,6 +31,19 @@ def table(measured: Measured, today: Figures) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def files_table(measured: Measured, today: Figures) -> str:
+    """Lay out files by their size, whatever types their matrices have."""
+    heads = ("", "method", "types", "MB", "perplexity", "KL divergence", "same top token", "made in", "program")
+    ordered = sorted(measured, key=lambda m: (m[1].bytes or 0, m[1].kld))
+    lines = [heads, ("---", "---", "---", *["---:"] * 6), *(_file_cells(*m, today) for m in ordered)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _file_cells(row: Row, result: Result, today: Figures) -> tuple[str, ...]:
+    family, method, kind, _, *rest = _cells(row, result, today)
+    return (family, method, kind, f"{(result.bytes or 0) / 1e6:.1f}", *rest)
+
+
 def starts_table(measured: Measured) -> str:
     """Lay out what a start is alone, and what TesseraQ makes of it: divergences, a line for each type of ours."""
     found = {(row.type, row.method): result for row, result in measured if row.type and row.family == OURS}
@@ -103,7 +116,7 @@ def notes(measured: Measured, today: Figures) -> str:
         parts = [row.note] if row.note else []
         if len(result.types) > 1:
             parts.append("matrices of the blocks: " + ", ".join(f"{n} × {t}" for t, n in sorted(result.types.items())))
-        if result.embedding not in ("q8_0",):
+        if result.embedding != "q8_0" and row.family != REFERENCE:
             parts.append(f"embedding in {result.embedding}")
         if parts:
             lines.append(f"- {title(row)}: {'; '.join(parts)}.")
@@ -153,7 +166,7 @@ def _perplexity(result: Result) -> str:
 def _type(row: Row) -> str:
     if row.family == AUTOROUND:
         return "Q2_K_S" if row.type is None else "W2 g64"
-    return (row.type or "mixed").upper()
+    return row.mix or (row.type or "mixed").upper()
 
 
 def _time(result: Result) -> str:

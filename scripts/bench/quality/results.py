@@ -42,6 +42,7 @@ class Result:
         commit: of the program that made and measured the file, as `git describe` has it; None if that is not known.
         recorded: the commit that brought the result, where `commit` is not known: the program is no later one.
         date: on which it was measured, or recorded, as in ISO 8601.
+        bytes: size of the file; None if it was not noted.
         figures: of the presets that made it, by their names: samples, steps, rates. None if they are not known.
     """
 
@@ -63,6 +64,7 @@ class Result:
     recorded: str | None = None
     date: str | None = None
     figures: dict[str, dict[str, float]] | None = None
+    bytes: int | None = None
 
 
 def program(root: Path) -> str | None:

@@ -15,9 +15,10 @@ from tesseraq_gguf.types.facts import ORDERED_TYPES, names
 OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
 FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
 
-TYPES, ROUNDING, PTQ161, ACTIVATIONS = "types", "rounding", "ptq161", "activations"
+TYPES, ROUNDING, PTQ161, ACTIVATIONS, FILES = "types", "rounding", "ptq161", "activations", "files"
 """Studies: what a type of some size can do, ours and theirs; how rounding is learned, by what it generalises to; what
-the parts of PTQ1.61 bring, one after the other; and what is left with activations of few bits."""
+the parts of PTQ1.61 bring, one after the other; what is left with activations of few bits; and files as users make
+them, by their whole size."""
 
 Command = tuple[str, ...]
 
@@ -40,6 +41,7 @@ class Row:
         rank: of LRQ's scaling matrices, as a share 1/n of the model's width: n. None for other methods.
         samples: calibration sequences, where the study says so.
         scheme: how activations are rounded in the measurement, which torch then makes; None leaves it to llama.cpp.
+        mix: what the tool calls the types of the file, where matrices may have different ones.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Row:
     rank: int | None = None
     samples: int | None = None
     scheme: str | None = None
+    mix: str = ""
 
     def filled(self, places: Mapping[str, object]) -> list[list[str]]:
         """Return the commands with every name in braces replaced."""
@@ -92,6 +95,14 @@ LLAMA_TYPES = {
     "mxfp4": "MXFP4_MOE",
     "q8_0": "Q8_0",
 }
+LLAMA_MIXES = (
+    "IQ2_XXS", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M",
+)  # fmt: skip
+"""What llama-quantize is told where files are compared by their whole size."""
+
+FILE_TYPES = ("tsq2", "bcq2", "tsq3", "tsq4", "q2_k", "q3_k", "q4_0", "q4_k")
+"""Types of our own rows there."""
+
 AUTOROUND_BITS = 2 + (16 + 2) / 64
 """2-bit codes, and for each group of 64 a scale of 16 bits and a zero-point of 2."""
 
@@ -106,6 +117,32 @@ def all_rows() -> list[Row]:
         *_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_one_bit_rows(), *_budget_rows(),
         *_rounding_rows(), *_ptq161_rows(), *_activation_rows(),
     ]  # fmt: skip
+
+
+def file_rows() -> list[Row]:
+    """Return the rows of a model that files are compared on by their whole size, in the order of measuring."""
+    return [
+        Row("reference", REFERENCE, "none", None, False, (("cp", "{plain_f16}", "{out}"),), study=FILES, mix="F16"),
+        *(_file_of_llama(mix) for mix in LLAMA_MIXES),
+        *(row for type in FILE_TYPES for row in _files_of_ours(type)),
+    ]
+
+
+def _file_of_llama(mix: str) -> Row:
+    command = ("{quantize}", "--imatrix", "{plain_imatrix}", "{plain_f16}", "{out}", mix, "{threads}")
+    return Row(f"llama-{mix.lower()}", LLAMA_CPP, "imatrix", None, False, (command,), study=FILES, mix=mix)
+
+
+def _files_of_ours(type: str) -> Iterator[Row]:
+    learning = ("--preset", "{preset}", "--calibration", "{calibration}")
+    for name, title, options in (
+        ("rtn", "RTN", ("--method", "rtn")),
+        ("gptq", "GPTQ", ("--method", "gptq", *learning)),
+        ("tesseraq-awq", "TesseraQ from AWQ", ("--method", "tesseraq", "--init", "awq", *learning)),
+    ):
+        command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", type, "--embedding-type", "q8_0")
+        commands = ((*command, *options),)
+        yield Row(f"ours-{type}-{name}", OURS, title, None, False, commands, study=FILES, mix=type.upper())
 
 
 def _references() -> Iterator[Row]:
