@@ -53,6 +53,18 @@ def text(name: str, value: Any) -> str:
     return given
 
 
+def secret(name: str, value: Any) -> str:
+    """Return what must not be shown: a token, without the spaces and line ends that copying leaves around it.
+
+    Raises:
+        UsageError: it is no string of letters, digits and signs; the message does not repeat it.
+    """
+    found = value.strip() if isinstance(value, str) else ""
+    if not (found.isascii() and found.isprintable()) or not found or " " in found:
+        raise UsageError(f"{spelled(name)} must be a token, which has neither spaces nor letters beyond ASCII")
+    return found
+
+
 def path(name: str, value: Any) -> Path:
     """Return a path, given as a path or as a string.
 

@@ -22,6 +22,7 @@ from tesseraq_gguf.conversion.write import write, write_unlearned
 from tesseraq_gguf.converter.writer import check_output
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.hub import Hub
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import ensure_source
 
@@ -43,7 +44,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     check_types(recipe)
     check_output(recipe.out)
     # tensors are copied by their names in a GGUF file; rules name them as the learner does
-    source = resolve_model(recipe.model, progress.stage, expanded=recipe.learns or bool(recipe.rules))
+    hub = Hub(recipe.token, progress.advance)
+    source = resolve_model(recipe.model, progress.stage, expanded=recipe.learns or bool(recipe.rules), hub=hub)
     check_output(recipe.out, source)
     tree = ensure_source(progress)
     device = resolve_device(recipe.device)

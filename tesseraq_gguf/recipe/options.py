@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tesseraq_gguf.arguments import Reader, choice, device, flag, number, path, spelled, text
+from tesseraq_gguf.arguments import Reader, choice, device, flag, number, path, secret, spelled, text
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.methods.table import METHODS, PARTS, STARTS
@@ -125,7 +125,9 @@ def _parts(recipe: Recipe) -> str | None:
 
 _OPTIONS = (
     Option(
-        "model", text, "A Hugging Face folder, a hub id such as Qwen/Qwen3-0.6B, a .gguf file, or 'demo'.",
+        "model", text,
+        "A Hugging Face folder, a hub id such as Qwen/Qwen3-0.6B or OWNER/NAME@REVISION, a .gguf file, 'demo' or "
+        "'demo:smollm2'.",
         always=True,
     ),
     Option("out", path, "The GGUF file to write.", kind=Path, always=True),
@@ -193,6 +195,10 @@ _OPTIONS = (
     Option(
         "seqlen", optional(at_least(8, "tokens")), "Tokens of a sequence, in place of the preset's.",
         CALIBRATION, kind=int, idle=conflicts.without_sequences, identity=_spent,
+    ),
+    Option(
+        "token", optional(secret), "Token of the hub, for models that are gated or private.",
+        MACHINE, unset="HF_TOKEN of the environment, or the one of hf auth login", always=True,
     ),
     Option("device", device, "auto, cpu, cuda, cuda:1, …", MACHINE),
     Option(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from tesseraq_gguf.compute.schemes import ActivationScheme, scheme_of
@@ -22,7 +22,8 @@ class Recipe:
     would be ignored is refused as well. The fields of a recipe that was made are what is said here.
 
     Attributes:
-        model: a Hugging Face folder, a hub id, a `.gguf` file, or `demo`.
+        model: a Hugging Face folder, a hub id, with a revision behind an @ perhaps, a `.gguf` file, `demo` or
+            `demo:smollm2`.
         out: the GGUF file to write.
         type: tensor type of the matrices in the decoder blocks; a float type means that nothing is learned.
         rules: pairs (regular expression, type); the last one that matches a matrix's checkpoint name gives it its type.
@@ -47,6 +48,7 @@ class Recipe:
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
         seqlen: tokens of a sequence; None takes the preset's.
+        token: of the hub; None takes the environment's. It decides nothing, and stands nowhere in what is made.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         memory_budget: bytes of the device's memory that activations kept from block to block may take; what does not
             fit is kept elsewhere. None takes a part of what is free.
@@ -83,6 +85,7 @@ class Recipe:
     calibration: str | None = None
     samples: int | None = None
     seqlen: int | None = None
+    token: str | None = field(default=None, repr=False)
     device: str = "auto"
     memory_budget: int | None = None
     embedding_type: str = None  # type: ignore[assignment]  # a recipe that was made has one

@@ -7,11 +7,9 @@ and the `llama_cpp` bindings.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from filelock import FileLock
 from tesseraq_gguf.errors import RuntimeBuildError, UsageError
 from tesseraq_gguf.runtime import cache, pin
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
+from tesseraq_gguf.runtime.pypi import PipError, pip_download
 
 _LLAMA_CPP = Path("vendor", "llama.cpp")
 """llama.cpp inside the sdist."""
@@ -167,18 +166,10 @@ def copy_kernels(llama_cpp: Path) -> None:
 
 
 def _pip_download(folder: Path) -> None:
-    if importlib.util.find_spec("pip") is None:
-        raise RuntimeBuildError(
-            f"the Python at {sys.executable} has no pip, which downloads the source of llama.cpp. "
-            "Install it (with uv: `uv pip install pip`) and try again"
-        )
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-binary", pin.PACKAGE, f"{pin.PACKAGE}=={pin.VERSION}", "--dest", str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or result.stderr.splitlines()
-        detail = errors[-1] if errors else "no message"
-        raise RuntimeBuildError(f"pip could not download {pin.PACKAGE} {pin.VERSION}: {detail}")
+    try:
+        pip_download(f"{pin.PACKAGE}=={pin.VERSION}", folder, ["--no-binary", pin.PACKAGE])
+    except PipError as error:
+        raise RuntimeBuildError(str(error)) from error
 
 
 def _extract(sdist: Path, target: Path, *, with_llama_cpp: bool, progress: Reporter) -> None:

@@ -27,6 +27,7 @@ from tesseraq_gguf.models.gguf_model import check_tokens
         ("adapted", r"holds an adapter, not a model: merge it first"),
         ("list", "holds no settings of a model"),
         ("someone/unreachable", "the hub did not give it"),
+        ("demo:other", "hub id such as .*, or 'demo' or 'demo:smollm2'"),
     ],
 )
 def test_what_is_no_model(name, message, tmp_path, monkeypatch):

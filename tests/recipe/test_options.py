@@ -58,6 +58,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "calibration": {"calibration": "text.txt"},
     "samples": {"samples": 8},
     "seqlen": {"seqlen": 64},
+    "token": {"token": "hf_secret"},
     "device": {"device": "cuda"},
     "memory_budget": {"memory_budget": "1G"},
     "work_dir": {"work_dir": "work"},
@@ -95,11 +96,22 @@ def test_options_that_decide_what_blocks_learn_say_so():
     """A new option joins one of both: what decides nothing in the blocks, or what makes another run."""
     silent = {
         "model", "out", "type", "calibration", "preprocess", "preprocess_steps",  # what is read, and what becomes of it
-        "device", "memory_budget", "work_dir", "fresh",
+        "token", "device", "memory_budget", "work_dir", "fresh",
         "finish", "finish_steps",
     }  # fmt: skip
     empty = {name for name, option in OPTIONS.items() if not option.identity(Recipe("m", "o"))}
     assert empty == silent
+
+
+@pytest.mark.parametrize("value", [7, "", "  ", "hf_secret two", "hf_secrét", b"hf_secret"])
+def test_a_token_is_shown_nowhere_even_where_it_is_refused(value):
+    with pytest.raises(UsageError, match="token must be a token") as caught:
+        Recipe("m", "o", token=value)
+    assert "secr" not in str(caught.value)
+    recipe = Recipe("m", "o", token=" hf_secret\n")
+    assert recipe.token == "hf_secret"
+    told = f"{recipe!r} {identity_of(recipe)} {settings_of(recipe)} {said_of(recipe)}"
+    assert "hf_secret" not in told
 
 
 @pytest.mark.parametrize(

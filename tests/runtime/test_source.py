@@ -115,7 +115,7 @@ def test_download_fails(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_pip(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small.unlink()
-    monkeypatch.setattr(source.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RuntimeBuildError, match=r"has no pip.*uv pip install pip"):
         ensure_source()
 
