@@ -159,7 +159,7 @@ class Converter:
         import gguf
         from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
 
-        folder = Path(job["folder"])
+        self._job, folder = job, Path(job["folder"])
         parameters = ModelBase.load_hparams(folder, False)
         if not parameters.get("architectures"):
             parameters["architectures"] = ModelSource(job["name"], folder).architectures()
@@ -183,7 +183,15 @@ class Converter:
         for name in self.model.model_tensors:
             names[f"model.{name}"] = name
             names[name.removeprefix("model.")] = name
-        return names | {name: name for name in self.model.model_tensors}
+        return names | self._stored_names() | {name: name for name in self.model.model_tensors}
+
+    def _stored_names(self) -> dict[str, str]:
+        """What the class calls tensors of the weight files, as far as it takes notice of them."""
+        folder = Path(self._job["folder"])
+        if self._job["gguf"] or not any(folder.glob("model*.safetensors")):
+            return {}
+        called = {name: self._filtered(name) for name in ModelSource(self._job["name"], folder).weight_map()}
+        return {name: own for name, own in called.items() if own is not None and own in self.model.model_tensors}
 
     def name(self, checkpoint_name: str) -> str:
         """Return what the class calls a tensor."""

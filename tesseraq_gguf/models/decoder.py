@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesseraq_gguf.compute.activations import ActivationRounding, RoundedCache
-from tesseraq_gguf.errors import ModelError, TesseraqError
-from tesseraq_gguf.models import attention
+from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models.experts import aliases, expert_of, stack_of, unroll
 from tesseraq_gguf.models.head import Head, check, final_norm_of, output_of
+from tesseraq_gguf.models.skeleton import skeleton, text_model
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.stand_ins import BlockStandIn, replaced
 from tesseraq_gguf.models.weights import check_weights, open_checkpoint
@@ -31,8 +31,6 @@ from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor
 
 _T = TypeVar("_T")
-
-CAUSAL_LM_ENDINGS = ("ForCausalLM", "LMHeadModel")
 
 
 @dataclass
@@ -217,7 +215,7 @@ class Decoder:
         self.source = source
         self.device = device
         self.weights = open_checkpoint(source)
-        self._model = _skeleton(source)
+        self._model = skeleton(source)
         self.config = self._model.config.get_text_config()
         self._blocks_name, self._blocks = _find_blocks(self._model, self.config.num_hidden_layers)
         for block in self._blocks:
@@ -239,7 +237,22 @@ class Decoder:
 
     def block_prefix(self, index: int) -> str:
         """Return the checkpoint prefix of block `index`, with its final dot."""
-        return f"{self._blocks_name}.{index}."
+        return self._prefixes[index]
+
+    @cached_property
+    def _prefixes(self) -> list[str]:
+        own = [f"{self._blocks_name}.{index}." for index in range(len(self))]
+        return [self._called_prefix(prefix, block) for prefix, block in zip(own, self._blocks, strict=True)]
+
+    def _called_prefix(self, prefix: str, module: nn.Module) -> str:
+        """What the weight files have before the names of a module's parameters, where transformers has `prefix`."""
+        first = next((name for name, _ in module.named_parameters()), "")
+        called = self._called(prefix + first)
+        return called.removesuffix(first) if called.endswith(first) else prefix
+
+    def _called(self, name: str) -> str:
+        """What the weight files call a parameter, where transformers renames it; else transformers' own name."""
+        return name if any(n in self.weights for n in self._usual(name)) else self._renamed.get(name, name)
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape [out, in] of every matrix of every block by checkpoint name, without loading anything."""
@@ -257,9 +270,9 @@ class Decoder:
             index: which block.
             hollow: matrices, by checkpoint name, that are not read: the block must be run with others in their place.
         """
-        prefix = self.block_prefix(index)
+        prefix, own = self.block_prefix(index), f"{self._blocks_name}.{index}."
         module = copy.deepcopy(self._blocks[index])
-        self._fill(module, prefix, hollow)
+        self._fill(module, own, {own + name.removeprefix(prefix) for name in hollow if name.startswith(prefix)})
         return LoadedBlock(index, prefix, module.to(self.device).eval().requires_grad_(False))
 
     @torch.no_grad()
@@ -337,7 +350,7 @@ class Decoder:
         prefix = f"{self._base_prefix()}{self._norm_name}."
         norm = copy.deepcopy(self._model.base_model.get_submodule(self._norm_name))
         self._fill(norm, prefix)
-        return prefix, norm.to(self.device).requires_grad_(False)
+        return self._called_prefix(prefix, norm), norm.to(self.device).requires_grad_(False)
 
     @cached_property
     def _norm_name(self) -> str:
@@ -348,7 +361,7 @@ class Decoder:
     def embedding_name(self) -> str:
         """Return the checkpoint name of the token embedding."""
         embedding = self._model.get_input_embeddings()
-        return next(f"{n}.weight" for n, m in self._model.named_modules() if m is embedding)
+        return self._called(next(f"{n}.weight" for n, m in self._model.named_modules() if m is embedding))
 
     def output_name(self) -> str:
         """Return what the weight files call the output matrix: the embedding's name where they are tied.
@@ -359,7 +372,7 @@ class Decoder:
         own = self.untied_output_name()
         tied = self._model.all_tied_weights_keys.get(own)
         if self._find(own) is None and tied is not None:
-            return str(tied)
+            return self._called(str(tied))
         return self.stored_name(own)
 
     def untied_output_name(self) -> str:
@@ -389,14 +402,16 @@ class Decoder:
         tied = self._model.all_tied_weights_keys
         names = [n for n, _ in self._model.named_parameters() if n not in tied or self._find(n)]
         for index, block in enumerate(self._blocks):  # with what is a buffer there and stored nevertheless
-            names += [self.block_prefix(index) + name for name in block.state_dict()]
+            names += [f"{self._blocks_name}.{index}.{name}" for name in block.state_dict()]
         check_weights(self.weights, [self.stored_name(name) for name in names], report)
 
     def _find(self, name: str) -> str | None:
         """What the weight files call a parameter; None if they have none of that name."""
+        return next((n for n in self._usual(name) if n in self.weights), self._renamed.get(name))
+
+    def _usual(self, name: str) -> list[str]:
         base = self._base_prefix()
-        called = [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
-        return next((n for n in called if n in self.weights), self._renamed.get(name))
+        return [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
 
     @cached_property
     def _renamed(self) -> dict[str, str]:
@@ -484,7 +499,7 @@ class Decoder:
         empty = [(module, n, p) for _, module in outside for n, p in module.named_parameters(recurse=False)]
         for name, module in outside:
             for n, _ in list(module.named_parameters(recurse=False)):
-                full_name = f"{self._base_prefix()}{name}.{n}"
+                full_name = self._called(f"{self._base_prefix()}{name}.{n}")
                 weight = replaced[full_name] if full_name in replaced else self._read(full_name)
                 weight = weight.to(self.device, torch.float32)
                 setattr(module, n, nn.Parameter(weight, requires_grad=False))
@@ -502,46 +517,12 @@ class Decoder:
                     setattr(module, name, buffer.to(self.device))
 
 
-def _skeleton(source: ModelSource) -> Any:
-    """Build the transformers model with parameters on the meta device and computed buffers (rotary tables) for real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    named = source.architectures()
-    if not any(a.endswith(CAUSAL_LM_ENDINGS) for a in named):
-        kind = ", ".join(named)
-        parts = [p.removesuffix("_config") for p in ("vision_config", "audio_config") if p in source.config()]
-        if parts:
-            raise ModelError(
-                f"{source.name} is a model of text and {' and '.join(parts)} (config.json: {kind}), which cannot be "
-                "learned yet: give a model of text alone"
-            )
-        raise ModelError(f"{source.name} is not a decoder-only language model (config.json says: {kind})")
-    attention.register()
-    try:
-        config = AutoConfig.from_pretrained(source.folder)
-        if getattr(config, "is_encoder_decoder", False):
-            raise ModelError(
-                f"{source.name} is an encoder-decoder model; only decoder-only language models can be learned"
-            )
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
-    except TesseraqError:
-        raise
-    except Exception as error:  # configs and models raise whatever a missing or odd entry leads them to
-        reason = str(error).strip().split("\n")[0]
-        if error.args == (attention.NAME,):  # a table of attentions of the model's own, as Falcon has
-            reason = "its attention is none of those that go through transformers' common interface"
-        elif not isinstance(error, (ValueError, OSError, ImportError)):
-            reason = f"{type(error).__name__}: {reason}"
-        raise ModelError(f"{source.name}: transformers cannot build this model: {reason}") from error
-    return model.eval().requires_grad_(False)
-
-
 def _find_blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
+    inside = {id(module) for module in text_model(model).modules()}
     for name, module in model.named_modules():
         if (
             isinstance(module, nn.ModuleList)
+            and id(module) in inside
             and len(module) == count
             and any(isinstance(m, nn.Linear) for m in module.modules())
         ):

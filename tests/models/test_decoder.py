@@ -143,15 +143,6 @@ def test_an_architecture_is_found_by_its_model_type(make_model, tmp_path):
         Decoder(source, CPU)
 
 
-def test_a_model_that_also_sees_is_called_so(make_model, tmp_path):
-    source = _copy(make_model("llama"), tmp_path / "copy")
-    config = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": source.config(), "vision_config": {}}
-    (source.folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"is a model of text and vision .* cannot be learned yet") as caught:
-        Decoder(source, CPU)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "entry", [{"num_attention_heads": "four"}, {"hidden_act": "nonesuch"}, {"rope_parameters": {"rope_type": "x"}}]
 )
