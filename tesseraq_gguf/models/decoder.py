@@ -21,11 +21,12 @@ from torch.func import functional_call
 
 from tesseraq_gguf.compute.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.models.experts import aliases, expert_of, stack_of, unroll
+from tesseraq_gguf.models.experts import Forms, aliases, expert_of, stack_of, unroll
 from tesseraq_gguf.models.head import Head, check, final_norm_of, output_of
 from tesseraq_gguf.models.skeleton import skeleton, text_model
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.stand_ins import BlockStandIn, replaced
+from tesseraq_gguf.models.stored_experts import Place, StoredExperts
 from tesseraq_gguf.models.weights import check_weights, open_checkpoint
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor
@@ -218,8 +219,8 @@ class Decoder:
         self._model = skeleton(source)
         self.config = self._model.config.get_text_config()
         self._blocks_name, self._blocks = _find_blocks(self._model, self.config.num_hidden_layers)
-        for block in self._blocks:
-            unroll(block)
+        self._forms = Forms(self._model)
+        self._experts = StoredExperts(self._model, self._forms.by_name, self.weights)
 
     def __len__(self) -> int:
         """Return the number of decoder blocks."""
@@ -239,9 +240,13 @@ class Decoder:
         """Return the checkpoint prefix of block `index`, with its final dot."""
         return self._prefixes[index]
 
+    def _own_prefix(self, index: int) -> str:
+        """What transformers has before the parameter names of a block."""
+        return f"{self._blocks_name}.{index}."
+
     @cached_property
     def _prefixes(self) -> list[str]:
-        own = [f"{self._blocks_name}.{index}." for index in range(len(self))]
+        own = [self._own_prefix(index) for index in range(len(self))]
         return [self._called_prefix(prefix, block) for prefix, block in zip(own, self._blocks, strict=True)]
 
     def _called_prefix(self, prefix: str, module: nn.Module) -> str:
@@ -252,16 +257,27 @@ class Decoder:
 
     def _called(self, name: str) -> str:
         """What the weight files call a parameter, where transformers renames it; else transformers' own name."""
-        return name if any(n in self.weights for n in self._usual(name)) else self._renamed.get(name, name)
+        return name if any(n in self.weights for n in self._usual(name)) else self._experts.renamed(name) or name
 
     def matrix_shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape [out, in] of every matrix of every block by checkpoint name, without loading anything."""
-        return {
-            f"{self.block_prefix(i)}{name}.weight": (m.out_features, m.in_features)
-            for i, block in enumerate(self._blocks)
-            for name, m in block.named_modules()
-            if isinstance(m, nn.Linear)
-        }
+        shapes = {}
+        for i, block in enumerate(self._blocks):
+            forms = self._forms.within(self._own_prefix(i))
+            for name, m in block.named_modules():
+                if isinstance(m, nn.Linear):
+                    shapes[f"{self.block_prefix(i)}{name}.weight"] = (m.out_features, m.in_features)
+                elif name in forms:
+                    inside = {f"{self.block_prefix(i)}{name}.{n}.weight": s for n, s in forms[name].matrices()}
+                    shapes |= inside
+        return shapes
+
+    def _parameters(self, index: int) -> list[str]:
+        """Names, within a block, of all that it keeps, experts one by one."""
+        forms = self._forms.within(self._own_prefix(index))
+        stacks = {f"{name}.{stack}" for name, form in forms.items() for stack in form.stacks}
+        plain = [name for name in self._blocks[index].state_dict() if name not in stacks]
+        return plain + [f"{name}.{inner}" for name, form in forms.items() for inner in form.parameters()]
 
     def load_block(self, index: int, hollow: Collection[str] = ()) -> LoadedBlock:
         """Give block `index` its weights: a new float32 module on the device, in evaluation mode, all frozen.
@@ -270,8 +286,9 @@ class Decoder:
             index: which block.
             hollow: matrices, by checkpoint name, that are not read: the block must be run with others in their place.
         """
-        prefix, own = self.block_prefix(index), f"{self._blocks_name}.{index}."
+        prefix, own = self.block_prefix(index), self._own_prefix(index)
         module = copy.deepcopy(self._blocks[index])
+        unroll(module, self._forms.within(own))
         self._fill(module, own, {own + name.removeprefix(prefix) for name in hollow if name.startswith(prefix)})
         return LoadedBlock(index, prefix, module.to(self.device).eval().requires_grad_(False))
 
@@ -400,33 +417,33 @@ class Decoder:
             ModelError: the model's files lack one, or it holds numbers that are not finite; the message names it.
         """
         tied = self._model.all_tied_weights_keys
-        names = [n for n, _ in self._model.named_parameters() if n not in tied or self._find(n)]
-        for index, block in enumerate(self._blocks):  # with what is a buffer there and stored nevertheless
-            names += [f"{self._blocks_name}.{index}.{name}" for name in block.state_dict()]
+        inside = f"{self._blocks_name}."
+        names = [
+            n for n, _ in self._model.named_parameters()
+            if not n.startswith(inside) and (n not in tied or self._find(n))
+        ]  # fmt: skip
+        for index in range(len(self)):  # with what is a buffer there and stored nevertheless
+            names += [self._own_prefix(index) + name for name in self._parameters(index)]
         check_weights(self.weights, [self.stored_name(name) for name in names], report)
 
     def _find(self, name: str) -> str | None:
-        """What the weight files call a parameter; None if they have none of that name."""
-        return next((n for n in self._usual(name) if n in self.weights), self._renamed.get(name))
+        """What the weight files call a parameter, or what it is a part of; None if they have none of that name."""
+        found = next((n for n in self._usual(name) if n in self.weights), None)
+        if found is None and (place := self.place(name)):
+            return place.name
+        return found or self._experts.renamed(name)
 
     def _usual(self, name: str) -> list[str]:
         base = self._base_prefix()
         return [n for alias in aliases(name) for n in (alias, alias.removeprefix(base))]
 
-    @cached_property
-    def _renamed(self) -> dict[str, str]:
-        """What the weight files call parameters that transformers renames when it loads them, by its own names."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        renamings = [r for r in get_model_conversion_mapping(self._model) if isinstance(r, WeightRenaming)]
-        found = {}
-        for stored in self.weights:
-            name = stored
-            for renaming in renamings:
-                name = renaming.rename_source_key(name)[0]
-            found[name] = stored
-        return found
+    def place(self, name: str) -> Place | None:
+        """Return where the files keep a matrix of an expert, by checkpoint name; None of any other matrix."""
+        if expert_of(name) is None:
+            return None
+        called = ((i, prefix) for i, prefix in enumerate(self._prefixes) if name.startswith(prefix))
+        index, prefix = next(called, (None, ""))
+        return self._experts.place(name if index is None else self._own_prefix(index) + name.removeprefix(prefix))
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Refuse tokens that the embedding has no rows for.
@@ -448,7 +465,7 @@ class Decoder:
         """
         names = [self.embedding_name(), self.output_name()]
         for index in {0, len(self) // 2, len(self) - 1}:
-            inside = self._blocks[index].state_dict()
+            inside = self._parameters(index)
             last = max((expert_of(name) or 0 for name in inside), default=0)
             names += [self.block_prefix(index) + n for n in inside if expert_of(n) in (None, 0, last)]
         return {name: self.stored_name(name) for name in names}
@@ -465,7 +482,8 @@ class Decoder:
         return f"{self._model.base_model_prefix}."
 
     def _read(self, name: str) -> Tensor:
-        return self.weights.read(self.stored_name(name))
+        place = self.place(name)
+        return place.read(self.weights) if place else self.weights.read(self.stored_name(name))
 
     def _fill(self, module: nn.Module, prefix: str, hollow: Collection[str] = ()) -> None:
         state = {}

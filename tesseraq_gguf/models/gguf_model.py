@@ -26,7 +26,7 @@ from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of
 from tesseraq_gguf.gguf_files.dequantize import dequantized, own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo
-from tesseraq_gguf.models.experts import expert_of, unroll
+from tesseraq_gguf.models.experts import Forms, expert_of, unroll
 from tesseraq_gguf.models.gguf_config import Described, Rotary, describe
 from tesseraq_gguf.tensor_files import narrowest, write_tensors
 
@@ -192,7 +192,7 @@ def _write_weights(described: Described, model: Any, folder: Path) -> Counter[st
 
 def _parameters(described: Described, model: Any) -> dict[str, torch.Size]:
     """Return shapes of all parameters by the names that checkpoints have for them."""
-    unroll(model)
+    unroll(model, Forms(model).by_name)
     head = model.get_output_embeddings()
     shapes: dict[str, torch.Size] = {}
     for module_name, module in model.named_modules():

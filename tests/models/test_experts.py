@@ -1,14 +1,21 @@
-"""Experts as modules of their own: `test_decoder` holds them to transformers; here is what they are called."""
+"""Experts as modules of their own: each kind against transformers' own forward, and where checkpoints keep them."""
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.models.experts import aliases, expert_of, stack_of, unroll
+from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.models.experts import Experts, Forms, aliases, expert_of, form_of, stack_of, unroll
+
+CPU = torch.device("cpu")
 
 
 def test_matrices_have_the_checkpoints_names(make_model):
@@ -50,12 +57,142 @@ def test_names_of_stacks():
     assert stack_of("model.layers.3.mlp.experts.gate_up_proj") is None
 
 
-def test_unknown_experts_are_refused():
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    "n_group": 1, "topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GATED = ["gate_proj", "up_proj", "down_proj"]
+NUMBERED = ["w1", "w3", "w2"]
+KINDS = {
+    "mixtral": NUMBERED,
+    "minimax": NUMBERED,
+    "phimoe": NUMBERED,
+    "qwen2_moe": GATED,
+    "qwen3_next": GATED,
+    "qwen3_5_moe_text": GATED,
+    "deepseek_v2": GATED,
+    "deepseek_v3": GATED,
+    "glm4_moe": GATED,
+    "ernie4_5_moe": GATED,
+    "hunyuan_v1_moe": GATED,
+    "jamba": GATED,
+    "granitemoe": GATED,
+    "gpt_oss": GATED,
+    "llama4_text": GATED,
+    "nemotron_h": ["up_proj", "down_proj"],
+}
+"""Kinds of experts, by transformers' name of the model, and what an expert's matrices are called."""
+
+
+def _model(kind: str) -> Any:
+    config = transformers.CONFIG_MAPPING[kind]
+    known = {name: value for name, value in SIZES.items() if hasattr(config(), name)}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config(**known), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model
+
+
+def _saved(kind: str, folder: Path) -> tuple[Any, ModelSource]:
+    model = _model(kind)
+    model.save_pretrained(folder)
+    return model, ModelSource(kind, folder)
+
+
+def _mixtures(block: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, Experts)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_compute_what_transformers_does(kind, tmp_path):
+    """With weights that `Decoder` reads, on hidden states and routes of their own."""
+    model, source = _saved(kind, tmp_path)
+    decoder = Decoder(source, CPU)
+    assert decoder.has_experts
+    compared = 0
+    for index in range(len(decoder)):
+        block = decoder.load_block(index)
+        for name, experts in _mixtures(block.module).items():
+            assert [n for n, _ in experts[0].named_children()] == KINDS[kind]
+            owner = model.get_submodule(f"model.layers.{index}.{name}")
+            hidden = torch.randn(24, experts[0].get_submodule(KINDS[kind][0]).in_features)
+            given: Any = (hidden, torch.rand(24, 4).topk(2).indices, torch.rand(24, 2))
+            given = given[: len(inspect.signature(type(owner).forward).parameters) - 1]
+            with torch.no_grad():
+                torch.testing.assert_close(experts(*given), owner(*given), rtol=1e-4, atol=1e-4)
+            compared += 1
+    assert compared
+
+
+def test_a_layer_of_a_stack_is_all_that_is_read(tmp_path, monkeypatch):
+    """Of a checkpoint whose experts are stacked, in rows that alternate."""
+    model, source = _saved("gpt_oss", tmp_path)
+    decoder = Decoder(source, CPU)
+    asked = []
+    rows = type(decoder.weights).rows
+    monkeypatch.setattr(
+        type(decoder.weights), "rows", lambda self, name, some: asked.append(some) or rows(self, name, some)
+    )
+    stack = model.model.layers[1].mlp.experts.gate_up_proj.detach()
+    place = decoder.place("model.layers.1.mlp.experts.2.up_proj.weight")
+    assert (place.name, place.layer, place.first, place.step, place.transposed) == (
+        "model.layers.1.mlp.experts.gate_up_proj", 2, 1, 2, True,
+    )  # fmt: skip
+    assert torch.equal(decoder.matrix("model.layers.1.mlp.experts.2.up_proj.weight"), stack[2, :, 1::2].T)
+    assert [some.tolist() for some in asked] == [[2]]
+    assert decoder.place("model.layers.1.self_attn.q_proj.weight") is None
+
+
+def test_experts_that_are_stored_one_by_one(tmp_path):
+    model, source = _saved("mixtral", tmp_path)
+    decoder = Decoder(source, CPU)
+    place = decoder.place("model.layers.0.mlp.experts.3.w3.weight")
+    assert (place.name, place.layer) == ("model.layers.0.block_sparse_moe.experts.3.w3.weight", None)
+    fused = model.model.layers[0].mlp.experts.gate_up_proj.detach()
+    assert torch.equal(decoder.matrix("model.layers.0.mlp.experts.3.w3.weight"), fused[3, len(fused[3]) // 2 :])
+
+
+class Strange(nn.Module):
+    """Experts that no sum of matrices' products is."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(3, 8, 4))
+        self.down = nn.Parameter(torch.empty(3, 4, 8))
+        self.act = nn.SiLU()
+
+    def forward(self, hidden, chosen, weights):
+        out = torch.zeros_like(hidden)
+        for expert in range(3):
+            token, place = torch.where(chosen == expert)
+            inner = self.act(hidden[token] @ self.up[expert].T) + self.extra
+            out.index_add_(0, token, inner @ self.down[expert].T * weights[token, place, None])
+        return out
+
+
+def test_what_an_expert_computes_is_found_by_trying():
+    plain = type("Plain", (Strange,), {"extra": 0.0})()
+    form = form_of(plain)
+    assert [(slot.name, slot.stack, slot.transposed) for slot in form.slots] == [
+        ("up_proj", "up", False), ("down_proj", "down", False),
+    ]  # fmt: skip
+    with pytest.raises(ModelError, match=r"experts of this kind \(Odd\) cannot be learned yet"):
+        form_of(type("Odd", (Strange,), {"extra": 1.0})())
+
+
+def test_a_stack_that_belongs_to_no_expert_is_refused():
     class StrangeExperts(nn.Module):
         def __init__(self):
             super().__init__()
             self.down_proj = nn.Parameter(torch.empty(2, 4, 4))
 
-    with pytest.raises(ModelError, match="StrangeExperts"):
-        unroll(nn.Sequential(StrangeExperts()))
-    unroll(nn.Sequential(nn.Conv1d(4, 4, 3)))  # has a weight of three dimensions, and no experts
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=1))
+    model.extra = StrangeExperts()
+    with pytest.raises(ModelError, match=r"StrangeExperts: down_proj \[2, 4, 4\]"):
+        Forms(model)
+    unroll(nn.Sequential(nn.Conv1d(4, 4, 3)), {})  # has a weight of three dimensions, and no experts
