@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -26,7 +26,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tesseraq_gguf.converter.plain_types import KEPT, fitting_type, is_kept, matrix_of_gguf, smaller_type
+from tesseraq_gguf.converter.original import Original
+from tesseraq_gguf.converter.plain_types import KEPT, fitting_type, is_kept, smaller_type
 from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
@@ -303,7 +304,7 @@ class Plan:
         dropped: learned matrices that cannot be placed, with the reason.
     """
 
-    def __init__(self, converter: Converter, shapes: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, converter: Converter | Original, shapes: dict[str, tuple[int, int]]) -> None:
         self.by_matrix: dict[str, list[Placement]] = {}
         self.by_target: dict[str, list[tuple[str, Placement]]] = {}
         self.dropped: dict[str, str] = {}
@@ -343,14 +344,10 @@ def check(job: dict[str, Any], emit: Emit) -> None:
     """Answer which matrices cannot be placed, and fail where writing would fail: unknown architecture or tokenizer."""
     converter = Converter(job, "f16")
     plan = Plan(converter, {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()})
-    if job["gguf"] is None:
-        converter.model.prepare_metadata(vocab_only=False)
-        if job["compared"]:
-            _compare(job, Converter(job, "f16"))
-    else:
-        _check_expansion(job, open_gguf(Path(job["gguf"])), converter, plan)
-    file = _matrices_of_folder(job, converter, plan) if job["gguf"] is None else _matrices_of_gguf(job, plan)
-    emit({"event": "done", "dropped": plan.dropped, "file": file})
+    converter.model.prepare_metadata(vocab_only=False)
+    if job["compared"]:
+        _compare(job, Converter(job, "f16"))
+    emit({"event": "done", "dropped": plan.dropped, "file": _matrices_of_folder(job, converter, plan)})
 
 
 def _matrices_of_folder(job: dict[str, Any], namer: Converter, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -380,16 +377,6 @@ def _matrices_of_folder(job: dict[str, Any], namer: Converter, plan: Plan) -> di
             insisted = type if forced or type != "bf16" else None
             found[target] = {"names": names, "columns": columns, "weights": weights, "forced": insisted}
     return found
-
-
-def _matrices_of_gguf(job: dict[str, Any], plan: Plan) -> dict[str, dict[str, Any]]:
-    """The matrices of the file that a model came as, by name: `FileMatrix` as JSON."""
-    return {
-        tensor.name: matrix_of_gguf(tensor)
-        | {"names": [name for name, _ in plan.by_target.get(tensor.name, ())] or [tensor.name]}
-        for tensor in open_gguf(Path(job["gguf"])).tensors
-        if len(tensor.shape) > 1
-    }
 
 
 _COMPARED_ROWS = 16
@@ -422,7 +409,7 @@ def write(job: dict[str, Any], emit: Emit) -> None:
     learned = LearnedTensors([Path(f) for f in job["learned"]])
     plan = probe = None
     if learned.types:
-        probe = Converter(job, "f32")
+        probe = Converter(job, "f32") if job["gguf"] is None else Original(Path(job["gguf"]))
         plan = Plan(probe, learned.shapes())
         for name, reason in plan.dropped.items():
             emit({"event": "note", "text": f"{name}: what was learned is not used, because {reason}"})
@@ -445,8 +432,11 @@ def write(job: dict[str, Any], emit: Emit) -> None:
     emit({"event": "done", "verified": compared})
 
 
-def _expected(probe: Converter, plan: Plan, learned: LearnedTensors) -> Iterator[Expected]:
-    """The learner's weights, dequantised by its grid and moved by the converter itself, not by our row maps."""
+def _expected(probe: Converter | Original, plan: Plan, learned: LearnedTensors) -> Iterator[Expected]:
+    """The learner's weights, dequantised by its grid and moved by the converter itself, not by our row maps.
+
+    Of a model that came as a GGUF file they are moved back to where its rows were read from.
+    """
     from tesseraq_gguf.types.grids import grid_of
 
     for name in plan.by_matrix:
@@ -567,9 +557,9 @@ def _checked_range(name: str, data: NDArray[Any], kind: Any) -> NDArray[Any]:
 
 
 def _from_gguf(
-    job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, probe: Converter | None, emit: Emit
+    job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, probe: Converter | Original | None, emit: Emit
 ) -> Any:
-    """Take metadata and tensors over from the file that a model came as; its folder is for what was learned alone."""
+    """Take metadata and tensors over from the file that a model came as, but for what was learned."""
     import gguf
 
     source = open_gguf(Path(job["gguf"]))
@@ -577,7 +567,6 @@ def _from_gguf(
     writer = _raw_writer(source)
     vectors: dict[str, NDArray[Any]] = {}
     if plan is not None and probe is not None:
-        _check_expansion(job, source, probe, plan)
         for name in learned.vectors:
             vectors |= {target: v.float().numpy() for target, v in probe.modified(name, learned.vector(name))}
     fallbacks = []
@@ -667,72 +656,6 @@ def _copied(
             yield _checked_range(tensor.name, gguf.quants.quantize(weights(start, start + step), want), want)
 
     return DeferredTensor((*outer, sample.shape[1]), sample.dtype, parts)
-
-
-def _check_expansion(job: dict[str, Any], source: GgufFile, converter: Converter, plan: Plan) -> None:
-    """Hold the expanded folder, as the conversion class would write it, against the file that it came from.
-
-    Rows of matrices are moved by our row maps, and the class itself changes vectors.
-    """
-    import torch
-
-    weights = SafetensorsCheckpoint(ModelSource(job["name"], Path(job["folder"])))
-    original = _Original(source)
-    for target, layers in plan.by_target.items():
-        for name, placement in layers[:1] + layers[1:][-1:]:
-            rows = original.some_rows(target)
-            there = rows if placement.rows is None else placement.rows[rows]
-            mine = weights.rows(_stored_name(name, weights), torch.from_numpy(there)).numpy()
-            original.compare(name, target, mine, rows, placement.layer)
-    for stored in weights:
-        if len(weights.shape(stored)) > 1:
-            continue
-        for target, moved in converter.modified(stored, weights.read(stored).float()):
-            original.compare(stored, target, moved.float().numpy()[None], np.arange(1))
-    for name, stored in job.get("compared", {}).items():  # embedding and output matrix, before anything is learned
-        if block_index(name) is None and name not in plan.by_matrix and len(weights.shape(stored)) > 1:
-            for target, moved in converter.modified(stored, weights.read(stored).float()):
-                rows = original.some_rows(target)
-                original.compare(name, target, moved[torch.from_numpy(rows)].numpy(), rows)
-
-
-def _stored_name(name: str, weights: Container[str]) -> str:
-    return next(n for alias in aliases(name) for n in (alias, alias.removeprefix("model.")) if n in weights)
-
-
-class _Original:
-    """The weights of the file that a folder was expanded from."""
-
-    def __init__(self, file: GgufFile) -> None:
-        self._file = file
-        self._tensors = {t.name: t for t in file.tensors}
-        self._orders, self._codebooks = orders_of(file), own_codebooks(file)
-
-    def some_rows(self, target: str) -> NDArray[np.int64]:
-        """Rows to compare, of a matrix or of each in a stack."""
-        rows = self._tensors[target].shape[1] if target in self._tensors else 1
-        return np.unique(np.linspace(0, rows - 1, 16).astype(np.int64))
-
-    def compare(
-        self, name: str, target: str, mine: NDArray[np.float32], rows: NDArray[np.int64], layer: int | None = None
-    ) -> None:
-        """Compare rows of the folder with those of the file.
-
-        Raises:
-            ConversionError: they differ, or the file has no such tensor.
-        """
-        tensor = self._tensors.get(target)
-        if tensor is None:
-            raise ConversionError(f"{name} belongs into {target}, which {self._file.path.name} does not have")
-        first = (layer or 0) * tensor.shape[1] if len(tensor.shape) > 1 else 0
-        theirs = dequantized(tensor, self._file.data(tensor)[first + rows], self._codebooks)
-        theirs = natural(theirs, self._orders.get(target))
-        # the folder keeps what comes of codes and scales in float16
-        if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=1e-3, atol=1e-7):
-            raise ConversionError(
-                f"{name} was not read from {self._file.path.name} as llama.cpp would write it into {target}. "
-                "Convert from the Hugging Face folder instead"
-            )
 
 
 def _note_fallbacks(written: list[tuple[str, str, int]], emit: Emit) -> None:

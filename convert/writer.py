@@ -12,14 +12,18 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from tesseraq_gguf import errors
+from tesseraq_gguf.converter.original import Original
+from tesseraq_gguf.converter.plain_types import matrix_of_gguf
+from tesseraq_gguf.converter.row_order import Unplaceable
 from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.errors import ConversionError, TesseraqError, UsageError
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
@@ -211,6 +215,8 @@ def check_source(
         ModelError: llama.cpp does not know the architecture or the tokenizer, or reads other weights.
         ConversionError: llama.cpp's converter refuses the model.
     """
+    if source.gguf is not None:  # the new file has the tensors of this one
+        return _check_gguf(source.gguf, matrices)
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "task": "check",
@@ -222,6 +228,27 @@ def check_source(
         answer, _ = _run(job, source, SilentReporter(), tree)
     file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}
     return SourceCheck(dict(answer["dropped"]), file)
+
+
+def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:
+    """Find the matrices of a GGUF file's model in the file itself."""
+    original, dropped = Original(path), dict[str, str]()
+    layers: dict[str, list[tuple[int, str]]] = {}
+    for name in names:
+        try:
+            (place,) = original.placements([name])[name]
+        except Unplaceable as reason:
+            dropped[name] = str(reason)
+            continue
+        layers.setdefault(place.name, []).append((place.layer or 0, name))
+    file = {
+        tensor.name: FileMatrix(
+            tuple(name for _, name in sorted(layers.get(tensor.name, ()))) or (tensor.name,), **matrix_of_gguf(tensor)
+        )
+        for tensor in open_gguf(path).tensors
+        if len(tensor.shape) > 1
+    }
+    return SourceCheck(dropped, file)
 
 
 def stock_type(name: str) -> str:

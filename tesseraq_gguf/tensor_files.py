@@ -11,25 +11,15 @@ from torch import Tensor
 
 from tesseraq_gguf.errors import ConversionError
 
-_HALF = 2.0**-11
-"""Relative error of rounding to float16, of numbers that it holds with all its digits."""
 
-
-def narrowest(weights: Tensor, quantised: bool = False) -> Tensor:
-    """Return weights in the narrowest dtype that holds them: vectors in float32, matrices in 16 bits where these do.
-
-    Args:
-        weights: float32.
-        quantised: whether they are products of codes and scales of some bits. These have more digits than float16, but
-            what it drops is a small part of what quantising took away (of 8 bits at most a sixteenth of half a step);
-            so here float16 will do as long as it has all its digits, and the file is half as large.
-    """
+def narrowest(weights: Tensor) -> Tensor:
+    """Return weights, float32, in the narrowest dtype that holds them: vectors as they are, matrices in 16 bits where
+    these do."""
     if weights.dim() < 2:
         return weights.clone()
     for dtype in (torch.float16, torch.bfloat16):
         stored = weights.to(dtype)
-        error = (stored.float() - weights).abs()
-        if not error.any() or (quantised and dtype == torch.float16 and bool((error <= _HALF * weights.abs()).all())):
+        if torch.equal(stored.float(), weights):
             return stored
     return weights.clone()
 

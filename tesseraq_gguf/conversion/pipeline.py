@@ -45,7 +45,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     check_output(recipe.out)
     # tensors are copied by their names in a GGUF file; rules name them as the learner does
     hub = Hub(recipe.token, progress.advance)
-    source = resolve_model(recipe.model, progress.stage, expanded=recipe.learns or bool(recipe.rules), hub=hub)
+    source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)
     check_output(recipe.out, source)
     tree = ensure_source(progress)
     device = resolve_device(recipe.device)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type, matrix_of_gguf
@@ -16,6 +17,7 @@ from tesseraq_gguf.learning.bit_budget import bytes_of
 from tesseraq_gguf.methods.table import STARTS
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
+from tesseraq_gguf.models.weights import open_checkpoint
 from tesseraq_gguf.recipe.conflicts import without_order
 from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
@@ -309,21 +311,30 @@ def _nothing_learned(recipe: Recipe, source: ModelSource, plain: Iterable[str]) 
 
 
 def _shapes_to_place(source: ModelSource) -> dict[str, tuple[int, int]]:
-    """Shapes [out, in] of matrices whose places a converter must be asked for, by checkpoint name.
+    """Shapes [out, in] of matrices whose places must be asked for, by checkpoint name.
 
-    These are the experts, which it stacks; of a GGUF file, which is not written by it, all matrices.
+    These are the experts, which llama.cpp's converter stacks; of a GGUF file, whose names are others, all matrices.
     """
+    if source.gguf:
+        weights = open_checkpoint(source)
+        shapes = {name: weights.shape(name) for name in weights}
+    elif any(source.folder.glob("model*.safetensors")):
+        shapes = _stored_shapes(source.weight_map())
+    else:  # weights in files that only the converter reads
+        return {}
+    return {
+        name: (shape[0], shape[1]) for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
+    }
+
+
+def _stored_shapes(files: Mapping[str, Path]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the experts' matrices, as safetensors files have them."""
     from safetensors import safe_open
 
-    shapes: dict[str, tuple[int, int]] = {}
-    if not any(source.folder.glob("model*.safetensors")):  # weights in files that only the converter reads
-        return shapes
-    for name, file in source.weight_map().items():
-        if name.endswith(".weight") and (stack_of(name) or source.gguf):
-            with safe_open(file, "pt") as tensors:
-                shape = tensors.get_slice(name).get_shape()
-            if len(shape) == 2:
-                shapes[name] = (int(shape[0]), int(shape[1]))
+    shapes = {}
+    for name in filter(stack_of, files):
+        with safe_open(files[name], "pt") as tensors:
+            shapes[name] = tuple(tensors.get_slice(name).get_shape())
     return shapes
 
 

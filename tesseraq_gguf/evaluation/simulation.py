@@ -7,7 +7,6 @@ are the file's, dequantised to 16 bits; what its matrices are fed, and keys and 
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from tesseraq_gguf.gguf_files.inspection import open_gguf
 from tesseraq_gguf.learning.calibration import tokens_of
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
-from tesseraq_gguf.models.source import expand
+from tesseraq_gguf.models.source import gguf_source
 
 _POSITIONS = 128
 """Answers, of two models, that are in memory at a time."""
@@ -72,23 +71,22 @@ class Simulation:
         file, text = arguments.path("file", file), arguments.path("text", text)
         facts = check_request(file, text, ctx, chunks, reference)
         scheme, ranges = _scheme(file, self.scheme)
-        with tempfile.TemporaryDirectory(prefix="tesseraq-simulate-") as folder:
-            source = expand(file, Path(folder) / "model")
-            ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"), special=False)[1]
-            tokens = chunks_of(ids, opening(file), ctx, chunks)
-            student = Decoder(source, self.device)
-            codebooks = {layout: torch.from_numpy(own) for layout, own in own_codebooks(open_gguf(file)).items()}
+        source = gguf_source(file, file.stem)
+        ids = tokens_of(source, text.read_text(encoding="utf-8", errors="replace"), special=False)[1]
+        tokens = chunks_of(ids, opening(file), ctx, chunks)
+        student = Decoder(source, self.device)
+        codebooks = {layout: torch.from_numpy(own) for layout, own in own_codebooks(open_gguf(file)).items()}
 
-            def rounding(block: LoadedBlock) -> ActivationRounding | None:
-                return ActivationRounding(scheme, block.by_module(ranges), codebooks) if scheme.rounds else None
+        def rounding(block: LoadedBlock) -> ActivationRounding | None:
+            return ActivationRounding(scheme, block.by_module(ranges), codebooks) if scheme.rounds else None
 
-            hidden = final_states(student, tokens, lambda *done: watch("model", *done), rounding)
-            if reference is None:
-                figures = measure(hidden, tokens, student.answers())
-            else:
-                teacher = Decoder(resolve_model(str(reference)), self.device)
-                wanted = final_states(teacher, tokens, lambda *done: watch("reference", *done))
-                figures = measure(hidden, tokens, student.answers(), wanted, teacher.answers())
+        hidden = final_states(student, tokens, lambda *done: watch("model", *done), rounding)
+        if reference is None:
+            figures = measure(hidden, tokens, student.answers())
+        else:
+            teacher = Decoder(resolve_model(str(reference)), self.device)
+            wanted = final_states(teacher, tokens, lambda *done: watch("reference", *done))
+            figures = measure(hidden, tokens, student.answers(), wanted, teacher.answers())
         check_finite(file, *figures)
         return Evaluation(*figures, facts.bytes, facts.bpw, facts.parts)
 

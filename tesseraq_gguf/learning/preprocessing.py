@@ -101,7 +101,7 @@ class Preprocessing:
         """
         decoder = quantised.decoder
         source, state = decoder.source, out.with_name(f"{out.name}.pt")
-        merged = ModelSource(source.name, out, source.gguf)
+        merged = ModelSource(source.name, out)
         if not out.is_dir():
             with torch.random.fork_rng(devices=[decoder.device] if decoder.device.type == "cuda" else []):
                 torch.manual_seed(seed)

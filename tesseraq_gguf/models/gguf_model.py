@@ -1,19 +1,20 @@
-"""From a GGUF file to a Hugging Face folder of the same model.
+"""A GGUF file as the checkpoint of a model.
 
-The config is made of the header (`gguf_config`), the weights are those of the file, and transformers reads the
-vocabulary. What comes out is held against the file: the rotary embedding that transformers computes from the config
-must be the header's, every tensor of the file must have a place in the model, and every parameter a tensor. One block
-is in memory at a time.
+The config is made of the header (`gguf_config`), and every parameter of transformers' model has a place in the file: a
+tensor, or a layer of one where experts are stacked. Tensors are read one by one, as the numbers that the file has.
+What comes out is held against the file: the rotary embedding that transformers computes from the config must be the
+header's, every tensor of the file must have a place in the model, and every parameter a tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
-import shutil
 import struct
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of
 from tesseraq_gguf.gguf_files.dequantize import dequantized, own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo
+from tesseraq_gguf.models.checkpoint import Checkpoint
 from tesseraq_gguf.models.experts import Forms, expert_of, unroll
-from tesseraq_gguf.models.gguf_config import Described, Rotary, describe
-from tesseraq_gguf.tensor_files import narrowest, write_tensors
+from tesseraq_gguf.models.gguf_config import Described, Header, Rotary, describe
 
-_FLOATS = ("f16", "bf16", "f32", "f64")
+_CHUNK = 1 << 20
+"""Weights dequantised at a time: so few that what comes between codes and weights stays in a processor's caches."""
 
 _LISTED = 3
 """How many names a message lists."""
@@ -41,37 +43,79 @@ _STORED_AS = {"mixtral": ((".mlp.", ".block_sparse_moe."),)}
 _STACK_NAMES = {"mixtral": "layers.{block}.feed_forward.experts.{matrix}"}
 """What the `gguf` package calls the stack of all experts' matrices, where it is not what checkpoints call them."""
 
+Rows = NDArray[np.int64]
 
-def write_folder(file: GgufFile, folder: Path) -> None:
-    """Write config, vocabulary and weights of the model in a file into a folder, which is there and empty.
 
-    Raises:
-        ModelError: it is not a model that is understood whole.
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter stands in a file.
+
+    Attributes:
+        tensor: what the file says of the tensor.
+        layer: which layer of a stack it is; None if the tensor is no stack.
+        rows: for each row of the parameter the row of the tensor, or of its layer; None if they are in one order.
+        shift: what values in the file are larger by than the parameter's.
     """
-    described = describe(file)
-    try:
-        model = _skeleton(described)
-        check_rotary(described, model)
-        kinds = _write_weights(described, model, folder)
-        _write_vocabulary(described, folder)
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        # config and model classes, and the readers of vocabularies, raise whatever a number led them to
-        reason = (str(error) or type(error).__name__).strip().split("\n")[0]
-        raise ModelError(f"{file.path} cannot be read as a GGUF model: {reason}") from error
-    config = model.config.to_dict()
-    config |= {"architectures": [described.kind.class_name], "dtype": kinds.most_common(1)[0][0]}
-    # written last: its presence says that the folder is whole
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+
+    tensor: TensorInfo
+    layer: int | None
+    rows: Rows | None
+    shift: float
+
+    def in_file(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Turn values of the parameter, [rows, ...], into those that the file has for them."""
+        moved = values
+        if self.rows is not None:
+            moved = np.empty_like(values)
+            moved[self.rows] = values
+        return moved + values.dtype.type(self.shift) if self.shift else moved
 
 
-def _skeleton(described: Described) -> Any:
-    """The model with parameters on the meta device, rotary embedding for real."""
-    import transformers
-    from accelerate import init_empty_weights
+class Places:
+    """Where the parameters of a model stand in its file, by the names that checkpoints have for them.
 
-    config = transformers.AutoConfig.for_model(**described.config)
-    with init_empty_weights(include_buffers=False):
-        return getattr(transformers, described.kind.class_name)(config).eval()
+    Args:
+        described: the model, as the file describes it.
+    """
+
+    def __init__(self, described: Described) -> None:
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        self._header, self._kind = described.header, described.kind
+        self._heads = (described.config["num_attention_heads"], described.config["num_key_value_heads"])
+        architecture = next(a for a, name in MODEL_ARCH_NAMES.items() if name == described.header.architecture)
+        self._names = get_tensor_name_map(architecture, described.config["num_hidden_layers"])
+
+    def tensor(self, name: str) -> str:
+        """Return what GGUF files call the tensor in which a parameter is.
+
+        Raises:
+            ModelError: nobody here knows.
+        """
+        module, _, ending = name.rpartition(".")
+        expert = expert_of(name)
+        if expert is not None:
+            module = module.replace(f".experts.{expert}.", ".experts.")
+            if self._kind.model_type in _STACK_NAMES:
+                block, matrix = module.split(".")[2], module.rpartition(".")[2]
+                module = _STACK_NAMES[self._kind.model_type].format(block=block, matrix=matrix)
+        found = self._names.get_name(module)
+        if found is None:
+            raise self._header.refuse(f"may lack {name}, whose name in GGUF files is not known here")
+        return f"{found}.{ending}"
+
+    def __getitem__(self, name: str) -> Place:
+        tensor = self._header.tensors[self.tensor(name)]
+        shift = 1.0 if self._kind.shifted and tensor.name.endswith("norm.weight") else 0.0
+        return Place(tensor, expert_of(name), self._rows(tensor), shift)
+
+    def _rows(self, tensor: TensorInfo) -> Rows | None:
+        """Rows that llama.cpp's converter moves: neighbours are those that are turned together."""
+        which = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", tensor.name)
+        if not self._kind.permuted or which is None:
+            return None
+        count, heads = tensor.shape[-1], self._heads[which[1] == "k"]
+        return np.arange(count).reshape(heads, count // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 def check_rotary(described: Described, model: Any) -> None:
@@ -104,92 +148,6 @@ def _same(found: Tensor, wanted: NDArray[np.float64]) -> bool:
     return near.shape == wanted.shape and bool(np.allclose(near[:2], wanted[:2], atol=1e-5, rtol=0))
 
 
-class _Weights:
-    """The tensors of a file by the names that checkpoints have for them."""
-
-    def __init__(self, described: Described) -> None:
-        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-        self.header, self.kind = described.header, described.kind
-        self.file = described.header.file
-        self.heads = (described.config["num_attention_heads"], described.config["num_key_value_heads"])
-        self.experts = described.config.get("num_experts") or described.config.get("num_local_experts")
-        self.orders, self.codebooks = orders_of(self.file), own_codebooks(self.file)
-        architecture = next(a for a, name in MODEL_ARCH_NAMES.items() if name == self.header.architecture)
-        self._names = get_tensor_name_map(architecture, described.config["num_hidden_layers"])
-
-    def place(self, name: str) -> str:
-        """Return what the file calls the tensor in which a parameter is, by its checkpoint name."""
-        module, _, ending = name.rpartition(".")
-        expert = expert_of(name)
-        if expert is not None:
-            module = module.replace(f".experts.{expert}.", ".experts.")
-            if self.kind.model_type in _STACK_NAMES:
-                block, matrix = module.split(".")[2], module.rpartition(".")[2]
-                module = _STACK_NAMES[self.kind.model_type].format(block=block, matrix=matrix)
-        found = self._names.get_name(module)
-        if found is None:
-            raise self.header.refuse(f"may lack {name}, whose name in GGUF files is not known here")
-        return f"{found}.{ending}"
-
-    def read(self, name: str, shape: torch.Size) -> tuple[Tensor, TensorInfo]:
-        """Read a parameter, float32 of the shape that the model wants, and what the file says of its tensor."""
-        tensor = self.header.tensors[self.place(name)]
-        expert = expert_of(name)
-        whole = shape if expert is None else (self.experts, *shape)
-        if tensor.weights != int(np.prod(whole)) or tensor.shape[0] != whole[-1]:
-            raise self.header.refuse(
-                f"has {tensor.name} of shape {list(tensor.shape)}, where its header implies {list(reversed(whole))}"
-            )
-        data = self.file.data(tensor)
-        if expert is not None:
-            data = data[expert * shape[0] : (expert + 1) * shape[0]]
-        weights = natural(dequantized(tensor, data, self.codebooks), self.orders.get(tensor.name))
-        self._check_finite(tensor, weights)
-        return torch.from_numpy(self._restored(tensor.name, weights.reshape(shape))), tensor
-
-    def _check_finite(self, tensor: TensorInfo, weights: NDArray[np.float32]) -> None:
-        wrong = np.argwhere(~np.isfinite(weights))
-        if len(wrong):
-            raise ModelError(
-                f"{self.file.path.name}: {len(wrong):,} of {weights.size:,} numbers of {tensor.name} are not finite, "
-                f"the first at {wrong[0].tolist()}. The file is damaged; get it again"
-            )
-
-    def _restored(self, name: str, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Undo what llama.cpp's converter does to values and rows."""
-        if self.kind.shifted and name.endswith("norm.weight"):
-            return weights - np.float32(1)
-        which = re.fullmatch(r"blk\.\d+\.attn_([qk])\.(weight|bias)", name)
-        if self.kind.permuted and which:
-            heads = self.heads[which[1] == "k"]
-            pairs = weights.reshape(heads, weights.shape[0] // heads // 2, 2, *weights.shape[1:])
-            return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weights.shape)
-        return weights
-
-
-def _write_weights(described: Described, model: Any, folder: Path) -> Counter[str]:
-    """Write a file for each block and one for what is around them; count weights by dtype."""
-    weights = _Weights(described)
-    parameters = _parameters(described, model)
-    places = {name: weights.place(name) for name in parameters}
-    _check_complete(weights, places)
-    kinds: Counter[str] = Counter()
-    index: dict[str, str] = {}
-    for number, names in enumerate(_shards(list(parameters))):
-        shard = {}
-        for name in names:
-            values, tensor = weights.read(name, parameters[name])
-            shard[name] = narrowest(values, quantised=tensor.type not in _FLOATS)
-            kinds[str(shard[name].dtype).removeprefix("torch.")] += values.numel()
-        file = f"model-{number:05}.safetensors"
-        index |= dict.fromkeys(shard, file)
-        write_tensors(shard, folder / file, {"format": "pt"})
-    listed = {"metadata": {}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(listed, indent=1), encoding="utf-8")
-    return kinds
-
-
 def _parameters(described: Described, model: Any) -> dict[str, torch.Size]:
     """Return shapes of all parameters by the names that checkpoints have for them."""
     unroll(model, Forms(model).by_name)
@@ -206,12 +164,141 @@ def _parameters(described: Described, model: Any) -> dict[str, torch.Size]:
     return shapes
 
 
-def _check_complete(weights: _Weights, places: dict[str, str]) -> None:
+class GgufCheckpoint(Checkpoint):
+    """The tensors of a GGUF file by the names that checkpoints have for them, float32.
+
+    Args:
+        file: the file.
+        name: how messages call the model.
+
+    Attributes:
+        described: what the header says of the model.
+        config: the same as config.json has it.
+
+    Raises:
+        ModelError: it is not a model that is understood whole.
+        FileFormatError: it is damaged.
+    """
+
+    def __init__(self, file: GgufFile, name: str) -> None:
+        self.name, self.described = name, describe(file)
+        try:
+            model = _skeleton(self.described)
+            check_rotary(self.described, model)
+            self._shapes = _parameters(self.described, model)
+        except (ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+            # config and model classes raise whatever a number led them to
+            reason = (str(error) or type(error).__name__).strip().split("\n")[0]
+            raise ModelError(f"{file.path} cannot be read as a GGUF model: {reason}") from error
+        self.config = model.config.to_dict() | {"architectures": [self.described.kind.class_name]}
+        self._file, self._orders, self._codebooks = file, orders_of(file), own_codebooks(file)
+        places = Places(self.described)
+        _check_complete(self.described.header, {places.tensor(name) for name in self._shapes})
+        self._places = {name: self._fitting(name, places[name]) for name in self._shapes}
+
+    def _fitting(self, name: str, place: Place) -> Place:
+        """The place of a parameter, whose tensor must have the shape that the config implies."""
+        shape, config, tensor = self.shape(name), self.described.config, place.tensor
+        if place.layer is not None:
+            shape = (config.get("num_experts") or config["num_local_experts"], *shape)
+        if tensor.weights != math.prod(shape) or tensor.shape[0] != shape[-1]:
+            raise self.described.header.refuse(
+                f"has {tensor.name} of shape {list(tensor.shape)}, where its header implies {list(reversed(shape))}"
+            )
+        return place
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    @property
+    def dequantized(self) -> Collection[str]:
+        """All names: transformers reads none of them by itself."""
+        return self._shapes.keys()
+
+    def file(self, name: str) -> Path:
+        """Return the file, or the part of a split one, that a tensor is in."""
+        return self._file.parts[self._places[name].tensor.part]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
+        return tuple(self._shapes[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return float32."""
+        return torch.float32
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor, float32 on the CPU; little more than the result is in memory.
+
+        Raises:
+            ModelError: it holds numbers that are not finite.
+        """
+        place, data, finite = self._places[name], self._data(name), True
+        weights: NDArray[np.float32] = np.empty((len(data), place.tensor.shape[0]), np.float32)
+        step = max(1, _CHUNK // weights.shape[1])
+        for start in range(0, len(data), step):
+            part = self._numbers(place.tensor, data[start : start + step])
+            weights[start : start + step] = part
+            finite = finite and bool(np.isfinite(part).all())
+        weights = weights.reshape(self.shape(name))
+        if not finite:
+            raise self._not_finite(place.tensor, weights)
+        return self._restored(place, weights if place.rows is None else weights[place.rows])
+
+    def rows(self, name: str, rows: Tensor) -> Tensor:
+        """Read rows of a matrix, or numbers of a vector, float32.
+
+        Args:
+            name: the tensor.
+            rows: which, int64 [count].
+        """
+        place, which = self._places[name], rows.numpy()
+        if len(self.shape(name)) < 2:
+            return self.read(name)[rows]
+        there = which if place.rows is None else place.rows[which]
+        return self._restored(place, self._numbers(place.tensor, self._data(name)[there]))
+
+    def _data(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a parameter's rows, uint8 [rows, row_bytes], mapped and not read."""
+        place = self._places[name]
+        data = self._file.data(place.tensor)
+        if place.layer is None:
+            return data
+        rows = self.shape(name)[0]
+        return data[place.layer * rows : (place.layer + 1) * rows]
+
+    def _numbers(self, tensor: TensorInfo, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return natural(dequantized(tensor, data, self._codebooks), self._orders.get(tensor.name))
+
+    def _restored(self, place: Place, weights: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(weights - np.float32(place.shift) if place.shift else weights)
+
+    def _not_finite(self, tensor: TensorInfo, weights: NDArray[np.float32]) -> ModelError:
+        wrong = np.argwhere(~np.isfinite(weights))
+        return ModelError(
+            f"{self._file.path.name}: {len(wrong):,} of {weights.size:,} numbers of {tensor.name} are not finite, "
+            f"the first at {wrong[0].tolist()}. The file is damaged; get it again"
+        )
+
+
+def _skeleton(described: Described) -> Any:
+    """The model with parameters on the meta device, rotary embedding for real."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    config = transformers.AutoConfig.for_model(**described.config)
+    with init_empty_weights(include_buffers=False):
+        return getattr(transformers, described.kind.class_name)(config).eval()
+
+
+def _check_complete(header: Header, places: set[str]) -> None:
     """Refuse a file with tensors that the model has no place for, or without some that it needs."""
-    header = weights.header
-    missing = sorted({place for place in places.values() if place not in header.tensors}, key=_natural_order)
+    missing = sorted(places - header.tensors.keys(), key=_natural_order)
     there = {name for name in header.tensors if not name.endswith(SUFFIX)}
-    unused = sorted(there - set(places.values()) - header.used, key=_natural_order)
+    unused = sorted(there - places - header.used, key=_natural_order)
     kind = f"a model of the architecture {header.architecture!r}"
     if missing:
         raise header.refuse(f"lacks {_listed(missing)}, which {kind} needs")
@@ -228,13 +315,24 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def _shards(names: list[str]) -> Iterator[list[str]]:
-    """What is around the blocks, and then each block."""
-    blocks: dict[str, list[str]] = {"": []}
-    for name in names:
-        found = re.search(r"\.layers\.(\d+)\.", name)
-        blocks.setdefault(found[1] if found else "", []).append(name)
-    yield from (names for names in blocks.values() if names)
+def digest_of(described: Described) -> str:
+    """Return a hash of all that config.json and the files of the tokenizer are made of."""
+    said, prefixes = described.header.file.entries, (f"{described.header.architecture}.", "tokenizer.")
+    digest = hashlib.sha256(json.dumps([described.kind.class_name, described.config], sort_keys=True).encode())
+    for key in sorted(k for k in said if k.startswith(prefixes) or k == "general.architecture"):
+        digest.update(_text(key) + said[key].raw)
+    return digest.hexdigest()
+
+
+def write_header_folder(weights: GgufCheckpoint, folder: Path) -> None:
+    """Write config.json and the files of the tokenizer into a folder, which is there and empty.
+
+    Raises:
+        ModelError: transformers cannot read the vocabulary.
+    """
+    _write_vocabulary(weights.described, folder)
+    # written last: its presence says that the folder is whole
+    (folder / "config.json").write_text(json.dumps(weights.config, indent=2, default=str), encoding="utf-8")
 
 
 def _write_vocabulary(described: Described, folder: Path) -> None:
@@ -249,7 +347,6 @@ def _write_vocabulary(described: Described, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=str(copy))
     except Exception as error:  # transformers and gguf raise whatever the broken byte led them to
-        shutil.rmtree(folder, ignore_errors=True)
         reason = (str(error) or type(error).__name__).strip().split("\n")[0]
         raise ModelError(f"{described.header.file.path}: transformers cannot read its vocabulary: {reason}") from error
     copy.unlink()

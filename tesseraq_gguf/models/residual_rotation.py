@@ -66,7 +66,7 @@ def rotated_model(
         ConversionError: the disk is full.
     """
     source = decoder.source
-    copy = ModelSource(source.name, out, source.gguf)
+    copy = ModelSource(source.name, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if out.is_dir():

@@ -1,8 +1,8 @@
-"""From what the user calls MODEL to a folder with a config, a tokenizer and safetensors weights.
+"""From what the user calls MODEL to a folder with a config and a tokenizer, and to files with weights.
 
-A Hugging Face folder is used where it stands. A hub id is downloaded (`hub`). A GGUF file (and the built-in models,
-which are some) is expanded once into a folder of the cache, unless it is only to be copied; its own metadata and
-vocabulary are kept for the output by `gguf`.
+A Hugging Face folder is used where it stands. A hub id is downloaded (`hub`). Of a GGUF file (and of the built-in
+models, which are some) the folder has config and tokenizer alone, made of its header and kept in the cache; weights are
+read from the file, and what is copied to the output is the file's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(?P<before>.*-)\d{5}-of-(?P<count>\d{5})\.safetensors")
 
-_EXPANSION = 4
-"""Grows when the folder made of a GGUF file changes."""
+_HEADER_FOLDER = 1
+"""Grows when the folder made of a GGUF file's header changes."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,10 @@ class ModelSource:
 
     Attributes:
         name: how messages and metadata call the model.
-        folder: Hugging Face layout: config.json, *.safetensors (sharded or not), tokenizer files. Of a GGUF file that
-            is only copied there is none: it is the file itself, lest another model's that stands beside it be read.
-        gguf: the GGUF file the folder was expanded from, if any; its metadata is then copied to the output.
+        folder: Hugging Face layout: config.json, *.safetensors (sharded or not), tokenizer files. Of a GGUF file it
+            has no weights. Of one that is only copied there is none: it is the file itself, lest another model's that
+            stands beside it be read.
+        gguf: the GGUF file that the weights are in, if they are in one; its metadata is then copied to the output.
     """
 
     name: str
@@ -61,7 +62,7 @@ class ModelSource:
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
     def gguf_parts(self) -> tuple[Path, ...]:
-        """Return the GGUF file, or all parts of it, that the folder was expanded from; nothing if from none."""
+        """Return the GGUF file, or all parts of it, that the weights are in; nothing if they are in none."""
         return open_gguf(self.gguf).parts if self.gguf else ()
 
     def architectures(self) -> list[str]:
@@ -165,34 +166,36 @@ class ModelSource:
     def fingerprint(self) -> str:
         """Return a hash of the config's text and of name, size and time of the weight files."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in sorted(self.folder.glob("*.safetensors")):
+        for file in self.gguf_parts() or sorted(self.folder.glob("*.safetensors")):
             stat = file.stat()
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
         return digest.hexdigest()[:16]
 
 
-def resolve_model(model: str, say: Say = lambda _: None, expanded: bool = True, hub: Hub = DEFAULT_HUB) -> ModelSource:
+def resolve_model(
+    model: str, say: Say = lambda _: None, understood: bool = True, hub: Hub = DEFAULT_HUB
+) -> ModelSource:
     """Find or fetch the files of `model`: a folder, a `.gguf` file, a built-in model, or a hub id.
 
     Args:
         model: as given on the command line.
         say: receives one line for each step that takes long.
-        expanded: make a folder of a GGUF file, for which its architecture must be known here. What only copies tensors
-            needs none.
+        understood: make config and tokenizer of a GGUF file, for which its architecture must be known here. What only
+            copies tensors needs none.
         hub: where a hub id is downloaded from.
 
     Raises:
         ModelError: nothing of that name, or it cannot be read.
     """
     if model in BUILT_IN:
-        return _from_gguf(built_in_file(model, say), model, say, expanded)
+        return gguf_source(built_in_file(model, say), model, say, understood)
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is neither a model folder nor a .gguf file")
-        return _from_gguf(path, path.stem, say, expanded)
+        return gguf_source(path, path.stem, say, understood)
     if path.suffix == ".gguf" or path.is_absolute() or model.startswith(".") or not is_hub_id(model):
         raise ModelError(
             f"no model at {model}. Give a folder, a .gguf file, a hub id such as Qwen/Qwen3-0.6B, or "
@@ -227,41 +230,36 @@ def _adapted(config: Path) -> str:
     return f" for {base}" if base else ""
 
 
-def _from_gguf(file: Path, name: str, say: Say, expanded: bool) -> ModelSource:
-    """Turn a GGUF file into a Hugging Face folder in the cache, once per content of the file and of all its parts.
+def gguf_source(file: Path, name: str, say: Say = lambda _: None, understood: bool = True) -> ModelSource:
+    """Make config and tokenizer of a GGUF file in the cache, once for all files that have the same.
 
-    Without `expanded` only headers are read.
-    """
-    try:
-        parts = open_gguf(file).parts
-    except FileFormatError as error:
-        raise ModelError(str(error)) from error
-    if not expanded:
-        return ModelSource(name, _absolute(file), gguf=_absolute(file))
-    folder = cache_folder("models") / f"{_digest(parts)[:24]}-{_EXPANSION}"
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "config.json").is_file():
-            say(f"Reading {file.name} (once: its weights are kept as a Hugging Face folder in the cache)")
-            with temporary_sibling(folder) as partial:
-                expand(file, partial)
-    return ModelSource(name, folder, gguf=_absolute(file))
-
-
-def expand(file: Path, folder: Path) -> ModelSource:
-    """Turn a GGUF file into a Hugging Face folder, which must not be there.
+    Args:
+        file: the file; of a split one the first part.
+        name: what the model is to be called.
+        say: receives a line if it takes long.
+        understood: whether to do that. Otherwise the header is read alone.
 
     Raises:
-        ModelError: it cannot be read, or what it says of its model is not understood.
+        ModelError: the file cannot be read, or what it says of its model is not understood.
     """
-    from tesseraq_gguf.models.gguf_model import write_folder
+    from tesseraq_gguf.models.gguf_config import describe
+    from tesseraq_gguf.models.gguf_model import GgufCheckpoint, digest_of, write_header_folder
 
     try:
         opened = open_gguf(file)
-        folder.mkdir()
-        write_folder(opened, folder)
+        if not understood:
+            return ModelSource(name, _absolute(file), gguf=_absolute(file))
+        folder = cache_folder("models") / f"{digest_of(describe(opened))[:24]}-header-{_HEADER_FOLDER}"
+        with FileLock(f"{folder}.lock"):
+            if not (folder / "config.json").is_file():
+                say(f"Reading the vocabulary of {file.name}")
+                weights = GgufCheckpoint(opened, name)
+                with temporary_sibling(folder) as partial:
+                    partial.mkdir()
+                    write_header_folder(weights, partial)
     except FileFormatError as error:
         raise ModelError(str(error)) from error
-    return ModelSource(file.stem, folder, _absolute(file))
+    return ModelSource(name, folder, gguf=_absolute(file))
 
 
 def _absolute(file: Path) -> Path:
@@ -277,12 +275,3 @@ def save_weights(model: Any, folder: Path) -> None:
             continue
         weights[name] = narrowest(tensor)
     write_tensors(weights, folder / "model.safetensors", {"format": "pt"})
-
-
-def _digest(parts: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in parts:
-        with file.open("rb") as f:
-            while chunk := f.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.errors import FileFormatError, ModelError
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models.checkpoint import Checkpoint
+from tesseraq_gguf.models.gguf_model import GgufCheckpoint
 from tesseraq_gguf.models.source import ModelSource
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -112,7 +114,12 @@ def open_checkpoint(source: ModelSource) -> Checkpoint:
     Raises:
         ModelError: a file is missing or broken, or the model is quantised in a way that is not understood.
     """
-    return SafetensorsCheckpoint(source)
+    if source.gguf is None:
+        return SafetensorsCheckpoint(source)
+    try:
+        return GgufCheckpoint(open_gguf(source.gguf), source.name)
+    except FileFormatError as error:
+        raise ModelError(str(error)) from error
 
 
 class SafetensorsCheckpoint(Checkpoint):

@@ -107,7 +107,7 @@ def test_a_gguf_file_of_any_architecture_is_copied(parts, unknown, tmp_path, mon
     assert [(t.name, t.type, t.shape) for t in made.tensors] == [(t.name, t.type, t.shape) for t in unknown.tensors]
     for mine, other in zip(made.tensors, unknown.tensors, strict=True):
         assert np.array_equal(made.data(mine), unknown.data(other)), mine.name
-    assert not list(tmp_path.glob("cache/models/*")), "it was expanded"
+    assert not list(tmp_path.glob("cache/models/*")), "it was read as a model"
     mixed = convert(Recipe(str(file), tmp_path / "mixed.gguf", type="bf16", embedding_type="q8_0")).out
     types = {t.name: t.type for t in open_gguf(mixed).tensors}
     assert (types["token_embd.weight"], types["blk.1.ffn_up.weight"]) == ("q8_0", "bf16")

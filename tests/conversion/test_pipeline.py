@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conversions import Listener, recipe_of
+from gguf_sources import gguf_model
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
@@ -28,7 +29,6 @@ from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.learning.calibration import load_calibration
 from tesseraq_gguf.models import Decoder, resolve_model
-from tesseraq_gguf.models.source import expand
 from tesseraq_gguf.recipe.presets import PRESETS
 from tesseraq_gguf.types.bcq.packer import universal
 from tesseraq_gguf.types.facts import LAYOUTS
@@ -80,7 +80,7 @@ def test_it_ends_with_the_divergence_on_what_is_held_out(options, make_model, lo
         return
     apart = load_calibration(source, str(long_text), 8, 32, 0, held_out=4).held_out
     model, original = (
-        Decoder(expand(tmp_path / "out.gguf", tmp_path / "back"), torch.device("cpu")),
+        Decoder(gguf_model(tmp_path / "out.gguf", tmp_path / "back"), torch.device("cpu")),
         Decoder(source, torch.device("cpu")),
     )
     p, q = (d.answers()(final_states(d, apart).flatten(0, 1)) for d in (original, model))
@@ -412,7 +412,7 @@ def test_ordered_columns_from_model_to_file(method, origin, make_model, long_tex
     tokens = torch.randint(4, 300, (2, 24), generator=torch.Generator().manual_seed(0))
     blocks = [load_tensors(tmp_path / "work" / f"block-{i:04d}.safetensors")[0] for i in (0, 1)]
     expected = _final(source, tokens, blocks.__getitem__)
-    got = _final(expand(recipe.out, tmp_path / "back"), tokens, lambda _: {})
+    got = _final(gguf_model(recipe.out, tmp_path / "back"), tokens, lambda _: {})
     assert float((got - expected).norm()) < 2e-3 * float(expected.norm())
 
 

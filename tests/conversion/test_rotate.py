@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conversions import Listener
+from gguf_sources import gguf_model
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
@@ -15,7 +16,6 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.models import Decoder, resolve_model
-from tesseraq_gguf.models.source import expand
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +38,7 @@ def test_a_rotated_model_gives_the_same_answers(kind, origin, make_model, long_t
     got, expected = (
         decoder.answers()(final_states(decoder, tokens)[0])
         for decoder in (
-            Decoder(expand(tmp_path / "out.gguf", tmp_path / "expanded"), torch.device("cpu")),
+            Decoder(gguf_model(tmp_path / "out.gguf", tmp_path / "expanded"), torch.device("cpu")),
             Decoder(source, torch.device("cpu")),
         )
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_sources import gguf_model
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert, inspect
@@ -20,7 +21,6 @@ from tesseraq_gguf.converter.writer import FileMatrix, write_plain
 from tesseraq_gguf.errors import UsageError, VerificationError
 from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.models.source import expand
 
 INSIDE = [f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
 ENDS = ["model.embed_tokens.weight", "lm_head.weight"]
@@ -183,7 +183,7 @@ def test_what_stays_as_it_is_goes_with_what_is_scaled_and_mixed(name, make_model
         calibration=long_text, samples=4, seqlen=32, preset="fast",
     )  # fmt: skip
     convert(recipe)
-    expected, got = (_logits(s) for s in (source, expand(out, tmp_path / "expanded")))
+    expected, got = (_logits(s) for s in (source, gguf_model(out, tmp_path / "expanded")))
     assert float((got - expected).square().mean() / expected.var()) < 1e-3
 
 

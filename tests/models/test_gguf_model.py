@@ -18,14 +18,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from gguf_sources import gguf_model
 from split_files import split, write_gguf_file
 from tiny_models import MIXTURE, TEXT, VOCABULARY, tokenizer
 
 from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
+from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.gguf_config import describe
-from tesseraq_gguf.models.source import expand, resolve_model
+from tesseraq_gguf.models.weights import open_checkpoint
+from tesseraq_gguf.models.whole import whole_model
 from tesseraq_gguf.runtime import ensure_source
 
 SHAPE = {
@@ -169,12 +172,14 @@ def _tokens() -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def _logits(folder: Path) -> torch.Tensor:
-    import transformers
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def _logits(source: ModelSource) -> torch.Tensor:
     with torch.no_grad():
-        return model(_tokens()).logits[0]
+        return whole_model(source, torch.float32)(_tokens()).logits[0]
+
+
+def _folder(file: Path) -> ModelSource:
+    """The model that a file was converted from."""
+    return ModelSource("m", file.with_suffix(""))
 
 
 def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -183,15 +188,19 @@ def _error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_the_folder_computes_what_the_model_did(kind, files, tmp_path):
-    wanted = _logits(files[kind].with_suffix(""))
+def test_a_file_computes_what_its_model_did(kind, files, tmp_path):
+    """Whole in transformers, and block by block."""
+    wanted, source = _logits(_folder(files[kind])), gguf_model(files[kind], tmp_path / "x")
     assert wanted.std() > 0.2
-    assert _error(_logits(expand(files[kind], tmp_path / "x").folder), wanted) < 1e-4
+    assert _error(_logits(source), wanted) < 1e-4
+    decoder = Decoder(source, torch.device("cpu"))
+    got = decoder.answers()(final_states(decoder, _tokens())[0])
+    assert _error(got, wanted.log_softmax(-1)) < 1e-4
 
 
 @pytest.mark.runtime
 @pytest.mark.parametrize("kind", CASES)
-def test_the_folder_computes_what_llama_cpp_does(kind, files, tmp_path):
+def test_it_is_what_llama_cpp_computes(kind, files, tmp_path):
     from tesseraq_gguf.runtime import Llama
 
     llama = Llama(str(files[kind]), n_ctx=LENGTH + 32, n_batch=LENGTH, logits_all=True, verbose=False)
@@ -199,7 +208,23 @@ def test_the_folder_computes_what_llama_cpp_does(kind, files, tmp_path):
     found = torch.from_numpy(np.array(llama.scores[:LENGTH], np.float32))
     llama.close()
     # keys, values and what matrices are fed have 16 bits there
-    assert _error(found, _logits(expand(files[kind], tmp_path / "x").folder)) < 1e-3
+    assert _error(found, _logits(gguf_model(files[kind], tmp_path / "x"))) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "phi-fused", "mixtral"])
+def test_tensors_are_those_of_the_folder_it_was_converted_from(kind, files, tmp_path):
+    ours, theirs = (open_checkpoint(s) for s in (gguf_model(files[kind], tmp_path / "x"), _folder(files[kind])))
+    assert set(ours) == set(theirs)
+    assert set(ours.dequantized) == set(ours)
+    for name in theirs:
+        want = theirs.read(name).float()
+        got = ours.read(name)
+        assert (ours.shape(name), ours.dtype(name)) == (want.shape, got.dtype)
+        # the converter adds 1 to norms of Gemma in float16, their dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=2.0**-10 if "norm" in name else 0, msg=name)
+        some = torch.tensor([len(want) - 1, 0, len(want) // 2])
+        assert torch.equal(ours.rows(name, some), got[some]), name
+        assert ours.file(name) == files[kind]
 
 
 def _raw(value: float | str) -> bytes:
@@ -251,7 +276,7 @@ _HEADS = struct.pack("<IIQII", 9, 4, 2, 4, 2)
 def test_what_a_header_says_and_is_not_understood(kind, entries, message, files, tmp_path):
     _changed(files[kind], tmp_path / "m.gguf", entries)
     with pytest.raises(ModelError, match=message) as caught:
-        expand(tmp_path / "m.gguf", tmp_path / "x")
+        gguf_model(tmp_path / "m.gguf", tmp_path / "x")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x" / "config.json").exists()
 
@@ -302,7 +327,9 @@ def test_frequencies_of_any_kind_are_kept(files, tmp_path):
     data[place.offset : place.offset + place.bytes] = factors.tobytes()
     (tmp_path / "odd.gguf").write_bytes(data)
     _changed(tmp_path / "odd.gguf", tmp_path / "m.gguf", {"llama.rope.scaling.factor": 2.0})
-    config = expand(tmp_path / "m.gguf", tmp_path / "x").config()  # which holds sines and cosines against llama.cpp's
+    config = gguf_model(
+        tmp_path / "m.gguf", tmp_path / "x"
+    ).config()  # which holds sines and cosines against llama.cpp's
     assert config["rope_parameters"]["short_factor"] == [2 * f for f in factors.tolist()]
 
 
@@ -331,29 +358,19 @@ def _retyped(file: Path, out: Path, types: dict[str, gguf.GGMLQuantizationType],
 
 
 @pytest.mark.parametrize(
-    ("kind", "scale", "dtype", "error"),
-    [
-        ("F16", 1.0, torch.float16, 0.0),
-        ("BF16", 1e-6, torch.bfloat16, 0.0),
-        ("BF16", 1e9, torch.bfloat16, 0.0),
-        ("F32", 1.0, torch.float32, 0.0),
-        ("Q8_0", 1.0, torch.float16, 2.0**-11),
-        ("Q4_0", 1e4, torch.float16, 2.0**-11),
-    ],
+    ("kind", "scale"),
+    [("F16", 1.0), ("BF16", 1e-6), ("BF16", 1e9), ("F32", 1.0), ("Q8_0", 1.0), ("Q4_0", 1e4)],
 )
-def test_matrices_keep_their_numbers(kind, scale, dtype, error, files, tmp_path):
+def test_matrices_have_the_numbers_of_the_file(kind, scale, files, tmp_path):
     names = {
         "blk.0.ffn_up.weight": "model.layers.0.mlp.up_proj.weight",
         "token_embd.weight": "model.embed_tokens.weight",
     }
     types = dict.fromkeys(names, gguf.GGMLQuantizationType[kind])
     wanted = _retyped(files["llama"], tmp_path / "m.gguf", types, scale)
-    source = expand(tmp_path / "m.gguf", tmp_path / "x")
+    weights = open_checkpoint(gguf_model(tmp_path / "m.gguf", tmp_path / "x"))
     for name, stored in names.items():
-        with safe_open(source.weight_map()[stored], "pt") as tensors:
-            found = tensors.get_tensor(stored)
-        assert found.dtype == dtype
-        np.testing.assert_allclose(found.float().numpy(), wanted[name], rtol=error, atol=0)
+        np.testing.assert_array_equal(weights.read(stored).numpy(), wanted[name])
 
 
 def test_a_number_that_is_none_is_named(files, tmp_path):
@@ -362,30 +379,51 @@ def test_a_number_that_is_none_is_named(files, tmp_path):
     place = next(t for t in whole.tensors if t.name == "blk.1.attn_v.weight")
     data[place.offset + 2 * 64 : place.offset + 2 * 64 + 2] = np.array([np.nan], "<f2").tobytes()
     (tmp_path / "m.gguf").write_bytes(data)
+    weights = open_checkpoint(gguf_model(tmp_path / "m.gguf", tmp_path / "x"))
     with pytest.raises(
         ModelError, match=r"1 of 2,048 numbers of blk\.1\.attn_v\.weight are not finite, .* at \[1, 0\]"
     ):
-        expand(tmp_path / "m.gguf", tmp_path / "x")
+        weights.read("model.layers.1.self_attn.v_proj.weight")
 
 
-def test_a_split_file_is_expanded_whole(files, tmp_path, monkeypatch):
+def test_a_split_file_is_read_whole(files, tmp_path, monkeypatch):
     monkeypatch.setenv("TESSERAQ_GGUF_CACHE", str(tmp_path / "cache"))
     parts = split(files["qwen2"], tmp_path, [9, 5])
     source = resolve_model(str(parts[0]))
     assert source.gguf == parts[0]
     assert source.gguf_parts() == tuple(parts)
-    assert _error(_logits(source.folder), _logits(files["qwen2"].with_suffix(""))) < 1e-4
-    assert resolve_model(str(parts[0])).folder == source.folder
+    assert _error(_logits(source), _logits(_folder(files["qwen2"]))) < 1e-4
+    weights = open_checkpoint(source)
+    assert {weights.file(name) for name in weights} == set(parts)
+    assert resolve_model(str(parts[0])) == source
     # another last part is another model
+    before = source.fingerprint()
+    assert source.fingerprint() == before
     data = bytearray(parts[2].read_bytes())
     data[-2:] = b"\0\0" if data[-2:] != b"\0\0" else b"\0\x3c"
     parts[2].write_bytes(data)
-    assert resolve_model(str(parts[0])).folder != source.folder
+    assert source.fingerprint() != before
     with pytest.raises(ModelError, match=r"is part 2 of 3\. Give the first part"):
         resolve_model(str(parts[1]))
     parts[1].unlink()
     with pytest.raises(ModelError, match="part 2 of 3 is missing"):
         resolve_model(str(parts[0]))
+
+
+def test_the_cache_has_no_weights(files, tmp_path, monkeypatch):
+    """Config and tokenizer alone, which files of the same header share."""
+    monkeypatch.setenv("TESSERAQ_GGUF_CACHE", str(tmp_path / "cache"))
+    source = resolve_model(str(files["llama"]))
+    kept = {file.name: file.stat().st_size for file in source.folder.iterdir()}
+    assert {"config.json", "tokenizer.json"} <= kept.keys()
+    assert not [name for name in kept if name.endswith((".safetensors", ".gguf", ".bin"))]
+    assert sum(kept.values()) < files["llama"].stat().st_size
+    _changed(files["llama"], tmp_path / "other.gguf", {"general.name": "other", "tesseraq.method": "none"})
+    other = resolve_model(str(tmp_path / "other.gguf"))
+    assert (other.folder, other.gguf) == (source.folder, tmp_path / "other.gguf")
+    assert other.fingerprint() != source.fingerprint()
+    _changed(files["llama"], tmp_path / "third.gguf", {"llama.rope.freq_base": 500.0})
+    assert resolve_model(str(tmp_path / "third.gguf")).folder != source.folder
 
 
 def test_a_copy_of_a_split_file_is_whole(files, tmp_path):

@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from bench.quality.pad_gemma import pad
 from bench.quality.rows import RANKS
 from tesseraq_gguf.learning.calibration import load_calibration
 from tesseraq_gguf.models import resolve_model
+from tesseraq_gguf.models.whole import whole_model
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.runtime.source import ensure_source
@@ -93,12 +96,12 @@ class Places(Mapping[str, object]):
                 "plain-reference.gguf", lambda out: self._convert(out, options.embedding)
             ),
             "plain_imatrix": lambda: self._imatrix("plain"),
-            "plain_folder": lambda: resolve_model(options.model, say).folder,
+            "plain_folder": lambda: self._folder("plain", options.model),
             "padded_f16": lambda: self._padded("f16"),
             "padded_reference": lambda: self._padded("reference"),
             "padded_imatrix": lambda: self._imatrix("padded"),
             "padded_imatrix_mixed": lambda: self._imatrix("padded", mixed=True),
-            "padded_folder": lambda: resolve_model(str(self["padded_f16"]), say).folder,
+            "padded_folder": lambda: self._folder("padded", str(self["padded_f16"])),
         }
         self._known: dict[str, object] = {}
         # one build for all rows, whatever becomes of the sources meanwhile
@@ -169,6 +172,20 @@ class Places(Mapping[str, object]):
 
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         return self._made(f"{'kept' if kept else 'learned'}-{digest}.txt", make)
+
+    def _folder(self, name: str, model: str) -> Path:
+        """A Hugging Face folder of a model with its weights, for programs that take nothing else."""
+        source = resolve_model(model, self.say)
+        if not source.gguf:
+            return source.folder
+
+        def make(out: Path) -> None:
+            whole_model(source, torch.float16).save_pretrained(out)
+            for file in source.folder.iterdir():
+                if not (out / file.name).exists():
+                    shutil.copyfile(file, out / file.name)
+
+        return self._made(f"{name}-folder", make)
 
     def _width(self, share: int) -> int:
         """A share 1/n of the model's width."""
