@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.handed import Arguments
 from tesseraq_gguf.types.grids import grid_of
 
 
 def as_problem(
-    block: LoadedBlock, hidden: torch.Tensor, tensor_type: str, arguments: dict[str, Any] | None = None
+    block: LoadedBlock, hidden: torch.Tensor, tensor_type: str, arguments: Arguments | None = None
 ) -> BlockProblem:
     """Return the problem of keeping a block's output on hidden states [samples, length, hidden]."""
     arguments = arguments or {}

@@ -33,7 +33,7 @@ from tesseraq_gguf.methods.problem import BlockProblem, Method
 from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder, resolve_model
-from tesseraq_gguf.models.decoder import BlockInputs
+from tesseraq_gguf.models.handed import BlockInputs
 from tesseraq_gguf.types.ptq161.grid import BLOCK, Ptq161Grid, with_salient
 from tesseraq_gguf.types.quantized import QuantizedTensor
 

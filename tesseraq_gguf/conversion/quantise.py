@@ -115,7 +115,7 @@ def _place(run: Run, calibration: Calibration) -> Place:
     """Where the hidden states of the two chains are kept."""
     recipe, decoder = run.recipe, run.original
     tokens = sum(run.team.share(sequences).numel() for sequences in (calibration.tokens, calibration.held_out))
-    size = 2 * tokens * decoder.hidden_size * torch.float32.itemsize
+    size = 2 * tokens * decoder.width * torch.float32.itemsize
     place = choose_place(size, decoder.device, recipe.memory_budget, work_folder(recipe))
     if place.name == "disk":
         run.progress.note(

@@ -30,8 +30,9 @@ from torch import Tensor
 from tesseraq_gguf.compute.affine import Affine
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.learning.calibration import Calibration
-from tesseraq_gguf.models.decoder import BlockInputs, LoadedBlock
+from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.finite import check_finite, finite
+from tesseraq_gguf.models.handed import BlockInputs
 from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.types.grids import Arrays, grid_of
@@ -109,7 +110,7 @@ class Distillation:
         tokens = calibration.tokens
         everything = torch.cat([tokens, calibration.held_out])
         teacher, recorded = student.teach(everything)
-        start, _ = model.decoder.stem(everything, model.embeddings)
+        start, _ = model.decoder.stem(everything, model.embeddings, inputs=recorded)
         held = slice(len(tokens), None)
         generator = torch.Generator().manual_seed(seed)
         before = kept.before
@@ -252,7 +253,7 @@ class _Student:
         return block, variables
 
     def _load_final(self) -> _Variables:
-        variables = _Variables({}, {n: p.detach() for n, p in self._head.norm.named_parameters()}, self._decoder.device)
+        variables = _Variables({}, {n: p.detach() for n, p in self._head.vectors.items()}, self._decoder.device)
         variables.restore(self._kept.now(_FINAL))
         return variables
 

@@ -102,7 +102,7 @@ def embedding_costs(
     if name == decoder.output_name():
         importance += _of_mean_one(x.square().mean(0).cpu())
     if name == decoder.embedding_name():
-        importance += _of_mean_one(bottom.square().mean((0, 1)))
+        importance += _of_mean_one(bottom[..., : weight.shape[1]].square().mean((0, 1)))
     before = decoder.stem(tokens)[0] if name == decoder.embedding_name() else None
     costs = {}
     for type in types:

@@ -33,8 +33,9 @@ from tesseraq_gguf.learning.reordering import InputWatch, plan_moves
 from tesseraq_gguf.methods.held_out import HeldOut, Verdict
 from tesseraq_gguf.methods.problem import BlockProblem, Method, Weights
 from tesseraq_gguf.methods.rare_experts import Visits, counted, on_both_chains, rarely, round_rare
-from tesseraq_gguf.models.decoder import BlockInputs, Decoder, LoadedBlock
+from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite, origin
+from tesseraq_gguf.models.handed import BlockInputs
 from tesseraq_gguf.types.grids import Grid, OwnCodebooks, grid_for
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, column_order, plain_vector
 
@@ -138,7 +139,11 @@ class Reconstruction:
             tokens = torch.cat([tokens, self.team.share(held_out)])
         full, recorded = self.decoder.stem(tokens, empty=self.empty)
         outside = embeddings()
-        quantised = self.decoder.stem(tokens, outside, self.empty)[0] if outside else self.empty(full.shape).copy_(full)
+        quantised = (
+            self.decoder.stem(tokens, outside, self.empty, recorded)[0]
+            if outside
+            else self.empty(full.shape).copy_(full)
+        )
         del outside
         for index in range(len(self.decoder)):
             started = time.monotonic()
@@ -207,6 +212,9 @@ class Reconstruction:
         block = self.decoder.load_block(index)
         matrices = block.matrices()
         named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in matrices}
+        made = self.decoder.walk.state.made(index)
+        if made is not None:  # what only passes through is not the block's to answer for
+            sensitivity = sensitivity * made.to(sensitivity.device)
         seed = int.from_bytes(hashlib.sha256(f"{self.seed} {index}".encode()).digest()[:7], "big")
         return BlockProblem(
             block=block,

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.learning.column_order import InputStatistics, Score, likeness, order_of, score
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.handed import Arguments
 from tesseraq_gguf.models.routes import Route, readers, routes
 from tesseraq_gguf.types.grids import Grid
 
@@ -86,7 +86,7 @@ class InputWatch:
 @torch.no_grad()
 def plan_moves(
     block: LoadedBlock,
-    arguments: dict[str, Any],
+    arguments: Arguments,
     hidden: Tensor,
     grids: Mapping[str, Grid],
     statistics: Mapping[str, InputStatistics],

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite, finite, origin
+from tesseraq_gguf.models.handed import Arguments
 
 _FLOOR = 1e-4
 """Smallest weight against the mean: no channel is given up."""
@@ -124,13 +125,13 @@ def measure_sensitivity(
             report(total - index, total)
     if witness:
         witness.ends(hidden, gradient)
-    embedding = _weights(gradient)[1].cpu()
+    embedding = _weights(gradient[..., : decoder.hidden_size])[1].cpu()
     check_finite({decoder.embedding_name(): embedding}, "the sensitivities of its channels", TAKE_ANOTHER)
     return Sensitivity(weights[::-1], embedding, moment.cpu())
 
 
 @torch.no_grad()
-def _origin(decoder: Decoder, block: LoadedBlock, hidden: Tensor, arguments: dict[str, Any]) -> str:
+def _origin(decoder: Decoder, block: LoadedBlock, hidden: Tensor, arguments: Arguments) -> str:
     return origin(block, lambda: [block.run(h.to(decoder.device), arguments) for h in hidden.split(1)])
 
 

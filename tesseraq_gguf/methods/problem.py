@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
+from tesseraq_gguf.models.handed import Arguments
 from tesseraq_gguf.types.grid import Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
@@ -53,7 +54,7 @@ class BlockProblem:
     inputs: Tensor
     targets: Tensor
     sensitivity: Tensor
-    arguments: dict[str, Any]
+    arguments: Arguments
     device: torch.device
     autocast: torch.dtype
     generator: torch.Generator

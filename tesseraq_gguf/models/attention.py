@@ -7,6 +7,7 @@ long as two products and a softmax, which makes a tenth of a learning step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,21 @@ def register() -> None:
 
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def built(build: Callable[[str | None], Any]) -> Any:
+    """Return a model with this attention, or with transformers' choice where it can have no other.
+
+    Args:
+        build: makes the model with an attention of a name; None leaves the choice to transformers.
+    """
+    try:
+        model = build(NAME)
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        return build(None)  # it has a table of attentions of its own, as Falcon
+    return model if model._supports_sdpa else build(None)  # masks are made for its own attention, as Bloom's
 
 
 def attend(  # noqa: PLR0913  (transformers calls it so)

@@ -22,11 +22,14 @@ from torch.func import functional_call
 from tesseraq_gguf.compute.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models.experts import Forms, aliases, expert_of, stack_of, unroll
-from tesseraq_gguf.models.head import Head, check, final_norm_of, output_of
-from tesseraq_gguf.models.skeleton import skeleton, text_model
+from tesseraq_gguf.models.handed import Arguments, BlockInputs, Empty, run
+from tesseraq_gguf.models.head import Head, check, output_of
+from tesseraq_gguf.models.linear import as_linear
+from tesseraq_gguf.models.skeleton import skeleton
 from tesseraq_gguf.models.source import ModelSource
-from tesseraq_gguf.models.stand_ins import BlockStandIn, replaced
+from tesseraq_gguf.models.stand_ins import placeholders
 from tesseraq_gguf.models.stored_experts import Place, StoredExperts
+from tesseraq_gguf.models.walk import find
 from tesseraq_gguf.models.weights import check_weights, open_checkpoint
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor
@@ -125,7 +128,7 @@ class LoadedBlock:
     def run(
         self,
         hidden: Tensor,
-        arguments: dict[str, Any],
+        arguments: Arguments,
         weights: Mapping[str, Tensor] | None = None,
         vectors: Mapping[str, Tensor] | None = None,
         rounding: ActivationRounding | None = None,
@@ -133,8 +136,8 @@ class LoadedBlock:
         """Run the block.
 
         Args:
-            hidden: [batch, length, hidden].
-            arguments: what the model hands to this block besides hidden states.
+            hidden: what travels from block to block, [batch, length, width]; in most models hidden states alone.
+            arguments: what the model hands to this block besides.
             weights: matrices [out, in] by module name to use in place of the block's own.
             vectors: other parameters to use in place of the block's own, by name within the block.
             rounding: rounds what the block's matrices are fed, and keys and values.
@@ -143,12 +146,15 @@ class LoadedBlock:
             ModelError: keys and values are to be rounded, and this architecture's attention takes no cache.
         """
         replaced = {f"{name}.weight": w for name, w in (weights or {}).items()} | dict(vectors or {})
+
+        def block(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.module, replaced, args, kwargs)
+
         with self._rounded(rounding, arguments) as given:
-            out = functional_call(self.module, replaced, (hidden,), given)
-        return out if isinstance(out, Tensor) else out[0]
+            return run(block, hidden, given)
 
     @contextmanager
-    def _rounded(self, rounding: ActivationRounding | None, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _rounded(self, rounding: ActivationRounding | None, arguments: Arguments) -> Iterator[Arguments]:
         """Give arguments with which a block rounds its activations; inside, what its matrices are fed is rounded."""
         if rounding is None:
             yield arguments
@@ -187,17 +193,6 @@ class _Gather:
         return (gathered, *args[1:])
 
 
-@dataclass(frozen=True)
-class BlockInputs:
-    """What the model hands to its blocks besides hidden states, recorded for one sequence length.
-
-    Attributes:
-        arguments: one dict of keyword arguments per block (masks, rotary tables); shared objects stay shared.
-    """
-
-    arguments: list[dict[str, Any]]
-
-
 class Decoder:
     """A model whose decoder blocks are visited one after the other.
 
@@ -207,6 +202,7 @@ class Decoder:
 
     Attributes:
         weights: the tensors of its files by stored name.
+        walk: where its blocks are, and what goes from one to the next.
 
     Raises:
         ModelError: not a decoder-only language model, or its blocks cannot be found.
@@ -218,9 +214,16 @@ class Decoder:
         self.weights = open_checkpoint(source)
         self._model = skeleton(source)
         self.config = self._model.config.get_text_config()
-        self._blocks_name, self._blocks = _find_blocks(self._model, self.config.num_hidden_layers)
+        self._move_buffers()
+        self.walk = find(self._model, device)
+        self._blocks = [self._model.get_submodule(name) for name in self.walk.names]
         self._forms = Forms(self._model)
         self._experts = StoredExperts(self._model, self._forms.by_name, self.weights)
+        self._transposed: set[str] = set()
+        for index, block in enumerate(self._blocks):
+            found = as_linear(block)
+            prefixes = (self.block_prefix(index), self._own_prefix(index)) if found else ()
+            self._transposed |= {f"{prefix}{name}.weight" for prefix in prefixes for name in found}
 
     def __len__(self) -> int:
         """Return the number of decoder blocks."""
@@ -230,6 +233,11 @@ class Decoder:
     def hidden_size(self) -> int:
         """Width of the residual stream."""
         return int(self.config.hidden_size)
+
+    @property
+    def width(self) -> int:
+        """How many channels travel from block to block: the residual stream, in most models."""
+        return self.walk.state.width
 
     @property
     def has_experts(self) -> bool:
@@ -242,7 +250,7 @@ class Decoder:
 
     def _own_prefix(self, index: int) -> str:
         """What transformers has before the parameter names of a block."""
-        return f"{self._blocks_name}.{index}."
+        return f"{self.walk.names[index]}."
 
     @cached_property
     def _prefixes(self) -> list[str]:
@@ -297,7 +305,8 @@ class Decoder:
         self,
         tokens: Tensor,
         embeddings: Mapping[str, Tensor] | None = None,
-        empty: Callable[[torch.Size], Tensor] = torch.empty,
+        empty: Empty = torch.empty,
+        inputs: BlockInputs | None = None,
     ) -> tuple[Tensor, BlockInputs]:
         """Run what comes before the first block.
 
@@ -305,26 +314,15 @@ class Decoder:
             tokens: int64 [samples, length].
             embeddings: matrices to use in place of the model's own, by checkpoint name.
             empty: makes the tensor that hidden states go to, of a shape and float32; by default it is on the CPU.
+            inputs: what blocks are handed with other samples of this length, where these belong to them.
 
         Returns:
-            Hidden states float32 [samples, length, hidden], and what each block is handed.
+            What travels, float32 [samples, length, width], in most models hidden states; and what each block is handed
+            besides.
         """
-        recorders = [BlockStandIn(b) for b in self._blocks]
-        base = self._model.base_model
-        with (
-            self._embedding(embeddings or {}),
-            replaced(self._model, self._blocks_name, nn.ModuleList(recorders)),
-            replaced(base, self._norm_name, nn.Identity()),
-        ):
-            outputs = None
-            for index, sample in enumerate(tokens.split(1)):
-                base(input_ids=sample.to(self.device), use_cache=False)
-                hidden = recorders[0].hidden[0]
-                if outputs is None:
-                    outputs = empty(torch.Size((len(tokens), *hidden.shape)))
-                outputs[index].copy_(hidden)
-        assert outputs is not None, "no tokens"
-        return outputs, BlockInputs([r.arguments for r in recorders])
+        assert len(tokens), "no tokens"
+        with self._embedding(embeddings or {}):
+            return self.walk.stem(self._model, tokens.to(self.device).split(1), empty, inputs)
 
     @cached_property
     def head(self) -> Head:
@@ -333,7 +331,6 @@ class Decoder:
         Raises:
             ModelError: its logits are not the model's own, or parameters are missing.
         """
-        prefix, norm = self.final_norm()
         name, matrix = output_of(self._model)
         bias = None if matrix.bias is None else self.matrix(f"{name}.bias").to(self.device)
         stored = self.stored_name(self.output_name())
@@ -342,9 +339,11 @@ class Decoder:
                 f"{self.source.name}: {stored} has shape {self.weights.shape(stored)}, "
                 f"config.json implies {tuple(matrix.weight.shape)}"
             )
-        head = Head(self._model, norm, prefix, bias, self.device)
         try:
-            check(head, self._model, self._blocks_name, self._norm_name, lambda some: self.weights.rows(stored, some))
+            self.walk.check(self._model, self.device)
+            prefix, norm = self.final_norm()
+            head = Head(self._model, self.walk, norm, prefix, bias, self.device)
+            check(head, self._model, self.walk, self._behind(), lambda some: self.weights.rows(stored, some))
         except ModelError as error:
             raise ModelError(f"{self.source.name} cannot be learned: {error}") from error
         return head
@@ -363,17 +362,19 @@ class Decoder:
         return torch.no_grad()(lambda hidden: head.logits(hidden.to(self.device), weight).log_softmax(-1))
 
     def final_norm(self) -> tuple[str, nn.Module]:
-        """Return checkpoint prefix and a copy of the final norm, with its weights, frozen."""
-        prefix = f"{self._base_prefix()}{self._norm_name}."
-        norm = copy.deepcopy(self._model.base_model.get_submodule(self._norm_name))
-        self._fill(norm, prefix)
-        return self._called_prefix(prefix, norm), norm.to(self.device).requires_grad_(False)
+        """Return checkpoint prefix and a copy of what runs behind the last block, with its weights, frozen."""
+        norm = self.walk.tail(self._model, self._behind())
+        own = f"{self._base_prefix()}{self.walk.behind[0]}." if self.walk.alone else self._base_prefix()
+        return self._called_prefix(own, norm), norm
 
-    @cached_property
-    def _norm_name(self) -> str:
-        """Name of the final norm within the base model."""
-        self._move_buffers()
-        return final_norm_of(self._model, self._blocks_name, self.device)
+    def _behind(self) -> dict[str, nn.Module]:
+        """Copies of the modules that run behind the last block, with their weights, by name within the base model."""
+        copies = {}
+        for name in self.walk.behind:
+            module = copy.deepcopy(self._model.base_model.get_submodule(name))
+            self._fill(module, f"{self._base_prefix()}{name}.")
+            copies[name] = module.to(self.device).requires_grad_(False)
+        return copies
 
     def embedding_name(self) -> str:
         """Return the checkpoint name of the token embedding."""
@@ -417,7 +418,7 @@ class Decoder:
             ModelError: the model's files lack one, or it holds numbers that are not finite; the message names it.
         """
         tied = self._model.all_tied_weights_keys
-        inside = f"{self._blocks_name}."
+        inside = tuple(map(self._own_prefix, range(len(self))))
         names = [
             n for n, _ in self._model.named_parameters()
             if not n.startswith(inside) and (n not in tied or self._find(n))
@@ -483,7 +484,12 @@ class Decoder:
 
     def _read(self, name: str) -> Tensor:
         place = self.place(name)
-        return place.read(self.weights) if place else self.weights.read(self.stored_name(name))
+        stored = place.read(self.weights) if place else self.weights.read(self.stored_name(name))
+        return stored.T.contiguous() if name in self._transposed else stored
+
+    def as_stored(self, name: str, value: Tensor) -> Tensor:
+        """Bring a parameter, by its checkpoint name, to what the weight files have."""
+        return value.T.contiguous() if name in self._transposed else value
 
     def _fill(self, module: nn.Module, prefix: str, hollow: Collection[str] = ()) -> None:
         state = {}
@@ -507,23 +513,18 @@ class Decoder:
         In the dtype of the file, a model would make its factors and rotary tables in it as well (Gemma's √width is
         25.25 in bfloat16, 25.30 in llama.cpp).
         """
-        outside = [
-            (name, module)
-            for name, module in self._model.base_model.named_modules()
-            if any(p.is_meta for p in module.parameters(recurse=False))
-            and not f"{self._base_prefix()}{name}".startswith(self._blocks_name)
-            and name != self._norm_name
-        ]
-        empty = [(module, n, p) for _, module in outside for n, p in module.named_parameters(recurse=False)]
-        for name, module in outside:
+        late = {name for name in self.walk.behind if name not in self.walk.before}
+        outside = {name: module for name, module in self.walk.outside(self._model).items() if name not in late}
+        empty = [(module, n, p) for module in outside.values() for n, p in module.named_parameters(recurse=False)]
+        for name, module in outside.items():
             for n, _ in list(module.named_parameters(recurse=False)):
                 full_name = self._called(f"{self._base_prefix()}{name}.{n}")
                 weight = replaced[full_name] if full_name in replaced else self._read(full_name)
                 weight = weight.to(self.device, torch.float32)
                 setattr(module, n, nn.Parameter(weight, requires_grad=False))
-        self._move_buffers()
         try:
-            yield
+            with placeholders(self.walk.outside(self._model).values(), self.device):
+                yield
         finally:
             for module, n, parameter in empty:
                 setattr(module, n, parameter)
@@ -533,18 +534,3 @@ class Decoder:
             for name, buffer in module.named_buffers(recurse=False):
                 if not buffer.is_meta:
                     setattr(module, name, buffer.to(self.device))
-
-
-def _find_blocks(model: Any, count: int) -> tuple[str, nn.ModuleList]:
-    inside = {id(module) for module in text_model(model).modules()}
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and id(module) in inside
-            and len(module) == count
-            and any(isinstance(m, nn.Linear) for m in module.modules())
-        ):
-            return name, module
-    raise ModelError(
-        f"{type(model).__name__}: no list of {count} decoder blocks with linear layers found in this architecture"
-    )

@@ -27,6 +27,7 @@ from torch.func import functional_call
 
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import stack_of
+from tesseraq_gguf.models.handed import Arguments
 
 _TOLERANCE = 1e-3
 """Relative change of an output that float32 (or TF32) arithmetic may make; a wrong fold makes several per cent."""
@@ -110,7 +111,7 @@ class Fold:
 
 
 @torch.no_grad()
-def folds(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, learnable: Set[str]) -> list[Fold]:
+def folds(block: LoadedBlock, arguments: Arguments, hidden: Tensor, learnable: Set[str]) -> list[Fold]:
     """Find the exact foldings of a block, in the order in which their consumers run.
 
     Matrices outside `learnable` are never changed: their values come from the original model.
@@ -137,7 +138,7 @@ class Trace:
         norms: modules with one weight for each channel of their output: (arguments, keyword arguments, output).
     """
 
-    def __init__(self, block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor) -> None:
+    def __init__(self, block: LoadedBlock, arguments: Arguments, hidden: Tensor) -> None:
         self.block = block
         self._arguments = arguments
         self._hidden = hidden
@@ -197,11 +198,11 @@ class Trace:
 
         handles = [handle for name, module in self._linears.items() for handle in watch(name, module)]
         try:
-            out = functional_call(self.block.module, parameters, (self._hidden,), self._arguments)
+            out = self.block.run(self._hidden, self._arguments, vectors=parameters)
         finally:
             for handle in handles:
                 handle.remove()
-        outputs[""] = (out if isinstance(out, Tensor) else out[0]) - self._hidden
+        outputs[""] = out - self._hidden
         return inputs, outputs
 
     @contextmanager

@@ -2,9 +2,9 @@
 
     logits = finish(W·enter(norm(h)))
 
-No architecture is known by name. The norm is the module that runs after the last block, W is what transformers calls
-the output embeddings, and the rest (biases, scales, caps) is done by the model's own `forward`, in which the base model
-and the output matrix are stand-ins. `check` compares the whole with that `forward` left as it is.
+No architecture is known by name. The norm is what runs after the last block, W is what transformers calls the output
+embeddings, and the rest (biases, scales, caps) is done by the model's own `forward`, in which the base model and the
+output matrix are stand-ins. `check` compares the whole with that `forward` left as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.models.stand_ins import BlockStandIn, placeholders, put, replaced
+from tesseraq_gguf.models.stand_ins import placeholders, put, replaced, stand_in, watching
+from tesseraq_gguf.models.walk import Walk
 
 ANSWERS = 256
 """Positions whose answers, a number for every word of the vocabulary, are in memory at a time."""
@@ -38,25 +39,38 @@ class Head:
 
     Args:
         model: the transformers model; its parameters may be on the meta device.
-        norm: the final norm, with its weights.
+        walk: its blocks.
+        norm: what runs behind them, with its weights.
         prefix: checkpoint prefix of the norm's parameters, with its final dot.
         bias: of the output matrix, float32 [vocabulary] on the device.
         device: of all of it, and of what it is given.
+
     """
 
-    def __init__(self, model: Any, norm: nn.Module, prefix: str, bias: Tensor | None, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, walk: Walk, norm: nn.Module, prefix: str, bias: Tensor | None, device: torch.device
+    ) -> None:
         self.norm, self.prefix, self.bias, self.device = norm, prefix, bias, device
-        self._base, self._matrix, self._name = _Given(), _Multiplied(), type(model).__name__
-        with replaced(model, model.base_model_prefix, nn.Identity()):
+        self._walk, self._name = walk, type(model).__name__
+        self._states: Tensor | None = None
+        self._multiply: Multiply | None = None
+        with replaced(model, {model.base_model_prefix: nn.Identity()}):
             self._shell = copy.deepcopy(model)
-        put(self._shell, model.base_model_prefix, self._base)
-        put(self._shell, output_of(model)[0], self._matrix)
+        put(self._shell, model.base_model_prefix, self._given(model))
+        name, matrix = output_of(model)
+        self._width = matrix.in_features
+        put(self._shell, name, stand_in(self._shell.get_submodule(name), lambda x: self._multiplied(x)))
+
+    @property
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """The final norm's parameters, vectors, by name within it."""
+        return {name: p for name, p in self.norm.named_parameters() if p.dim() == 1}
 
     def fed(self, hidden: Tensor, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
         """What the output matrix multiplies, float32 [positions, hidden].
 
         Args:
-            hidden: final hidden states, float32 [positions, hidden] on the device.
+            hidden: what leaves the last block, float32 [positions, width] on the device.
             vectors: parameters of the final norm to use in place of its own, by name within it.
         """
         seen: list[Tensor] = []
@@ -127,7 +141,7 @@ class Head:
         Args:
             hidden: final hidden states, float32 [samples, length, hidden].
         """
-        moment = torch.zeros(hidden.shape[-1], hidden.shape[-1], device=self.device)
+        moment = torch.zeros(self._width, self._width, device=self.device)
         for h in hidden:
             x = self.fed(h.to(self.device))
             moment.addmm_(x.T, x)
@@ -177,7 +191,8 @@ class Head:
             slope = torch.autograd.grad(logits.sum(), products)[0]
         return logits.detach(), slope.mul_(change)
 
-    def _normed(self, hidden: Tensor, vectors: Mapping[str, Tensor] | None) -> Tensor:
+    def _normed(self, state: Tensor, vectors: Mapping[str, Tensor] | None) -> Tensor:
+        hidden = self._walk.fed(state)
         return functional_call(self.norm, dict(vectors), (hidden,)) if vectors else self.norm(hidden)
 
     def _biased(self, products: Tensor) -> Tensor:
@@ -185,7 +200,7 @@ class Head:
 
     def _forward(self, states: Tensor, multiply: Multiply) -> Tensor:
         """Logits [positions, ...] that the model makes of what its base model gives, [positions, hidden]."""
-        self._base.states, self._matrix.multiply = states[None], multiply
+        self._states, self._multiply = states[None], multiply
         try:
             return self._shell(input_ids=states.new_zeros(1, len(states), dtype=torch.int64), use_cache=False).logits[0]
         except ModelError:
@@ -196,7 +211,23 @@ class Head:
             reason = str(error).strip().split("\n")[0]
             raise ModelError(f"what {self._name} makes of its output matrix cannot be asked: {reason}") from error
         finally:
-            self._base.states, self._matrix.multiply = None, None
+            self._states, self._multiply = None, None
+
+    def _multiplied(self, x: Tensor) -> Tensor:
+        assert self._multiply
+        return self._multiply(x)
+
+    def _given(self, model: Any) -> nn.Module:
+        """The base model without anything inside; what the model runs of it gives states."""
+        path = _body(model, self._walk, self.device).split(".")
+        made: Any = stand_in(model.get_submodule(".".join(path)), lambda *_, **__: _Output(self._states))
+        made.__dict__["_modules"] = {}
+        while len(path) > 1:
+            child = path.pop()
+            outer: Any = copy.copy(model.get_submodule(".".join(path)))
+            outer.__dict__["_modules"] = {child: made}
+            made = outer
+        return made  # type: ignore[no-any-return]
 
 
 class _Output:
@@ -213,25 +244,6 @@ class _Output:
         return (self.last_hidden_state,)[place]
 
 
-class _Given(nn.Module):
-    """Stands in for the base model: gives states."""
-
-    states: Tensor | None = None
-
-    def forward(self, *_: Any, **__: Any) -> _Output:
-        return _Output(self.states)
-
-
-class _Multiplied(nn.Module):
-    """Stands in for the output matrix: multiplies as it is told."""
-
-    multiply: Multiply | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.multiply
-        return self.multiply(x)
-
-
 def output_of(model: Any) -> tuple[str, nn.Linear]:
     """Return what transformers calls the output embeddings, with their name in the model.
 
@@ -245,45 +257,16 @@ def output_of(model: Any) -> tuple[str, nn.Linear]:
     return name, matrix
 
 
-def final_norm_of(model: Any, blocks_name: str, device: torch.device) -> str:
-    """Return the name, within the base model, of the one module that runs after the last block.
-
-    Args:
-        model: the transformers model; parameters may be on the meta device, buffers are on `device`.
-        blocks_name: of the list of blocks, in the model.
-        device: where to run.
-
-    Raises:
-        ModelError: there is none, or there are others.
-    """
-    base, blocks = model.base_model, model.get_submodule(blocks_name)
-    inside = {id(m) for m in blocks.modules()}
-    leaves = {n: m for n, m in base.named_modules() if not any(True for _ in m.children()) and id(m) not in inside}
-    stand_ins = nn.ModuleList(BlockStandIn(block) for block in blocks)
-    called: list[str | None] = []
-    handles = [m.register_forward_hook(lambda *_, name=n: called.append(name)) for n, m in leaves.items()]  # type: ignore[misc]
-    stand_ins[-1].register_forward_hook(lambda *_: called.append(None))
-    try:
-        with torch.no_grad(), replaced(model, blocks_name, stand_ins), placeholders(base, device):
-            base(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    behind = list(dict.fromkeys(called[called.index(None) + 1 :]))
-    if len(behind) != 1 or behind[0] is None:
-        said = f"it runs {', '.join(map(str, behind))}" if behind else "nothing runs"
-        raise ModelError(f"{type(model).__name__}: after the last block {said}, where one norm is expected")
-    return behind[0]
-
-
-def check(head: Head, model: Any, blocks_name: str, norm_name: str, read: Callable[[Tensor], Tensor]) -> None:
+def check(
+    head: Head, model: Any, walk: Walk, modules: Mapping[str, nn.Module], read: Callable[[Tensor], Tensor]
+) -> None:
     """Compare logits of random hidden states with those that the model's own `forward` makes of them.
 
     Args:
         head: of the model.
         model: the transformers model; parameters may be on the meta device, buffers are on the head's device.
-        blocks_name: of the list of blocks, in the model.
-        norm_name: of the final norm, in the base model.
+        walk: its blocks.
+        modules: what runs behind the last of them, with weights, by name within the base model.
         read: gives rows of the output matrix, float32 [rows, hidden], by their numbers.
 
     Raises:
@@ -292,14 +275,17 @@ def check(head: Head, model: Any, blocks_name: str, norm_name: str, read: Callab
     words = output_of(model)[1].out_features
     some = torch.linspace(0, words - 1, min(_ROWS, words)).long()
     rows = read(some).to(head.device)
-    small = Head(model, head.norm, "", None if head.bias is None else head.bias[some], head.device)
+    small = Head(model, walk, head.norm, "", None if head.bias is None else head.bias[some], head.device)
     random = torch.Generator().manual_seed(0)
-    states = torch.randn(4, rows.shape[1], generator=random).to(head.device)
+    states = torch.randn(4, walk.state.width, generator=random).to(head.device)
     with torch.no_grad():
-        got, expected = small.logits(states, rows), _own_logits(small, model, blocks_name, norm_name, rows, states)
+        got = small.logits(states, rows)
+        with replaced(model.base_model, dict(modules)):
+            expected = _own_logits(small, model, walk, rows, states)
     if not _same(got, expected):
         raise ModelError(f"the logits of {type(model).__name__} are not what its norm and output matrix make of states")
-    products, weights = (states @ rows.T).requires_grad_(), torch.randn(got.shape, generator=random).to(head.device)
+    products = (states[:, : rows.shape[1]] @ rows.T).requires_grad_()
+    weights = torch.randn(got.shape, generator=random).to(head.device)
     with torch.enable_grad():
         slope = torch.autograd.grad((small.finish(products) * weights).sum(), products)[0]
     whole = head.finish(torch.zeros(1, words, device=head.device)).shape[1]
@@ -307,21 +293,40 @@ def check(head: Head, model: Any, blocks_name: str, norm_name: str, read: Callab
         raise ModelError(f"the logits of {type(model).__name__} are not one for each row of its output matrix")
 
 
-def _own_logits(head: Head, model: Any, blocks_name: str, norm_name: str, rows: Tensor, states: Tensor) -> Tensor:
-    """Logits [positions, rows] of final hidden states [positions, hidden], by the model's own `forward`."""
+def _own_logits(head: Head, model: Any, walk: Walk, rows: Tensor, states: Tensor) -> Tensor:
+    """Logits [positions, rows] of what leaves the last block, [positions, width], by the model's own `forward`."""
     name, own = output_of(model)
     matrix = nn.Linear(own.in_features, len(rows), device="meta")
     matrix.weight = nn.Parameter(rows)
     matrix.register_parameter("bias", None if head.bias is None else nn.Parameter(head.bias))
-    stand_ins = nn.ModuleList(BlockStandIn(block, states[None]) for block in model.get_submodule(blocks_name))
     tokens = torch.zeros(1, len(states), dtype=torch.int64, device=head.device)
     with (
-        replaced(model, blocks_name, stand_ins),
-        replaced(model, name, matrix),
-        replaced(model.base_model, norm_name, head.norm),
-        placeholders(model, head.device),
+        walk.passed(model, walk.state.hidden(states[None])),
+        replaced(model, {name: matrix}),
+        placeholders(walk.outside(model).values(), head.device),
     ):
         return model(input_ids=tokens, use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+
+def _body(model: Any, walk: Walk, device: torch.device) -> str:
+    """Name of what a model with an output matrix runs to get hidden states: its base model, or a part of it."""
+    path = walk.names[0].split(".")
+    around = {".".join(path[:n]): model.get_submodule(".".join(path[:n])) for n in range(1, len(path) - 1)}
+    ran: list[str] = []
+    name, matrix = output_of(model)
+    with (
+        torch.no_grad(),
+        watching(around, ran.append),
+        walk.passed(model),
+        replaced(model, {name: stand_in(matrix, lambda x: x)}),
+        placeholders(walk.outside(model).values(), device),
+    ):
+        try:
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), use_cache=False)
+        except RuntimeError:  # what comes after the output matrix may not take what the stand-in makes
+            if not ran:
+                raise
+    return ran[0]
 
 
 def _same(got: Tensor, expected: Tensor) -> bool:

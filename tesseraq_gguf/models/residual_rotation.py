@@ -18,15 +18,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.func import functional_call
 
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.folding import Trace, norm_folds, norm_offset
+from tesseraq_gguf.models.handed import Arguments
 from tesseraq_gguf.models.rotation import hadamard
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.weights import QUANTIZATION_FILE, plain_config
@@ -82,6 +81,8 @@ def rotated_model(
 
 @torch.no_grad()
 def _write(decoder: Decoder, folder: Path, q: Tensor, report: Callable[[int, int], None]) -> None:
+    if not (decoder.walk.state.plain and decoder.walk.alone):
+        raise _CannotRotateError
     weights = decoder.weights
     written: dict[str, str] = {}
 
@@ -115,9 +116,7 @@ def _write(decoder: Decoder, folder: Path, q: Tensor, report: Callable[[int, int
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def rotated_parameters(
-    block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, q: Tensor
-) -> dict[str, Tensor] | None:
+def rotated_parameters(block: LoadedBlock, arguments: Arguments, hidden: Tensor, q: Tensor) -> dict[str, Tensor] | None:
     """Return the parameters with which a block computes the same on a rotated stream.
 
     Args:
@@ -145,8 +144,7 @@ def rotated_parameters(
                 changed[f"{name}.bias"] = q @ linear.bias.detach()
     expected = (block.run(hidden, arguments) - hidden) @ q.T
     turned = hidden @ q.T
-    out = functional_call(block.module, changed, (turned,), arguments)
-    got = (out if isinstance(out, Tensor) else out[0]) - turned
+    got = block.run(turned, arguments, vectors=changed) - turned
     return changed if _same(got, expected) else None
 
 
@@ -155,7 +153,7 @@ def _outside(decoder: Decoder, q: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     embedding, head = decoder.embedding_name(), decoder.head
     plain = decoder.matrix(embedding)
     hidden = decoder.stem(tokens, {embedding: plain})[0].to(decoder.device)
-    weights = dict(head.norm.named_parameters())
+    weights = head.vectors
     offset = norm_offset(head.norm, (hidden,), {}) if set(weights) == {"weight"} else None
     if offset is None:
         raise _CannotRotateError
@@ -177,7 +175,7 @@ def _stored(decoder: Decoder, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     found = {}
     for name, value in tensors.items():
         stored = decoder.stored_name(name)
-        found[stored] = value.to(decoder.weights.dtype(stored))
+        found[stored] = decoder.as_stored(name, value).to(decoder.weights.dtype(stored))
     return found
 
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.folding import Trace, linear_folds
+from tesseraq_gguf.models.handed import Arguments
 from tesseraq_gguf.models.routes import in_runs
 
 _SMALLEST = 8
@@ -77,7 +77,7 @@ class Rotation:
 
 
 @torch.no_grad()
-def rotations(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor, learnable: Set[str]) -> list[Rotation]:
+def rotations(block: LoadedBlock, arguments: Arguments, hidden: Tensor, learnable: Set[str]) -> list[Rotation]:
     """Find the channels of a block that can be mixed without a change of what it computes.
 
     Matrices outside `learnable` are never changed, nor are those whose columns have an order of their own.

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.folding import Trace, of_rows, row_slices
+from tesseraq_gguf.models.handed import Arguments
 
 _MOVED = 1e-4
 """Relative change of an output that a permutation may make: it changes no product, only the order of sums. Heads that
@@ -85,7 +85,7 @@ class Route:
 
 
 @torch.no_grad()
-def readers(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor) -> list[tuple[str, ...]]:
+def readers(block: LoadedBlock, arguments: Arguments, hidden: Tensor) -> list[tuple[str, ...]]:
     """Return the linears of a block in the order they run, those with the same input together, by module name."""
     inputs = Trace(block, arguments, hidden).inputs
     found: list[list[str]] = []
@@ -101,7 +101,7 @@ def readers(block: LoadedBlock, arguments: dict[str, Any], hidden: Tensor) -> li
 @torch.no_grad()
 def routes(
     block: LoadedBlock,
-    arguments: dict[str, Any],
+    arguments: Arguments,
     hidden: Tensor,
     learnable: Set[str],
     wanted: Sequence[tuple[str, ...]],

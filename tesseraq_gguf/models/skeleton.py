@@ -43,12 +43,12 @@ def skeleton(source: ModelSource) -> Any:
         raise
     except Exception as error:  # configs and models raise whatever a missing or odd entry leads them to
         reason = str(error).strip().split("\n")[0]
-        if error.args == (attention.NAME,):  # a table of attentions of the model's own, as Falcon has
-            reason = "its attention is none of those that go through transformers' common interface"
-        elif not isinstance(error, (ValueError, OSError, ImportError)):
+        if not isinstance(error, (ValueError, OSError, ImportError)):
             reason = f"{type(error).__name__}: {reason}"
         raise ModelError(f"{source.name}: transformers cannot build this model: {reason}") from error
+    _name_base(model)
     _remove_towers(model)
+    model.set_experts_implementation("eager")  # takes weights of any strides (`stand_ins.varied`)
     return model.eval().requires_grad_(False)
 
 
@@ -79,7 +79,14 @@ def _built(source: ModelSource) -> Any:
         raise ModelError(f"{source.name} is an encoder-decoder model; only decoder-only language models can be learned")
     text_alone = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or not _is_of_parts(config)
     kind: Any = AutoModelForCausalLM if text_alone else AutoModelForMultimodalLM
-    return kind.from_config(config, attn_implementation=attention.NAME, dtype=torch.float32)
+    return attention.built(lambda name: kind.from_config(config, attn_implementation=name, dtype=torch.float32))
+
+
+def _name_base(model: Any) -> None:
+    """Give the base model its true name, where transformers has another (Llama 4's model of text)."""
+    if not hasattr(model, model.base_model_prefix):
+        embedding, parts = model.get_input_embeddings(), model.named_children()
+        model.base_model_prefix = next(n for n, part in parts if any(m is embedding for m in part.modules()))
 
 
 def _is_of_parts(config: Any) -> bool:

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tesseraq_gguf.errors import ModelError
+Fill = Callable[[int, torch.Size, torch.device], Tensor]
+"""Makes numbers of a shape for a parameter; it is told its own number, and the device."""
 
 
-class BlockStandIn(nn.Module):
-    """Stands in for a block: remembers what it is handed, returns the hidden states unchanged or gives others.
-
-    Args:
-        block: read for what models look at while they loop over their blocks.
-        gives: to return in place of the hidden states.
-
-    Attributes:
-        hidden: what came in, [batch, length, hidden].
-        arguments: keyword arguments.
-    """
-
-    def __init__(self, block: nn.Module, gives: Tensor | None = None) -> None:
-        super().__init__()
-        self.hidden = torch.empty(0)
-        self.arguments: dict[str, Any] = {}
-        self._gives = gives
-        for name in ("attention_type", "layer_type", "is_sliding", "layer_idx"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Stand in for the block's own.
-
-        Raises:
-            ModelError: the model hands over more than hidden states by position.
-        """
-        if args:
-            raise ModelError(
-                "this architecture hands positional arguments to its decoder blocks, which is not supported"
-            )
-        self.hidden, self.arguments = hidden_states, kwargs
-        return hidden_states if self._gives is None else self._gives
+def stand_in(module: nn.Module, forward: Callable[..., Any]) -> Any:
+    """Return what is to its surroundings the module itself, attributes and class included, but runs `forward`."""
+    made = copy.copy(module)
+    made.__dict__["forward"] = forward
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        made.__dict__[hooks] = OrderedDict()
+    return made
 
 
 def put(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -54,30 +32,64 @@ def put(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def replaced(root: nn.Module, name: str, replacement: nn.Module) -> Iterator[None]:
-    """Put a module in the place of another, by its name within the root, for a while."""
-    original = root.get_submodule(name)
-    put(root, name, replacement)
+def replaced(root: nn.Module, replacements: dict[str, nn.Module]) -> Iterator[None]:
+    """Put modules in the places of others, by their names within the root, for a while."""
+    originals = {name: root.get_submodule(name) for name in replacements}
     try:
+        for name, module in replacements.items():
+            put(root, name, module)
         yield
     finally:
-        put(root, name, original)
+        for name, module in originals.items():
+            put(root, name, module)
+
+
+def _zeros(_: int, shape: torch.Size, device: torch.device) -> Tensor:
+    return torch.zeros(1, device=device).expand(shape)
+
+
+def varied(number: int, shape: torch.Size, device: torch.device) -> Tensor:
+    """Random numbers by which rows and columns can be told apart, float32, in as little memory as a row and a column.
+
+    Matrices keep the size of what they multiply; vectors, such as weights of norms, are close to 1.
+    """
+    random = torch.Generator().manual_seed(number)
+    numbers = torch.randn(max(1, sum(shape) - len(shape) + 1), generator=random).to(device)
+    if len(shape) < 2:
+        return numbers.mul_(0.1).add_(1).view(shape)
+    # element (i, j) is number i + j: every row is the one above, moved by one
+    return numbers.div_(math.sqrt(shape[-1])).as_strided(shape, (1,) * len(shape))
 
 
 @contextmanager
-def placeholders(root: nn.Module, device: torch.device) -> Iterator[None]:
-    """Give parameters that are on the meta device zeros that take no memory, float32."""
+def placeholders(modules: Iterable[nn.Module], device: torch.device, fill: Fill = _zeros) -> Iterator[None]:
+    """Give parameters that are on the meta device numbers that take no memory, float32.
+
+    Args:
+        modules: whose own parameters.
+        device: of the numbers.
+        fill: makes them; by default they are zeros.
+    """
     empty = [
         (module, name, parameter)
-        for module in root.modules()
+        for module in modules
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_meta
     ]
-    for module, name, parameter in empty:
-        zero = torch.zeros(1, device=device).expand(parameter.shape)
-        setattr(module, name, nn.Parameter(zero, requires_grad=False))
+    for number, (module, name, parameter) in enumerate(empty):
+        setattr(module, name, nn.Parameter(fill(number, parameter.shape, device), requires_grad=False))
     try:
         yield
     finally:
         for module, name, parameter in empty:
             setattr(module, name, parameter)
+
+
+@contextmanager
+def watching(modules: dict[str, nn.Module], see: Callable[[str], None]) -> Iterator[None]:
+    """Call `see` with the name of each of some modules that begins to run inside."""
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            handle = module.register_forward_pre_hook(lambda *_, name=name: see(name))  # type: ignore[misc]
+            hooks.callback(handle.remove)
+        yield

@@ -159,13 +159,3 @@ def test_tokens_without_rows_are_refused(make_model):
     decoder.check_tokens(torch.tensor([[0, 319]]))
     with pytest.raises(ModelError, match=r"its tokenizer gives token 320, but its embedding has 320 rows"):
         decoder.check_tokens(torch.tensor([[0, 320]]))
-
-
-def test_an_attention_of_the_models_own_is_one_line(tmp_path):
-    from transformers import FalconConfig
-
-    small = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    FalconConfig(**small, architectures=["FalconForCausalLM"]).save_pretrained(tmp_path)
-    save_file({"transformer.word_embeddings.weight": torch.zeros(320, 64)}, tmp_path / "model.safetensors")
-    with pytest.raises(ModelError, match="cannot build this model: its attention is none of those"):
-        Decoder(ModelSource("falcon", tmp_path), CPU)

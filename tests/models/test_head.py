@@ -199,37 +199,40 @@ def test_logits_that_depend_on_each_other_are_refused(spoil, said, make_model, m
         _ = Decoder(make_model("llama"), CPU).head
 
 
-def test_more_than_a_norm_behind_the_blocks_is_refused(make_model, monkeypatch):
+def test_whatever_stands_behind_the_blocks_is_run(make_model, monkeypatch):
     """Whether it is a module or not."""
-    from transformers import LlamaModel
+    from transformers import AutoModelForCausalLM, LlamaModel
 
-    forward = LlamaModel.forward
+    forward, create = LlamaModel.forward, LlamaModel.__init__
 
-    def doubled(self, *args, **kwargs):
+    def more(self, *args, **kwargs):
         out = forward(self, *args, **kwargs)
-        out.last_hidden_state = out.last_hidden_state * 2
+        out.last_hidden_state = 2 * self.more(out[0])
         return out
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LlamaModel, "forward", doubled)
-        with pytest.raises(ModelError, match="not what its norm and output matrix make"):
-            _ = Decoder(make_model("llama"), CPU).head
-
-    def projected(self, *args, **kwargs):
-        out = forward(self, *args, **kwargs)
-        out.last_hidden_state = self.more(out[0])
-        return out
-
-    create = LlamaModel.__init__
 
     def larger(self, config):
         create(self, config)
-        self.more = torch.nn.Linear(config.hidden_size, config.hidden_size)
+        self.more = torch.nn.LayerNorm(config.hidden_size)
+
+    def given(self):
+        return torch.linspace(0.5, 2, self.hidden_size)
 
     monkeypatch.setattr(LlamaModel, "__init__", larger)
-    monkeypatch.setattr(LlamaModel, "forward", projected)
-    with pytest.raises(ModelError, match="runs norm, more, where one norm is expected"):
-        _ = Decoder(make_model("llama"), CPU).head
+    monkeypatch.setattr(LlamaModel, "forward", more)
+    source = make_model("llama")
+    decoder = Decoder(source, CPU)
+    weights = {"model.more.weight": given(decoder), "model.more.bias": -given(decoder)}
+    decoder._find = lambda name: name  # type: ignore[method-assign]
+    read = decoder.weights.read
+    monkeypatch.setattr(decoder, "_read", lambda name: weights[name] if name in weights else read(name))
+    whole = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
+    whole.model.more.load_state_dict({name.rpartition(".")[2]: w for name, w in weights.items()})
+    with torch.no_grad():
+        expected = whole(TOKENS).logits
+        got = decoder.head.logits(walk(decoder, TOKENS).flatten(0, 1), decoder.output_weight())
+    assert error(got, expected.flatten(0, 1)) < 1e-9
+    assert set(decoder.head.vectors) == {"norm.weight", "more.weight", "more.bias"}
+    assert decoder.head.prefix == "model."
 
 
 def test_every_kind_is_tried(make_model):
