@@ -151,14 +151,15 @@ class Converter:
     Args:
         job: names the folder.
         file_type: type of the matrices that nobody decides about; f16 for those it does not fit.
+        projector: take the class that writes what images and sound go through, not the one for text.
 
     Attributes:
         model: the class' instance. It reads the checkpoint by itself until it is fed.
     """
 
-    def __init__(self, job: dict[str, Any], file_type: str) -> None:
+    def __init__(self, job: dict[str, Any], file_type: str, projector: bool = False) -> None:
         import gguf
-        from conversion import ModelBase, ModelType, get_model_architecture, get_model_class
+        from conversion import ModelBase
 
         self._job, folder = job, Path(job["folder"])
         parameters = ModelBase.load_hparams(folder, False)
@@ -166,14 +167,11 @@ class Converter:
             parameters["architectures"] = ModelSource(job["name"], folder).architectures()
             # classes read the folder's settings again
             ModelBase.load_hparams = staticmethod(lambda *_, **__: copy.deepcopy(parameters))
-        architecture = get_model_architecture(parameters, ModelType.TEXT)
-        try:
-            kind = get_model_class(architecture)
-        except NotImplementedError:
-            raise ModelError(f"{job['name']}: llama.cpp does not know the architecture {architecture}") from None
+        kind = _conversion_class(job["name"], parameters, projector)
         guess = gguf.LlamaFileType(tensor_type(file_type).file_type)
         name = job["name"].rpartition("/")[2]
-        self.model: Any = kind(folder, guess, Path(job["out"]), model_name=name)
+        model = kind(folder, guess, Path(job["out"]), model_name=name)
+        self.model: Any = getattr(model, "impl", model)  # some let another class do all of the work
         if folder.name != name:
             self.model.dir_model_card = _named_card(folder, Path(job["scratch"]) / name)
         self._names = self._checkpoint_names()
@@ -281,6 +279,25 @@ class Converter:
         """Return what the class makes of weights."""
         own = self.name(name)
         return list(self.model.modify_tensors(weights, own, block_index(own)))
+
+
+def _conversion_class(model: str, parameters: dict[str, Any], projector: bool) -> Any:
+    """The class of llama.cpp that writes the text part of a model, or its projector."""
+    from conversion import ModelType, get_model_architecture, get_model_class
+
+    wanted = ModelType.MMPROJ if projector else ModelType.TEXT
+    names = [get_model_architecture(parameters, wanted), *parameters["architectures"]]
+    if not projector:  # the class that its language model would have on its own
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        inside = parameters.get("text_config") or {}
+        names.append(str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(str(inside.get("model_type")))))
+    for name in names:
+        with contextlib.suppress(NotImplementedError):
+            return get_model_class(name, mmproj=projector)
+    if projector:
+        raise ModelError(f"{model}: llama.cpp writes no projector for the architecture {names[0]}")
+    raise ModelError(f"{model}: llama.cpp does not know the architecture {names[0]}")
 
 
 def _named_card(folder: Path, card: Path) -> Path:
@@ -498,10 +515,7 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
         return gguf.GGMLQuantizationType(tensor_type(asked).id) if forced is False and asked else forced
 
     model.modify_tensors, model.tensor_force_quant = modify_tensors, tensor_force_quant
-    add_tensor = model.gguf_writer.add_tensor
-    model.gguf_writer.add_tensor = lambda name, tensor, raw_shape=None, raw_dtype=None: add_tensor(
-        name, _within_range(name, tensor, raw_dtype), raw_shape, raw_dtype
-    )
+    _keep_within_range(model.gguf_writer)
     model.prepare_tensors()
     if plan is not None:
         for name, order in plan.orders(learned).items():
@@ -517,11 +531,38 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
     return model.gguf_writer
 
 
+def check_projector(job: dict[str, Any], emit: Emit) -> None:
+    """Fail where writing the projector would fail: llama.cpp has no class for it, or something of it is missing."""
+    converter = Converter(job, job["type"], projector=True)
+    converter.model.prepare_metadata(vocab_only=False)
+    emit({"event": "done"})
+
+
+def project(job: dict[str, Any], emit: Emit) -> None:
+    """Write what images and sound go through on their way to the model, all of it as llama.cpp's converter does."""
+    converter = Converter(job, job["type"], projector=True)
+    _feed(job, converter, learned=False)
+    _keep_within_range(converter.model.gguf_writer)
+    converter.model.prepare_tensors()
+    converter.model.prepare_metadata(vocab_only=False)
+    _write_file(converter.model.gguf_writer, Path(job["out"]), emit)
+    open_gguf(Path(job["out"]))
+    emit({"event": "done", "verified": 0})
+
+
 def _feed(job: dict[str, Any], converter: Converter, learned: bool) -> None:
     """Give a converter the weights, unless nothing is learned and it alone can read them."""
     safetensors = any(Path(job["folder"]).glob("model*.safetensors"))
     if learned or (safetensors and not converter.reads_its_own()):
         converter.feed(SafetensorsCheckpoint(ModelSource(job["name"], Path(job["folder"]))))
+
+
+def _keep_within_range(writer: Any) -> None:
+    """Have a writer refuse numbers that their tensor's type cannot hold."""
+    add_tensor = writer.add_tensor
+    writer.add_tensor = lambda name, tensor, raw_shape=None, raw_dtype=None: add_tensor(
+        name, _within_range(name, tensor, raw_dtype), raw_shape, raw_dtype
+    )
 
 
 def _within_range(name: str, tensor: Any, kind: Any) -> Any:
@@ -806,7 +847,9 @@ def main(arguments: list[str]) -> int:
 
         register_with_gguf(gguf)
         with torch.inference_mode():
-            {"write": write, "check": check}[job["task"]](job, emit)
+            {"write": write, "check": check, "project": project, "check_projector": check_projector}[job["task"]](
+                job, emit
+            )
     except Exception as error:
         explained = _explain(error, job)
         if explained is None:

@@ -22,7 +22,7 @@ from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.plain_types import matrix_of_gguf
 from tesseraq_gguf.converter.row_order import Unplaceable
 from tesseraq_gguf.converter.verify import verify_types
-from tesseraq_gguf.errors import ConversionError, TesseraqError, UsageError
+from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
@@ -159,6 +159,59 @@ def write_plain(
     """
     contents = replace(contents or Contents(), learned=(), fallback_type=type)
     return _write(source, out, contents, progress or SilentReporter(), tree)
+
+
+def check_projector(source: ModelSource, type: str = "f16", tree: SourceTree | None = None) -> None:
+    """Find out before any work whether a model has a projector that can be written.
+
+    Args:
+        source: the model.
+        type: one of `options.PROJECTOR_TYPES`.
+        tree: the patched llama.cpp, by default the pinned one.
+
+    Raises:
+        ModelError: it has none, or llama.cpp writes none for its architecture.
+    """
+    if source.gguf:
+        raise ModelError(
+            f"{source.name} is a GGUF file, which has no projector in it: give the Hugging Face folder of the model"
+        )
+    if not source.senses():
+        raise ModelError(
+            f"{source.name} is a model of text alone (config.json has no vision_config or audio_config): "
+            "it has no projector"
+        )
+    if not any((source.folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ModelError(
+            f"{source.name}: there is no preprocessor_config.json in its folder, which says how images are cut: put "
+            "the original model's beside config.json"
+        )
+    _run({"task": "check_projector", "type": type, "out": "none.gguf"}, source, SilentReporter(), tree)
+
+
+def write_projector(
+    source: ModelSource, out: Path, type: str = "f16", progress: Reporter | None = None, tree: SourceTree | None = None
+) -> Path:
+    """Write what images and sound go through on their way to the model, as llama.cpp's converter does.
+
+    Args:
+        source: the model.
+        out: the file to write; an existing GGUF file is replaced in one step.
+        type: one of `options.PROJECTOR_TYPES`, of its matrices; llama.cpp wants some tensors in others.
+        progress: told of bytes written.
+        tree: the patched llama.cpp, by default the pinned one.
+
+    Raises:
+        UsageError: the output path cannot be meant.
+        ModelError: there is none, or llama.cpp writes none for the architecture.
+        ConversionError: the file cannot be written.
+    """
+    check_output(out, source)
+    with temporary_sibling(out) as partial:
+        _run({"task": "project", "type": type, "out": str(partial)}, source, progress or SilentReporter(), tree)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+    return out
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ GIVEN: Mapping[str, Mapping[str, Any]] = {
     "memory_budget": {"memory_budget": "1G"},
     "embedding_type": {"embedding_type": "f16"},
     "output_type": {"output_type": "f16"},
+    "mmproj": {"mmproj": "mmproj.gguf"},
+    "mmproj_type": {"mmproj_type": "q8_0"},
     "work_dir": {"work_dir": "work"},
     "fresh": {"fresh": True},
     "seed": {"seed": 7},
@@ -67,6 +69,7 @@ COMPANIONS: Mapping[str, Mapping[str, Any]] = {
     "`target_bpw` or `target_size`": {"target_bpw": 3.0},
     "`finish`": {"finish": "distill"},
     "`preprocess`": {"preprocess": "text.txt"},
+    "`mmproj`": {"mmproj": "mmproj.gguf"},
     "a type with codebooks": {"output_type": "bcq4"},
 }
 """What some fields must go with, and a recipe that has it."""

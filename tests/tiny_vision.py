@@ -62,6 +62,27 @@ VISION_KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any
 }
 
 
+_TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+_PREPROCESSOR = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "image_seq_length": 4}
+
+_ON_THE_HUB = {
+    "gemma3-vision": ("vision_tower.", "vision_tower.vision_model."),
+    "llava": ("vision_tower.", "vision_tower.vision_model."),
+}
+"""Names of towers before transformers 5, which llama.cpp's converter knows and files on the hub have."""
+
+
+def _rename_as_on_the_hub(file: Path, kind: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    ours, theirs = _ON_THE_HUB.get(kind, ("", ""))
+    if ours:
+        renamed = {
+            name.replace(ours, theirs, 1) if name.startswith(ours) else name: t for name, t in load_file(file).items()
+        }
+        save_file(renamed, file, {"format": "pt"})
+
+
 def save_vision_model(kind: str, folder: Path) -> None:
     import transformers
 
@@ -73,7 +94,10 @@ def save_vision_model(kind: str, folder: Path) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms and biases begin as ones and zeros, which would hide their places
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+            elif not parameter.any():  # as Gemma's projection begins, through which nothing would be seen
+                parameter.normal_(std=LOUD)
     model.to(torch.bfloat16).save_pretrained(folder)
+    _rename_as_on_the_hub(folder / "model.safetensors", kind)
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +112,8 @@ def make_vision_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
             folder = tmp_path_factory.mktemp("vision") / kind
             save_vision_model(kind, folder)
             (folder / "tokenizer.model").write_bytes(pieces)
-            (folder / "tokenizer_config.json").write_text(json.dumps(names))
+            (folder / "tokenizer_config.json").write_text(json.dumps(names | {"chat_template": _TEMPLATE}))
+            (folder / "preprocessor_config.json").write_text(json.dumps(_PREPROCESSOR))
             made[kind] = ModelSource(kind, folder)
         return made[kind]
 

@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from tesseraq_gguf.cli.parameters import of_fields, takes
 from tesseraq_gguf.cli.runtime import with_runtime
 
 
-def chat(
-    file: Annotated[Path, typer.Argument(help="The GGUF file to talk to; any that llama.cpp runs.")],
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the most likely token.")] = 0.7,
+@dataclass(frozen=True)
+class Talk:
+    """Whom to talk to, and how, as the command line takes it."""
+
+    file: Annotated[Path, typer.Argument(help="The GGUF file to talk to; any that llama.cpp runs.")]
+    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="Answer this and leave.")] = None
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Most tokens of an answer.")] = 512
+    temperature: Annotated[float, typer.Option("--temperature", help="0 always takes the most likely token.")] = 0.7
     seed: Annotated[
         int | None,
         typer.Option(help="The same seed and questions give the same answers.", show_default="drawn, and said"),
-    ] = None,
+    ] = None
     template: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A chat template (Jinja) in place of the file's own.")
-    ] = None,
-) -> None:
+    ] = None
+    mmproj: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What images go through, as convert --mmproj wrote it.")
+    ] = None
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image that the first question is about; may be given often."),
+    ] = None
+
+
+@takes(of_fields(Talk))
+def chat(_: typer.Context, **options: Any) -> None:
     """Talk to a GGUF file.
 
     The file's own chat template is used. A file without one (a base model) goes on with your text instead.
     /exit leaves, /reset forgets what was said, // begins a text with /, Ctrl-C stops an answer.
+    With --mmproj, /image FILE shows an image with the next question.
 
     \b
     Examples:
       tesseraq-gguf chat out.gguf
       tesseraq-gguf chat out.gguf -p "Once upon a time" --max-tokens 60 --temperature 0
+      tesseraq-gguf chat out.gguf --mmproj mmproj.gguf --image photo.jpg -p "What is this?"
     """
+    from tesseraq_gguf.serving.chat import Beside
     from tesseraq_gguf.serving.chat import chat as run
 
-    with_runtime(lambda: run(file, prompt, max_tokens, temperature, seed, template))
+    talk = Talk(**options)
+    beside = Beside(talk.template, talk.mmproj, talk.image or ())
+    with_runtime(lambda: run(talk.file, talk.prompt, talk.max_tokens, talk.temperature, talk.seed, beside))
 
 
 def serve(
@@ -55,6 +75,9 @@ def serve(
             "was made for.",
         ),
     ] = 4096,
+    mmproj: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What images go through, as convert --mmproj wrote it.")
+    ] = None,
 ) -> None:
     """Answer programs that speak OpenAI's interface, over HTTP.
 
@@ -64,8 +87,9 @@ def serve(
     \b
     Examples:
       tesseraq-gguf serve out.gguf
+      tesseraq-gguf serve out.gguf --mmproj mmproj.gguf
       tesseraq-gguf serve out.gguf --port 9000 --ctx 16384 -- --parallel 8 --flash-attn on -ctk q8_0 -ctv q8_0
     """
     from tesseraq_gguf.serving.serve import serve as run
 
-    with_runtime(lambda: run(file, host, port, ctx, options or ()))
+    with_runtime(lambda: run(file, host, port, ctx, options or (), mmproj))

@@ -13,6 +13,7 @@ from tesseraq_gguf.conversion.finish import finish
 from tesseraq_gguf.conversion.measure import measure
 from tesseraq_gguf.conversion.preprocess import carry, preprocess
 from tesseraq_gguf.conversion.progress import Progress, SilentProgress
+from tesseraq_gguf.conversion.projector import check_projector, write_projector
 from tesseraq_gguf.conversion.quantise import quantise
 from tesseraq_gguf.conversion.report import ConversionReport, report_on
 from tesseraq_gguf.conversion.rotate import leave, rotate
@@ -48,9 +49,11 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)
     check_output(recipe.out, source)
     tree = ensure_source(progress)
+    check_projector(recipe, source, tree)
     device = resolve_device(recipe.device)
     if not recipe.learns:
         write_unlearned(recipe, source, tree, progress)
+        write_projector(recipe, source, tree, progress)
         return report_on(recipe.out, started)
     decoder = Decoder(source, device)
     with joined(recipe.calibrates) as team:
@@ -67,6 +70,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
                 carry(run, model)
                 distance = measure(run, model, told.ranges)
                 write(run, model, told.ranges)
+                write_projector(recipe, source, tree, progress)
                 keep_choice(run, model.plan)
                 run.end()
         report = team.from_first(

@@ -25,6 +25,9 @@ def rotate(run: Run, model: Model) -> Model:
     if model.source.gguf:  # what is not learned is copied from there, as it is
         say("values within heads are rotated; for the residual stream give the Hugging Face folder instead")
         return model
+    if model.source.senses():
+        say("images and sound enter the residual stream as it is, so that it is not rotated; values within heads are")
+        return model
     run.team.from_first(lambda: None)  # until the first process has opened the work directory, which must be empty then
     run.progress.stage("Rotating the residual stream")
     folder = work_folder(recipe) / ROTATED

@@ -32,6 +32,8 @@ NO_TOKENIZER = (
     "such as tokenizer.json or tokenizer.model"
 )
 
+_SENSES = ("vision_config", "audio_config", "vision_encoder", "whisper_config")
+
 _ADAPTER = "adapter_config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -60,6 +62,11 @@ class ModelSource:
     def config(self) -> dict[str, Any]:
         """Return the parsed config.json."""
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+    def senses(self) -> list[str]:
+        """Return what config.json calls the settings of what images and sound go through; nothing of text alone."""
+        config = self.config()
+        return [name for name in _SENSES if config.get(name)]
 
     def gguf_parts(self) -> tuple[Path, ...]:
         """Return the GGUF file, or all parts of it, that the weights are in; nothing if they are in none."""

@@ -7,6 +7,7 @@ whole message for a contradiction, and the first half of one, the reason, for wh
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tesseraq_gguf.arguments import spelled
@@ -88,6 +89,13 @@ def preprocess_steps(recipe: Recipe) -> str | None:
     return f"{spelled('preprocess_steps')} must go with {spelled('preprocess')} TEXT"
 
 
+def projector(recipe: Recipe) -> str | None:
+    """A projector is a file of its own."""
+    if recipe.mmproj is None or recipe.mmproj.absolute() != Path(recipe.out).absolute():
+        return None
+    return f"{spelled('mmproj')} {recipe.mmproj} is the output itself: name another file"
+
+
 def without_order(type: str) -> str:
     """Say that embedding and output matrix cannot have a type."""
     return f"{type} is for matrices in the blocks: columns of the embedding have no order"
@@ -118,6 +126,11 @@ def _unlearned(wanted: Mapping[str, str | None], recipe: Recipe) -> str | None:
 def without_target(recipe: Recipe) -> str | None:
     """Candidates are for a budget."""
     return None if recipe.budgeted else "there is no target to choose types for"
+
+
+def without_projector(recipe: Recipe) -> str | None:
+    """A type is for a projector that is written."""
+    return None if recipe.mmproj else "no projector is written"
 
 
 def without_start(recipe: Recipe) -> str | None:

@@ -38,6 +38,9 @@ GRANULARITIES = ("group", "channel")
 CODEBOOKS = ("universal", "model")
 """Where types with codebooks have them from."""
 
+PROJECTOR_TYPES = ("f16", "bf16", "f32", "q8_0")
+"""Types that llama.cpp's converter writes a projector in."""
+
 MAKE, LEARN, CALIBRATION, MACHINE, EXPERIMENTS = (
     "What to make",
     "How to learn",
@@ -168,6 +171,16 @@ _OPTIONS = (
     Option(
         "output_type", optional(readers.type_name), "Tensor type of the output matrix.",
         MAKE, unset="that of the embedding", always=True, clash=conflicts.output_type, identity=_ends,
+    ),
+    Option(
+        "mmproj", optional(path),
+        "Also write the projector of a model that sees or hears, as chat and serve take it, to this file.",
+        MAKE, kind=Path, metavar="FILE", always=True, clash=conflicts.projector,
+    ),
+    Option(
+        "mmproj_type", choice("type of a projector", PROJECTOR_TYPES),
+        f"Tensor type of its matrices: {_listed(PROJECTOR_TYPES)}.",
+        MAKE, always=True, idle=conflicts.without_projector,
     ),
     Option(
         "preset", choice("preset", tuple(PRESETS)), f"How much to spend: {_listed(PRESETS)} (the paper's setting).",

@@ -55,6 +55,8 @@ class Recipe:
         embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size`. None becomes `AUTO` if there is
             one, `type` where nothing is learned, and q8_0 else.
         output_type: tensor type of the output matrix; None means that of the embedding.
+        mmproj: the file to write the projector to, which images and sound go through; None writes none.
+        mmproj_type: tensor type of its matrices, one of `options.PROJECTOR_TYPES`.
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
         fresh: throw finished blocks of an earlier run away.
         seed: makes the run repeatable.
@@ -90,6 +92,8 @@ class Recipe:
     memory_budget: int | None = None
     embedding_type: str = None  # type: ignore[assignment]  # a recipe that was made has one
     output_type: str | None = None
+    mmproj: Path | None = None
+    mmproj_type: str = "f16"
     work_dir: Path | None = None
     fresh: bool = False
     seed: int = 0

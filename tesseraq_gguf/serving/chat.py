@@ -6,7 +6,8 @@ import contextlib
 import io
 import random
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,12 @@ from tesseraq_gguf.errors import ChatTemplateError, FileFormatError, TesseraqErr
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, open_gguf
 from tesseraq_gguf.printing import printable
 from tesseraq_gguf.runtime.threads import usable_cores
+from tesseraq_gguf.serving.images import check_projector, message, read_image, see
 
 CONTEXT = 4096
 """Tokens of a conversation, unless the model was made for fewer."""
 
-EXIT, RESET = "/exit", "/reset"
+EXIT, RESET, IMAGE = "/exit", "/reset", "/image"
 
 _TEMPLATE = "tokenizer.chat_template"
 _SEEDS = 2**32 - 1  # the last number that llama.cpp takes for a seed means none
@@ -32,7 +34,7 @@ class Model(Protocol):
     def n_ctx(self) -> int:
         """Tokens that fit."""
 
-    def create_chat_completion(self, messages: list[dict[str, str]], **options: Any) -> Any:
+    def create_chat_completion(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         """Answer messages."""
 
     def create_completion(self, prompt: str, **options: Any) -> Any:
@@ -52,6 +54,10 @@ class Conversation:
         max_tokens: most tokens of an answer; None goes on until the model stops or the context is full.
         temperature: 0 always takes the most likely token.
         seed: of the first answer; each after it has the next one, so that no question has the same answer twice.
+
+    Attributes:
+        images: what goes with the next line, as `images.read_image` gives it.
+        sees: whether the model was loaded with a projector.
     """
 
     def __init__(
@@ -62,11 +68,13 @@ class Conversation:
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.seed = seed
+        self.sees = False
         self.reset()
 
     def reset(self) -> None:
         """Forget what was said; seeds go on."""
-        self.messages: list[dict[str, str]] = []
+        self.messages: list[dict[str, Any]] = []
+        self.images: list[str] = []
         self.text = ""
         self.cut = ""
 
@@ -108,7 +116,7 @@ class Conversation:
         options = {"max_tokens": self.max_tokens, "temperature": self.temperature, "stream": True, "seed": self.seed}
         self.seed = (self.seed + 1) % _SEEDS
         if self.templated:
-            messages = [*self.messages, {"role": "user", "content": line}]
+            messages = [*self.messages, message(line, self.images)]
             for chunk in self.model.create_chat_completion(messages, **options):
                 choice = chunk["choices"][0]
                 yield choice["delta"].get("content") or "", choice["finish_reason"]
@@ -121,9 +129,25 @@ class Conversation:
         if self.templated:
             # templates want user and assistant by turns, so an answer that never came takes its question with it
             if came:
-                self.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": came}]
+                self.messages += [message(line, self.images), {"role": "assistant", "content": came}]
+                self.images = []
         else:
             self.text += f"{line}{came}\n"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Files that a conversation takes beside the model's.
+
+    Attributes:
+        template: a chat template in place of the GGUF file's own.
+        projector: what images go through, as `convert` wrote it.
+        images: what the first question is about.
+    """
+
+    template: Path | None = None
+    projector: Path | None = None
+    images: Sequence[Path] = ()
 
 
 def chat(
@@ -132,7 +156,7 @@ def chat(
     max_tokens: int | None = 512,
     temperature: float = 0.7,
     seed: int | None = None,
-    template: Path | None = None,
+    beside: Beside | None = None,
 ) -> None:
     """Talk to a GGUF file: answers go to stdout, all else to stderr.
 
@@ -142,11 +166,11 @@ def chat(
         max_tokens: most tokens of an answer.
         temperature: 0 always takes the most likely token.
         seed: what chance begins at; None draws one, and says which.
-        template: a file with a chat template in place of the GGUF file's own.
+        beside: other files that it takes.
 
     Raises:
-        FileFormatError: the file is missing, damaged, or no language model.
-        UsageError: a number, the prompt or the template cannot be meant.
+        FileFormatError: the file is missing, damaged, or no language model; or its projector is none of this model.
+        UsageError: a number, the prompt, the template or an image cannot be meant.
         ChatTemplateError: the template makes no text of what was said.
         RuntimeMissingError: the runtime is not built.
         KeyboardInterrupt: Ctrl-C while `prompt` was being answered.
@@ -157,16 +181,19 @@ def chat(
         raise UsageError(f"--temperature must be a number that is not negative, not {temperature}")
     if seed is not None and not 0 <= seed < _SEEDS:
         raise UsageError(f"--seed must be a number from 0 to {_SEEDS - 1}, not {seed}")
-    given = None if template is None else _read_template(template)
+    beside = beside or Beside()
+    given = None if beside.template is None else _read_template(beside.template)
     if prompt is not None:
         prompt = _text(prompt, "the prompt")
     templated = given is not None or _own_template(open_gguf(file)) is not None
-    model = load(Path(file), given)
+    images = _images(beside, templated)
+    model = load(Path(file), given, projector=beside.projector) if beside.projector else load(Path(file), given)
     if seed is None:
         seed = random.SystemRandom().randrange(_SEEDS)
         if temperature:
             _tell(f"seed {seed}")
     conversation = Conversation(model, templated, max_tokens, temperature, seed)
+    conversation.images, conversation.sees = images, beside.projector is not None
     if prompt is not None:
         if not _print_answer(conversation, prompt):
             raise KeyboardInterrupt
@@ -177,21 +204,38 @@ def chat(
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused when it is its turn
     if sys.stdin.isatty():
         _tell(f"{EXIT} leaves, {RESET} forgets what was said, // begins a text with /, Ctrl-C stops an answer.")
+        if conversation.sees:
+            _tell(f"{IMAGE} FILE shows an image with the next question.")
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() editing and history)
     talk(conversation, input)
 
 
-def load(file: Path, template: str | None = None, flash_attention: bool | None = None) -> Model:
+def _images(beside: Beside, templated: bool) -> list[str]:
+    """Read images, and look at what they go through."""
+    if beside.projector is None:
+        if beside.images:
+            raise UsageError("an image goes through the model's projector: add --mmproj FILE, which convert wrote")
+        return []
+    if not templated:
+        raise UsageError("this file has no chat template, which images need a place in: give one with --template")
+    check_projector(beside.projector)
+    return [read_image(image) for image in beside.images]
+
+
+def load(
+    file: Path, template: str | None = None, flash_attention: bool | None = None, projector: Path | None = None
+) -> Model:
     """Load a file that `open_gguf` accepted, with attention, threads and context as llama.cpp's programs choose them.
 
     Args:
         file: the GGUF file.
         template: a chat template in place of its own.
         flash_attention: whether attention is computed so; None leaves it to llama.cpp, as its programs do.
+        projector: what images go through; it wants a template.
 
     Raises:
-        FileFormatError: llama.cpp refuses it.
+        FileFormatError: llama.cpp refuses it, or the projector.
         RuntimeMissingError: the runtime is not built.
     """
     from tesseraq_gguf.runtime import load_llama_cpp
@@ -214,7 +258,9 @@ def load(file: Path, template: str | None = None, flash_attention: bool | None =
     except (ValueError, AssertionError, MemoryError) as error:
         raise FileFormatError(f"llama.cpp cannot load {file}: {error or 'it gives no reason'}") from error
     template = template if template is not None else _own_template(header)
-    if template is not None:
+    if projector is not None and template is not None:
+        model.chat_handler = see(llama_cpp, model, file, projector, template)
+    elif template is not None:
         ends, begins = model.token_eos(), model.token_bos()
         formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
             template,
@@ -291,9 +337,11 @@ def _take_turn(conversation: Conversation, read: Callable[[str], str]) -> bool:
     if line == RESET:
         conversation.reset()
         _tell("Forgotten.")
+    elif line.split(maxsplit=1)[:1] == [IMAGE]:
+        _tell(_show(conversation, line))
     elif line.startswith("/") and not line.startswith("//"):
         _tell(
-            f"unknown command {printable(line.split()[0])}; there are {EXIT} and {RESET}. "
+            f"unknown command {printable(line.split()[0])}; there are {EXIT}, {RESET} and {IMAGE}. "
             "A text that begins with / is said with two of them: //"
         )
     elif line:
@@ -306,6 +354,20 @@ def _take_turn(conversation: Conversation, read: Callable[[str], str]) -> bool:
                 raise  # it works with nothing
             _tell(str(error))
     return True
+
+
+def _show(conversation: Conversation, line: str) -> str:
+    """Put an image beside the next question. Returns what is said of it."""
+    file = line.removeprefix(IMAGE).strip()
+    if not conversation.sees:
+        return "This chat sees no images: begin it with --mmproj FILE, which convert wrote."
+    if not file:
+        return f"{IMAGE} wants the name of a file."
+    try:
+        conversation.images.append(read_image(Path(file)))
+    except UsageError as error:
+        return str(error)
+    return "Seen; ask about it."
 
 
 def _print_answer(conversation: Conversation, line: str) -> bool:

@@ -16,6 +16,7 @@ from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.runtime.load import check_loads
 from tesseraq_gguf.runtime.threads import usable_cores, usable_processors
 from tesseraq_gguf.serving.chat import CONTEXT
+from tesseraq_gguf.serving.images import check_projector
 
 TOOL = "llama-server"
 
@@ -24,7 +25,12 @@ _CHANGE_WHAT_IS_READ = {"--override-kv", "--model", "-m", "--override-tensor", "
 
 
 def serve(
-    file: Path | str, host: str = "127.0.0.1", port: int = 8080, ctx: int = CONTEXT, options: Sequence[str] = ()
+    file: Path | str,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    ctx: int = CONTEXT,
+    options: Sequence[str] = (),
+    projector: Path | None = None,
 ) -> NoReturn:
     """Become a server of a GGUF file, until it is stopped.
 
@@ -35,6 +41,7 @@ def serve(
         ctx: tokens of a conversation, and of all that are being answered at a time; 0 has as many as the model was
             made for.
         options: more options of llama-server.
+        projector: what images go through, as `convert` wrote it.
 
     Raises:
         FileFormatError: the file is missing, damaged, or refused by llama.cpp.
@@ -44,6 +51,8 @@ def serve(
     if ctx < 0:
         raise UsageError(f"--ctx must not be negative, not {ctx}")
     open_gguf(file)
+    if projector is not None:
+        check_projector(projector)
     _try_to_listen(host, port)
     command = [str(find_runtime().tool(TOOL)), "-m", str(file), "--host", host, "--port", str(port)]
     if _CHANGE_WHAT_IS_READ.isdisjoint(option.partition("=")[0] for option in options):
@@ -52,6 +61,8 @@ def serve(
     command += ["-c", str(ctx), "--kv-unified"]
     if len(usable_processors()) < (os.cpu_count() or 1):
         command += ["-t", str(usable_cores())]  # it would take as many threads as the machine has cores
+    if projector is not None:
+        command += ["--mmproj", str(projector)]
     command += options
     if sys.platform == "win32":  # where a program that becomes another one leaves its terminal
         sys.exit(subprocess.call(command))

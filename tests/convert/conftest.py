@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import make_model  # noqa: F401  (a fixture)
+from tiny_vision import make_vision_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.types import e5m3

@@ -52,6 +52,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "candidates": {"target_bpw": 3.0, "candidates": "tsq2,q4_0"},
     "embedding_type": {"target_bpw": 3.0, "embedding_type": "f16"},
     "output_type": {"target_bpw": 3.0, "output_type": "f16"},
+    "mmproj": {"mmproj": "mmproj.gguf"},
+    "mmproj_type": {"mmproj": "mmproj.gguf", "mmproj_type": "q8_0"},
     "preset": {"preset": "fast"},
     "method": {"method": "gptq"},
     "init": {"init": "none"},
@@ -96,6 +98,7 @@ def test_options_that_decide_what_blocks_learn_say_so():
     """A new option joins one of both: what decides nothing in the blocks, or what makes another run."""
     silent = {
         "model", "out", "type", "calibration", "preprocess", "preprocess_steps",  # what is read, and what becomes of it
+        "mmproj", "mmproj_type",
         "token", "device", "memory_budget", "work_dir", "fresh",
         "finish", "finish_steps",
     }  # fmt: skip
