@@ -105,7 +105,7 @@ def test_commands_empty_lines_and_the_end_of_input(capsys):
     talk(Conversation(model, True, 7, 0), lines("", "  ", "/help", "hi"))
     out, err = capsys.readouterr()
     assert out == "Hello.\n"
-    assert "unknown command /help; there are /exit and /reset" in err
+    assert "unknown command /help; there are /exit, /reset and /image" in err
     assert len(model.heard) == 1
 
 
