@@ -35,6 +35,7 @@ from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of, s
 from tesseraq_gguf.gguf_files.dequantize import FileCodebooks, dequantized, own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models.experts import aliases, stack_of
+from tesseraq_gguf.models.prequantised import scheme_of
 from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
 from tesseraq_gguf.models.weights import SafetensorsCheckpoint
 from tesseraq_gguf.types.facts import (
@@ -178,19 +179,37 @@ class Converter:
 
     def _checkpoint_names(self) -> dict[str, str]:
         """Names as the class calls them, also by what they are called with and without the usual prefix."""
-        names = {}
-        for name in self.model.model_tensors:
+        stored, names = self._stored_names(), dict[str, str]()
+        own = dict.fromkeys([*self.model.model_tensors, *stored.values()])
+        for name in own:
             names[f"model.{name}"] = name
             names[name.removeprefix("model.")] = name
-        return names | self._stored_names() | {name: name for name in self.model.model_tensors}
+        return names | stored | {name: name for name in own}
 
     def _stored_names(self) -> dict[str, str]:
-        """What the class calls tensors of the weight files, as far as it takes notice of them."""
+        """What the class calls tensors of the weight files, as far as it takes notice of them.
+
+        Matrices that are packed there have the names that they have unpacked.
+        """
         folder = Path(self._job["folder"])
         if self._job["gguf"] or not any(folder.glob("model*.safetensors")):
             return {}
-        called = {name: self._filtered(name) for name in ModelSource(self._job["name"], folder).weight_map()}
+        source = ModelSource(self._job["name"], folder)
+        with contextlib.suppress(ModelError):  # the class may read it nevertheless
+            if scheme_of(source) is not None:
+                return self._owned(SafetensorsCheckpoint(source))
+        called = {name: self._filtered(name) for name in source.weight_map()}
         return {name: own for name, own in called.items() if own is not None and own in self.model.model_tensors}
+
+    def _owned(self, weights: SafetensorsCheckpoint) -> dict[str, str]:
+        """What the class calls the tensors of a checkpoint of which it takes notice, by stored name."""
+        tensors, found = self.model.model_tensors, {}
+        for name in weights:
+            own = self._filtered(name)
+            codes = self._filtered(weights.parts(name)[0]) if name in weights.dequantized else own
+            if own is not None and codes in tensors:
+                found[name] = own
+        return found
 
     def name(self, checkpoint_name: str) -> str:
         """Return what the class calls a tensor."""
@@ -211,15 +230,20 @@ class Converter:
         """Give the class all weights as the learner reads them, dequantised, in place of what it would read."""
         from conversion.base import LazyTorchTensor
 
-        tensors = self.model.model_tensors
-        for name in weights:
-            own = self._filtered(name)
-            if own in tensors:
-                meta = LazyTorchTensor.meta_with_dtype_and_shape(weights.dtype(name), weights.shape(name))
-                tensors[own] = partial(LazyTorchTensor, meta=meta, args=(name,), func=weights.read)
+        model, fed = self.model, {}
+        for name, own in self._owned(weights).items():
+            meta = LazyTorchTensor.meta_with_dtype_and_shape(weights.dtype(name), weights.shape(name))
+            fed[own] = partial(LazyTorchTensor, meta=meta, args=(name,), func=weights.read)
         for name in weights.hidden:
-            tensors.pop(self._filtered(name), None)
-        self.model.dequant_model = lambda: None  # it is done
+            model.model_tensors.pop(self._filtered(name), None)
+        model.model_tensors.update(fed)
+        model.hparams.pop("quantization_config", None)
+
+        def dequant_model() -> None:
+            """It is done: nothing is repacked, and the file's type is the one that is asked for."""
+            model._is_nvfp4 = model._is_mxfp4 = False
+
+        model.dequant_model = dequant_model
 
     def reads_its_own(self) -> bool:
         """Whether the class has a way of its own to read quantised checkpoints, for its architecture alone."""
@@ -259,7 +283,8 @@ class Converter:
             self.model.dequant_model()
         except Exception:  # assertions, missing keys, whatever a scheme that it does not know leads it to
             return False
-        return not any(self._filtered(name) in self.model.model_tensors for name in weights.scales)
+        scales = {part for name in weights.dequantized for part in weights.parts(name) if part != name}
+        return not any(self._filtered(name) in self.model.model_tensors for name in scales)
 
     def _filtered(self, name: str) -> str | None:
         """What the class calls a tensor of the files; None if it takes no notice of it."""

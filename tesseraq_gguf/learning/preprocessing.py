@@ -23,9 +23,9 @@ from torch import Tensor
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.finite import check_finite
+from tesseraq_gguf.models.prequantised import QUANTIZATION_FILE, plain_config
 from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.models.source import ModelSource, save_weights
-from tesseraq_gguf.models.weights import QUANTIZATION_FILE, plain_config
 from tesseraq_gguf.models.whole import whole_model
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.types.grids import grid_of

@@ -26,9 +26,9 @@ from torch import Tensor
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.folding import Trace, norm_folds, norm_offset
 from tesseraq_gguf.models.handed import Arguments
+from tesseraq_gguf.models.prequantised import QUANTIZATION_FILE, plain_config
 from tesseraq_gguf.models.rotation import hadamard
 from tesseraq_gguf.models.source import ModelSource
-from tesseraq_gguf.models.weights import QUANTIZATION_FILE, plain_config
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.tensor_files import write_tensors
 

@@ -6,14 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
-from prequantised import BLOCK, SCHEMES, compressed, prequantise
+from prequantised import BLOCK, PACKED_SCHEMES, SCHEMES, compressed, pack, prequantise
 from safetensors.torch import load_file, save_file
 
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models import Decoder, ModelSource
-from tesseraq_gguf.models.weights import open_checkpoint, plain_config
+from tesseraq_gguf.models.codes import unpacked
+from tesseraq_gguf.models.prequantised import plain_config
+from tesseraq_gguf.models.weights import open_checkpoint
 from tesseraq_gguf.models.whole import whole_model
 
 CPU = torch.device("cpu")
@@ -89,6 +92,197 @@ def test_quantised_matrices_are_read_dequantised(name, model, tmp_path):
         assert weights.dtype(stored) == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", PACKED_SCHEMES)
+def test_packed_matrices_are_read_under_their_own_names(name, model, tmp_path):
+    values = pack(model.folder, tmp_path / "packed", PACKED_SCHEMES[name])
+    weights = open_checkpoint(ModelSource(name, tmp_path / "packed"))
+    plain = tensors_of(model.folder)
+    assert set(weights) == plain.keys()
+    assert set(weights.dequantized) == values.keys()
+    rows = torch.tensor([63, 0, 17])
+    for stored, wanted in values.items():
+        # a figure that is near, so that nothing is compared with itself in another dress
+        assert float((wanted - plain[stored].float()).norm() / plain[stored].float().norm()) < 0.45
+        assert weights.shape(stored) == plain[stored].shape
+        read = weights.read(stored)
+        assert (read.dtype, weights.dtype(stored)) == (torch.float32, torch.float32)
+        torch.testing.assert_close(read, wanted, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(weights.rows(stored, rows), wanted[rows], rtol=1e-6, atol=1e-7)
+    for stored in plain.keys() - values.keys():
+        assert torch.equal(weights.read(stored), plain[stored])
+
+
+def _with(folder: Path, model: ModelSource, said: dict, tensors: dict[str, torch.Tensor]):
+    """Open a model with further tensors, quantised as `said`."""
+    shutil.copytree(model.folder, folder)
+    save_file(tensors_of(folder) | tensors, folder / "model.safetensors")
+    edit(folder, quantization_config=said)
+    return open_checkpoint(ModelSource("model", folder))
+
+
+STACK = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def _blocks(*shape: int) -> dict[str, torch.Tensor]:
+    drawn = torch.Generator().manual_seed(4)
+    blocks = torch.randint(0, 256, (*shape, 16), generator=drawn, dtype=torch.uint8)
+    exponents = torch.randint(110, 125, shape, generator=drawn, dtype=torch.uint8)
+    return {f"{STACK}_blocks": blocks, f"{STACK}_scales": exponents}
+
+
+def test_stacks_of_gpt_oss_are_read_as_transformers_reads_them(model, tmp_path):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    stored = _blocks(5, 48, 3)
+    weights = _with(tmp_path / "oss", model, {"quant_method": "mxfp4"}, stored)
+    wanted = convert_moe_packed_tensors(*stored.values(), dtype=torch.float32)
+    assert weights.shape(STACK) == wanted.shape == (5, 96, 48)
+    assert torch.equal(weights.read(STACK), wanted)
+    assert torch.equal(weights.rows(STACK, torch.tensor([3, 0])), wanted[[3, 0]])
+    assert f"{STACK}_blocks" not in weights
+
+
+def _of_ggml(kind: str, raw: torch.Tensor) -> torch.Tensor:
+    """What ggml's blocks [rows, bytes] stand for, by gguf-py."""
+    values = gguf.quants.dequantize(raw.numpy(), gguf.GGMLQuantizationType[kind])
+    return torch.from_numpy(values.copy())
+
+
+def _halves(codes: torch.Tensor, length: int) -> torch.Tensor:
+    """Codes as ggml packs them: the first half of each `length` in the lower bits."""
+    low, high = codes.unflatten(-1, (-1, length)).chunk(2, -1)
+    return (low | high << 4).flatten(-2)
+
+
+def test_blocks_of_mxfp4_are_ggmls(model, tmp_path):
+    stored = _blocks(2, 48, 3)
+    weights = _with(tmp_path / "oss", model, {"quant_method": "mxfp4"}, stored)
+    blocks, exponents = stored.values()
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2)
+    raw = torch.cat((exponents[..., None], _halves(codes, 32)), -1).flatten(-2)
+    assert torch.equal(weights.read(STACK).mT, _of_ggml("MXFP4", raw.reshape(96, -1)).view(2, 48, 96))
+
+
+def test_blocks_of_nvfp4_are_ggmls(model, tmp_path):
+    values = pack(model.folder, tmp_path / "packed", PACKED_SCHEMES["modelopt-nvfp4"])
+    weights = open_checkpoint(ModelSource("packed", tmp_path / "packed"))
+    stored = tensors_of(tmp_path / "packed")
+    for name in values:
+        packed, scale = stored[name], stored[f"{name}_scale"].view(torch.uint8)
+        codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+        # four groups of 16 make a block of ggml
+        raw = torch.cat((scale.unflatten(-1, (-1, 4)), _halves(codes, 16).unflatten(-1, (-1, 32))), -1).flatten(-2)
+        found = _of_ggml("NVFP4", raw) * stored[f"{name}_scale_2"]
+        torch.testing.assert_close(weights.read(name), found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_codes_come_out_of_a_stream_of_bits(bits, dtype):
+    codes = torch.randint(0, 2**bits, (3, 64), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    rows = [sum(code << (bits * place) for place, code in enumerate(row)) for row in codes.tolist()]
+    raw = torch.tensor([list(row.to_bytes(64 * bits // 8, "little")) for row in rows], dtype=torch.uint8)
+    assert torch.equal(unpacked(raw.view(dtype), bits), codes)
+
+
+def test_rows_of_a_stack_have_their_own_scales(model, tmp_path):
+    """Codes of three axes: a scale for each matrix, for each row of each, for each column, and for blocks."""
+    codes = torch.randint(-9, 9, (3, 6, 8), generator=torch.Generator().manual_seed(5)).to(torch.float8_e4m3fn)
+    for block, shape in ((None, (3,)), (None, (3, 1, 1)), (None, (3, 6)), (None, (3, 1, 8)), ((4, 3), (3, 2, 3))):
+        scale = torch.arange(1.0, 1 + torch.Size(shape).numel()).view(shape)
+        said = {"quant_method": "fp8", "weight_block_size": block}
+        weights = _with(tmp_path / str(shape), model, said, {STACK: codes, f"{STACK}_scale": scale})
+        wanted = codes.float()
+        for e in range(3):
+            for i in range(6):
+                for j in range(8):
+                    own = {(3,): (e,), (3, 1, 1): (e, 0, 0), (3, 6): (e, i), (3, 1, 8): (e, 0, j)}
+                    wanted[e, i, j] *= scale[own.get(shape, (e, i // 4, j // 3))]
+        assert torch.equal(weights.read(STACK), wanted), shape
+        assert torch.equal(weights.rows(STACK, torch.tensor([2, 1])), wanted[[2, 1]]), shape
+
+
+def _damaged(model: ModelSource, folder: Path, scheme: str, change) -> ModelSource:
+    pack(model.folder, folder, PACKED_SCHEMES[scheme])
+    tensors = tensors_of(folder)
+    change(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    return ModelSource("damaged", folder)
+
+
+QWEIGHT = DOWN.replace("weight", "qweight")
+DAMAGES = {
+    "no zeros": ("gptq-4", lambda t: t.pop(DOWN.replace("weight", "qzeros")), rf"{QWEIGHT}, but no .*qzeros"),
+    "one group of all": (
+        "gptq-4",
+        lambda t: t[DOWN.replace("weight", "g_idx")].zero_(),
+        rf"down_proj\.g_idx \[192\] does not fit {QWEIGHT} \[24, 128\]",
+    ),
+    "another width": (
+        "ct-int4",
+        lambda t: t.update({f"{DOWN}_packed": t[f"{DOWN}_packed"][:, :-1]}),
+        rf"{DOWN}_shape \[2\] does not fit {DOWN}_packed \[128, 23\]",
+    ),
+    "plain zero-points": (
+        "ct-int4-zero",
+        lambda t: t.update({f"{DOWN}_zero_point": t[f"{DOWN}_zero_point"].char()}),
+        rf"{DOWN}_zero_point is not packed",
+    ),
+    "another group": (
+        "ct-nvfp4",
+        lambda t: t.update({f"{DOWN}_scale": t[f"{DOWN}_scale"][:, ::2]}),
+        rf"{DOWN}_scale \[128, 6\] does not fit {DOWN}_packed \[128, 96\]",
+    ),
+    "no scale": ("ct-nvfp4", lambda t: t.pop(f"{DOWN}_scale"), rf"there is {DOWN}_packed, but no {DOWN}_scale"),
+    "no second scale": (
+        "modelopt-nvfp4",
+        lambda t: t.pop(f"{DOWN}_scale_2"),
+        rf"{DOWN} holds U8 and has no scale that config\.json speaks of",
+    ),
+    "zero-points of floats": (
+        "ct-nvfp4",
+        lambda t: t.update({f"{DOWN}_zero_point": torch.zeros(128, 12)}),
+        rf"as compressed-tensors nvfp4-pack-quantized \({DOWN}_zero_point\)",
+    ),
+    "no state": (
+        "nf4",
+        lambda t: t.pop(f"{DOWN}.quant_state.bitsandbytes__nf4"),
+        rf"as bitsandbytes \({DOWN}\.",
+    ),
+    "the matrix as well": ("gptq-4", lambda t: t.update({DOWN: torch.ones(128, 192)}), rf"{DOWN} is there, and"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_parts_that_do_not_fit_are_named(what, model, tmp_path):
+    scheme, change, message = DAMAGES[what]
+    source = _damaged(model, tmp_path / "damaged", scheme, change)
+    with pytest.raises(ModelError, match=message) as caught:
+        open_checkpoint(source).read(DOWN)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("damaged")
+
+
+@pytest.mark.parametrize("name", ["gptq-act", "ct-int4-zero", "modelopt-nvfp4", "nf4"])
+def test_a_packed_model_is_the_same_model(name, model, tmp_path):
+    values = pack(model.folder, tmp_path / "packed", PACKED_SCHEMES[name])
+    shutil.copytree(model.folder, tmp_path / "plain")
+    save_file(tensors_of(model.folder) | values, tmp_path / "plain" / "model.safetensors")
+    wanted = logits(Decoder(ModelSource("plain", tmp_path / "plain"), CPU))
+    assert difference(logits(Decoder(ModelSource("packed", tmp_path / "packed"), CPU)), wanted) < 1e-10
+    whole = whole_model(ModelSource("packed", tmp_path / "packed"), torch.float32)
+    torch.testing.assert_close(whole.get_parameter(DOWN).detach(), values[DOWN], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PACKED_SCHEMES)
+def test_packed_matrices_that_nobody_speaks_of_are_refused(name, model, tmp_path):
+    pack(model.folder, tmp_path / "silent", PACKED_SCHEMES[name])
+    edit(tmp_path / "silent", quantization_config=None)
+    (tmp_path / "silent" / "hf_quant_config.json").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match=r"and packed, and config\.json does not say how|has scales beside"):
+        open_checkpoint(ModelSource("silent", tmp_path / "silent"))
+
+
 @pytest.mark.parametrize("name", ["fp8-block", "fp8-ct-row", "int8-ct-row", "int8-ct-groups"])
 def test_the_learner_sees_the_same_model_whatever_it_is_stored_in(name, model, tmp_path):
     true = logits(Decoder(model, CPU))
@@ -133,17 +327,19 @@ def test_the_config_of_a_dequantised_copy():
     assert plain_config(config) == {"a": 1, "text_config": {"b": 2}}
 
 
-PACKED = {
-    "gptq": ({"quant_method": "gptq", "bits": 4}, r"quantised already, as gptq 4 bits"),
-    "awq": ({"quant_method": "awq", "bits": 4}, r"as awq 4 bits"),
-    "bitsandbytes": ({"load_in_8bit": True}, r"as bitsandbytes 8 bits"),
-    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"as bitsandbytes 4 bits"),
+REFUSED = {
+    "gptq-marlin": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, r"as gptq 4 bits marlin"),
+    "gptq-5": ({"quant_method": "gptq", "bits": 5}, r"as gptq 5 bits"),
+    "awq-gemv": ({"quant_method": "awq", "bits": 4, "version": "gemv"}, r"as awq 4 bits gemv"),
     "hqq": ({"quant_method": "hqq"}, r"as hqq"),
     "quanto": ({"quant_method": "quanto"}, r"as quanto"),
     "torchao": ({"quant_method": "torchao"}, r"as torchao"),
-    "mxfp4": ({"quant_method": "mxfp4"}, r"as mxfp4"),
-    "nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"as modelopt NVFP4"),
-    "packed": (compressed("int", 4, "group", "pack-quantized"), r"as compressed-tensors pack-quantized"),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, r"as modelopt W4A8_AWQ"),
+    "mixed": (
+        {"quant_method": "modelopt", "quant_algo": "MIXED", "quantized_layers": {"a": {"quant_algo": "W4A8_AWQ"}}},
+        r"as modelopt MIXED",
+    ),
+    "marlin": (compressed("int", 4, "group", "marlin-24"), r"as compressed-tensors marlin-24"),
     "transforms": (
         compressed("int", 8, "channel") | {"transform_config": {"config_groups": {"u": {}}}},
         r"compressed-tensors int-quantized with transforms",
@@ -156,10 +352,10 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("nested", [False, True])
-def test_packed_checkpoints_are_refused_by_name(name, nested, model, tmp_path):
-    said, message = PACKED[name]
+def test_schemes_that_are_not_read_are_refused_by_name(name, nested, model, tmp_path):
+    said, message = REFUSED[name]
     shutil.copytree(model.folder, tmp_path / "packed")
     edit(
         tmp_path / "packed",
