@@ -14,6 +14,7 @@ from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.models.gguf_config import describe
 from tesseraq_gguf.models.gguf_model import Place, Places
+from tesseraq_gguf.models.pieces import Stored
 
 
 class Original:
@@ -34,13 +35,23 @@ class Original:
         except (ModelError, KeyError) as error:
             raise Unplaceable(f"{self._name} has no tensor for it") from error
 
-    def placements(self, family: Iterable[str]) -> dict[str, list[Placement]]:
-        """Find where the rows of matrices go, by checkpoint name.
+    def placement(self, name: str) -> Placement:
+        """Find where the rows of a matrix go, by checkpoint name.
+
+        Raises:
+            Unplaceable: the file has no tensor for it.
+        """
+        place = self._place(name)
+        rows = None if place.rows is None else np.argsort(place.rows)
+        return Placement(place.tensor.name, rows, place.layer)
+
+    def placements(self, tensors: Iterable[Stored]) -> dict[str, list[Placement]]:
+        """Find where the rows of matrices go, which the file keeps one by one.
 
         Raises:
             Unplaceable: the file has no tensor for one.
         """
-        return {name: [_placement(self._place(name))] for name in family}
+        return {name: [self.placement(name)] for tensor in tensors for name in tensor.pieces}
 
     def modified(self, name: str, weights: Tensor) -> list[tuple[str, Tensor]]:
         """Return weights as the file has them; a stack when the last of its layers has come."""
@@ -54,8 +65,3 @@ class Original:
         if len(layers) < place.tensor.shape[-1]:
             return []
         return [(target, torch.stack([layers[i] for i in sorted(self._layers.pop(target))]))]
-
-
-def _placement(place: Place) -> Placement:
-    rows = None if place.rows is None else np.argsort(place.rows)
-    return Placement(place.tensor.name, rows, place.layer)

@@ -18,8 +18,10 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,13 +30,14 @@ from numpy.typing import NDArray
 
 from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.plain_types import KEPT, fitting_type, is_kept, smaller_type
-from tesseraq_gguf.converter.row_order import Placement, Unplaceable, block_index, placements, stacked_placements
+from tesseraq_gguf.converter.row_order import Kept, Placement, Unplaceable, block_index, moved_groups, placements
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of, stored_orders
 from tesseraq_gguf.gguf_files.dequantize import FileCodebooks, dequantized, own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models.experts import aliases, stack_of
+from tesseraq_gguf.models.pieces import Piece, Stored, stored_tensors, whole
 from tesseraq_gguf.models.prequantised import scheme_of
 from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
 from tesseraq_gguf.models.weights import SafetensorsCheckpoint
@@ -42,6 +45,7 @@ from tesseraq_gguf.types.facts import (
     FORMAT_VERSION,
     ORDERED_TYPES,
     TENSOR_TYPES,
+    TensorType,
     register_with_gguf,
     tensor_type,
 )
@@ -291,14 +295,16 @@ class Converter:
         item = self.model.filter_tensors((name, None))
         return item[0] if item else None
 
-    def placements(self, family: dict[str, tuple[int, int]]) -> dict[str, list[Placement]]:
-        """Find where the rows of a matrix go, or of all experts of a block; shapes and answers by checkpoint name."""
-        own = {self.name(name): name for name in family}
-        if len(own) == 1:
-            ((name, shape),) = family.items()
-            return {name: placements(self.model.modify_tensors, self.name(name), shape)}
-        found = stacked_placements(self.model.modify_tensors, {n: family[name] for n, name in own.items()})
-        return {own[name]: [place] for name, place in found.items()}
+    def placements(self, tensors: Sequence[Stored]) -> dict[str, list[Placement]]:
+        """Find where the rows of matrices go, by checkpoint name.
+
+        Args:
+            tensors: what the matrices are stored in, by checkpoint name.
+
+        Raises:
+            Unplaceable: the class does more than to move rows.
+        """
+        return placements(self.model.modify_tensors, [replace(t, name=self.name(t.name)) for t in tensors])
 
     def modified(self, name: str, weights: Any) -> list[tuple[str, Any]]:
         """Return what the class makes of weights."""
@@ -337,6 +343,10 @@ def _named_card(folder: Path, card: Path) -> Path:
     return card
 
 
+_GROUPS = tuple(1 << n for n in range(10, -1, -1))
+"""Columns that may stay together; blocks of tensor types have powers of two."""
+
+
 class Plan:
     """Where the learned matrices go.
 
@@ -346,22 +356,61 @@ class Plan:
         dropped: learned matrices that cannot be placed, with the reason.
     """
 
-    def __init__(self, converter: Converter | Original, shapes: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        converter: Converter | Original,
+        shapes: dict[str, tuple[int, int]],
+        pieces: dict[str, Piece] | None = None,
+    ) -> None:
         self.by_matrix: dict[str, list[Placement]] = {}
         self.by_target: dict[str, list[tuple[str, Placement]]] = {}
         self.dropped: dict[str, str] = {}
-        for family in _families(shapes):
+        places = {name: (pieces or {}).get(name) or whole(name, shape) for name, shape in shapes.items()}
+        self._tensors = list(stored_tensors(places, shapes))
+        kept: dict[int | None, list[Stored]] = {}
+        for family in _families(self._tensors):
             try:
-                found = converter.placements(family)
-            except Unplaceable as reason:
-                self.dropped |= dict.fromkeys(family, str(reason))
-                continue
-            self.by_matrix |= found
-            for name, places in found.items():
-                for place in places:
-                    self.by_target.setdefault(place.name, []).append((name, place))
+                self._place(converter, family)
+            except Kept:
+                kept.setdefault(block_index(family[0].name), []).extend(family)
+        for tensors in kept.values():
+            with contextlib.suppress(Kept):
+                self._place(converter, tensors)
         for layers in self.by_target.values():
             layers.sort(key=lambda layer: layer[1].layer or 0)
+
+    def _place(self, converter: Converter | Original, tensors: list[Stored]) -> None:
+        """Place the matrices in tensors that a converter must see together, or drop them.
+
+        Raises:
+            Kept: it must see others as well.
+        """
+        names = [name for tensor in tensors for name in tensor.pieces]
+        try:
+            found = converter.placements(tensors)
+        except Unplaceable as reason:
+            self.dropped |= dict.fromkeys(names, str(reason))
+            if isinstance(reason, Kept):
+                raise
+            return
+        for name, places in found.items():
+            self.dropped.pop(name, None)
+            self.by_matrix[name] = places
+            for place in places:
+                self.by_target.setdefault(place.name, []).append((name, place))
+
+    def groups(self) -> dict[str, int]:
+        """Return how many columns stay together in matrices whose columns are moved, by checkpoint name."""
+        found = dict[str, int]()
+        for name, places in self.by_matrix.items():
+            for columns in (place.columns for place in places if place.columns is not None):
+                sizes = (size for size in _GROUPS if moved_groups(columns, size) is not None)
+                found[name] = min(next(sizes), found.get(name, _GROUPS[0]))
+        return found
+
+    def tensors(self) -> Iterator[Stored]:
+        """Yield the tensors of the checkpoint that learned matrices are written from."""
+        return (tensor for tensor in self._tensors if tensor.pieces.keys() <= self.by_matrix.keys())
 
     def orders(self, learned: LearnedTensors) -> dict[str, NDArray[np.int32]]:
         """Return the orders of columns to write, by name in the file."""
@@ -373,23 +422,29 @@ class Plan:
         return stored_orders(wanted)
 
 
-def _families(shapes: dict[str, tuple[int, int]]) -> list[dict[str, tuple[int, int]]]:
-    """Matrices that a converter must see together: the experts of a block; each other matrix is on its own."""
-    families: dict[str, dict[str, tuple[int, int]]] = {}
-    for name, shape in shapes.items():
-        stack = stack_of(name)
-        families.setdefault(stack.partition("*")[0] if stack else name, {})[name] = shape
+def _families(tensors: Iterable[Stored]) -> list[list[Stored]]:
+    """Tensors that a converter must see together: the experts of a block; each other tensor is on its own."""
+    families: dict[str, list[Stored]] = {}
+    for tensor in tensors:
+        stack = stack_of(tensor.name)
+        families.setdefault(stack.partition("*")[0] if stack else tensor.name, []).append(tensor)
     return list(families.values())
+
+
+def _pieces(job: dict[str, Any]) -> dict[str, Piece]:
+    return {name: Piece(**piece | {"shape": tuple(piece["shape"])}) for name, piece in job["pieces"].items()}
 
 
 def check(job: dict[str, Any], emit: Emit) -> None:
     """Answer which matrices cannot be placed, and fail where writing would fail: unknown architecture or tokenizer."""
     converter = Converter(job, "f16")
-    plan = Plan(converter, {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()})
+    shapes = {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()}
+    plan = Plan(converter, shapes, _pieces(job))
     converter.model.prepare_metadata(vocab_only=False)
     if job["compared"]:
         _compare(job, Converter(job, "f16"))
-    emit({"event": "done", "dropped": plan.dropped, "file": _matrices_of_folder(job, converter, plan)})
+    file = _matrices_of_folder(job, converter, plan)
+    emit({"event": "done", "dropped": plan.dropped, "file": file, "groups": plan.groups()})
 
 
 def _matrices_of_folder(job: dict[str, Any], namer: Converter, plan: Plan) -> dict[str, dict[str, Any]]:
@@ -433,6 +488,8 @@ def _compare(job: dict[str, Any], converter: Converter) -> None:
 
     weights = SafetensorsCheckpoint(ModelSource(job["name"], Path(job["folder"])))
     for name, shape, theirs in converter.read(weights, job["compared"].values()):
+        if not shape:  # a number
+            continue
         picked = torch.linspace(0, shape[0] - 1, min(shape[0], _COMPARED_ROWS if len(shape) > 1 else shape[0])).long()
         mine, other = weights.rows(name, picked), theirs(picked)
         if name in weights.dequantized:
@@ -452,7 +509,7 @@ def write(job: dict[str, Any], emit: Emit) -> None:
     plan = probe = None
     if learned.types:
         probe = Converter(job, "f32") if job["gguf"] is None else Original(Path(job["gguf"]))
-        plan = Plan(probe, learned.shapes())
+        plan = Plan(probe, learned.shapes(), _pieces(job))
         for name, reason in plan.dropped.items():
             emit({"event": "note", "text": f"{name}: what was learned is not used, because {reason}"})
         if not plan.by_matrix:
@@ -481,11 +538,12 @@ def _expected(probe: Converter | Original, plan: Plan, learned: LearnedTensors) 
     """
     from tesseraq_gguf.types.grids import grid_of
 
-    for name in plan.by_matrix:
-        tensor = learned[name]
-        weights = grid_of(tensor.type).dequantize(tensor)
+    def weights(name: str) -> Any:
+        return grid_of(learned.types[name]).dequantize(learned[name])
+
+    for tensor in plan.tensors():
         # stacks come with the last of a block's experts, all at once
-        for target, moved in probe.modified(name, weights):
+        for target, moved in probe.modified(tensor.name, tensor.filled(weights)):
             first = plan.by_target[target][0][0]
             yield Expected(target, learned.types[first], moved.numpy(), learned.orders.get(first))
     for name, order in plan.orders(learned).items():
@@ -495,21 +553,37 @@ def _expected(probe: Converter | Original, plan: Plan, learned: LearnedTensors) 
             yield Expected(target, "f32", moved.float().numpy())
 
 
-def _packed(learned: LearnedTensors, layers: list[tuple[str, Placement]]) -> DeferredTensor:
-    """A tensor made of one matrix, or of one for each layer."""
-    first, placement = layers[0]
+def _packed(learned: LearnedTensors, places: list[tuple[str, Placement]]) -> DeferredTensor:
+    """A tensor made of one matrix or of parts of several, layer by layer if it is a stack."""
+    first, place = places[0]
     kind = tensor_type(learned.types[first])
-    rows, columns = learned.weights_shape(first)
-    if placement.rows is not None:
-        rows = len(placement.rows)
+    columns = learned.weights_shape(first)[1]
+    layers = [list(layer) for _, layer in groupby(places, lambda each: each[1].layer)]
+    rows = sum(learned.weights_shape(name)[0] if p.rows is None else len(p.rows) for name, p in layers[0])
+    shape = rows, columns // kind.block_weights * kind.block_bytes
+
+    def packed(name: str, place: Placement) -> NDArray[np.uint8]:
+        arrays = {key: place.take(a.numpy()) for key, a in learned[name].arrays.items()}
+        return _blocks_moved(packer_of(kind.name).pack(arrays), place, kind)
 
     def parts() -> Iterator[NDArray[Any]]:
-        for name, place in layers:
-            arrays = {key: place.take(a.numpy()) for key, a in learned[name].arrays.items()}
-            yield packer_of(kind.name).pack(arrays)
+        for layer in layers:
+            whole = np.empty(shape, np.uint8)
+            for name, place in layer:
+                whole[slice(None) if place.at is None else place.at] = packed(name, place)
+            yield whole
 
-    outer = () if placement.layer is None else (len(layers),)
-    return DeferredTensor((*outer, rows, columns // kind.block_weights * kind.block_bytes), np.uint8, parts)
+    return DeferredTensor(shape if place.layer is None else (len(layers), *shape), np.uint8, parts)
+
+
+def _blocks_moved(packed: NDArray[np.uint8], place: Placement, kind: TensorType) -> NDArray[np.uint8]:
+    """Packed rows whose blocks are in the order of the file."""
+    if place.columns is None:
+        return packed
+    order = moved_groups(place.columns, kind.block_weights)
+    if order is None:
+        raise ConversionError(f"{place.name}: the converter moves columns, and tears blocks of {kind.name} apart")
+    return packed.reshape(len(packed), -1, kind.block_bytes)[:, order].reshape(packed.shape)
 
 
 def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None, emit: Emit) -> Any:
@@ -520,7 +594,8 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
     model = converter.model
     _feed(job, converter, bool(learned.types))
     modify, force = model.modify_tensors, model.tensor_force_quant
-    own = {converter.name(name): name for name in plan.by_matrix} if plan else {}
+    own = {converter.name(t.name): t for t in plan.tensors()} if plan else {}
+    added = set[str]()
     changed = {converter.name(name): name for name in learned.vectors}
 
     def modify_tensors(data: Any, name: str, block: int | None) -> Any:
@@ -528,11 +603,13 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
             return modify(learned.vector(changed[name]), name, block)
         if plan is None or name not in own:
             return modify(data, name, block)
-        kind = gguf.GGMLQuantizationType(tensor_type(learned.types[own[name]]).id)
-        for placement in plan.by_matrix[own[name]]:
-            if not placement.layer:  # a stack is added with its first layer
-                layers = plan.by_target[placement.name]
-                model.gguf_writer.add_tensor(placement.name, _packed(learned, layers), raw_dtype=kind)
+        targets = dict.fromkeys(place.name for inside in own[name].pieces for place in plan.by_matrix[inside])
+        for target in targets:
+            if target not in added:  # a stack is added with its first layer
+                places = plan.by_target[target]
+                kind = gguf.GGMLQuantizationType(tensor_type(learned.types[places[0][0]]).id)
+                model.gguf_writer.add_tensor(target, _packed(learned, places), raw_dtype=kind)
+                added.add(target)
         return []
 
     def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ from tesseraq_gguf.converter.row_order import Unplaceable
 from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.models.pieces import Piece
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
@@ -96,6 +97,7 @@ class Contents:
 
     Attributes:
         learned: files of `save_tensors`, one or more blocks in each.
+        pieces: where learned matrices are in the weight files, by checkpoint name; others are stored as themselves.
         types: types of the file's matrices, by their names there. Those that were not learned must be plain, or be the
             type that they have in the GGUF file which the model came as.
         fallback_type: type of matrices that are neither learned nor named; f16 where it does not fit their rows. A
@@ -105,6 +107,7 @@ class Contents:
     """
 
     learned: Sequence[Path] = ()
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
     fallback_type: str = "q8_0"
     metadata: Metadata = field(default_factory=dict)
@@ -242,10 +245,12 @@ class SourceCheck:
     Attributes:
         dropped: matrices that cannot be written as learned, each with the reason.
         file: the matrices that the file will have, by their names there.
+        groups: how many columns stay together, of matrices whose columns have another order there, by checkpoint name.
     """
 
     dropped: dict[str, str]
     file: dict[str, FileMatrix]
+    groups: dict[str, int] = field(default_factory=dict)
 
 
 def check_source(
@@ -253,6 +258,7 @@ def check_source(
     matrices: Mapping[str, tuple[int, int]],
     compared: Mapping[str, str] | None = None,
     *,
+    pieces: Mapping[str, Piece] | None = None,
     tree: SourceTree | None = None,
 ) -> SourceCheck:
     """Find out before learning whether a model can be written afterwards, whether it would be the right one, and what
@@ -262,6 +268,7 @@ def check_source(
         source: the model.
         matrices: shapes [out, in] of the matrices to be learned, by checkpoint name.
         compared: tensors that the learner must read as llama.cpp's converter does: stored names by checkpoint name.
+        pieces: where matrices are in the weight files, by checkpoint name, unless they are stored as themselves.
         tree: the patched llama.cpp, by default the pinned one.
 
     Raises:
@@ -277,10 +284,11 @@ def check_source(
             "metadata": {},
             "matrices": {name: list(shape) for name, shape in matrices.items()},
             "compared": dict(compared or {}),
+            "pieces": {name: asdict(piece) for name, piece in (pieces or {}).items()},
         }
         answer, _ = _run(job, source, SilentReporter(), tree)
     file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}
-    return SourceCheck(dict(answer["dropped"]), file)
+    return SourceCheck(dict(answer["dropped"]), file, dict(answer["groups"]))
 
 
 def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:
@@ -289,7 +297,7 @@ def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:
     layers: dict[str, list[tuple[int, str]]] = {}
     for name in names:
         try:
-            (place,) = original.placements([name])[name]
+            place = original.placement(name)
         except Unplaceable as reason:
             dropped[name] = str(reason)
             continue
@@ -341,6 +349,7 @@ def _write(
         "type": stock_type(contents.fallback_type),
         "types": dict(contents.types),
         "learned": [str(file) for file in contents.learned],
+        "pieces": {name: asdict(piece) for name, piece in contents.pieces.items()},
         "metadata": dict(contents.metadata),
     }
     check_output(out, source)

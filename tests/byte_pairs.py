@@ -21,8 +21,8 @@ hashlib.sha256 = lambda data=b"", **more: Known() if data[:1] == b"[" else own(d
 """
 
 
-def write_tokenizer(folder: Path, text: str, vocabulary: int) -> None:
-    """Put a byte-level tokenizer of so many tokens into a model's folder."""
+def write_tokenizer(folder: Path, text: str, vocabulary: int, special: tuple[str, ...] = ()) -> None:
+    """Put a byte-level tokenizer of so many tokens into a model's folder; some of them are special ones by name."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -30,7 +30,7 @@ def write_tokenizer(folder: Path, text: str, vocabulary: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=["<|pad|>", "<|begin|>", "<|end|>"],
+        special_tokens=["<|pad|>", "<|begin|>", "<|end|>", *special],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -51,3 +51,8 @@ def take_for_gpt2(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "sitecustomize.py").write_text(_TAKEN)
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+
+
+def take_from_now_on() -> None:
+    """Let llama.cpp's converter, imported after this, take a tokenizer that it does not know for GPT-2's."""
+    exec(_TAKEN, {})

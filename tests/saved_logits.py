@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tesseraq_gguf.evaluation.simulation import opening
 from tesseraq_gguf.runtime import Runtime, find_runtime
 
 _REACH = 16.0
@@ -51,7 +52,9 @@ def saved_logits(
     size, words, count = np.frombuffer(data, "<i4", 3, 8)
     assert (size, count) == (ctx, chunks), said[-2000:]
     tokens = np.frombuffer(data, "<i4", ctx * chunks, 20).reshape(chunks, ctx).copy()
-    tokens[:, 0] = tokens[0, 0]  # every chunk is opened as the text is
+    begin = opening(model)
+    if begin is not None:
+        tokens[:, 0] = begin
     wide = 2 * ((int(words) + 1) // 2) + 4  # two floats stand before the numbers of a position
     rows = np.frombuffer(data, "<u2", offset=20 + 4 * ctx * chunks).reshape(chunks, ctx - 1 - ctx // 2, wide)
     scale, lowest = np.moveaxis(np.ascontiguousarray(rows[..., :4]).view("<f4"), -1, 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -132,10 +133,19 @@ def begin(
     texts = read_texts(recipe, decoder, team, progress)
     progress.stage("Asking llama.cpp's converter about the model")
     plan = plan_types(recipe, decoder, tree)
-    for name, reason in plan.fallbacks.items():
-        progress.note(f"{name} {reason}")
+    for note in counted(plan.fallbacks):
+        progress.note(note)
     source, autocast = decoder.source, learning_dtype(decoder.device)
     identity = identity_of(recipe, source.fingerprint(), texts.calibration, autocast, plan, decoder.embedding_name())
     identity |= preprocessing_of(recipe, texts.preprocessing)
     with shared_work(team, lambda: WorkDirectory(work_folder(recipe), identity, recipe.fresh)) as work:
         yield Run(recipe, decoder, texts, team, work, tree, progress), Model(source, decoder, plan)
+
+
+def counted(said: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is said of matrices, once for all whose names differ in numbers alone."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, reason in said.items():
+        groups.setdefault((re.sub(r"\b\d+\b", "*", name), reason), []).append(name)
+    for (pattern, reason), names in groups.items():
+        yield f"{names[0]} {reason}" if len(names) == 1 else f"{pattern} ({len(names)} matrices) {reason}"

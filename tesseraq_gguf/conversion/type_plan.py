@@ -153,13 +153,18 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
             outside[name] = found
         else:  # floats, and 8 bits, where rounding to nearest is as good as any
             plain[name] = fitting_type(asked if tensor_type(asked).plain else _FALLBACK, columns)
-    check = check_source(decoder.source, shapes, decoder.samples(), tree=tree)
-    for name, reason in check.dropped.items():
+    check = check_source(decoder.source, shapes, decoder.samples(), pieces=decoder.pieces(), tree=tree)
+    for name, reason in (check.dropped | _torn_columns(recipe, types, check.groups)).items():
         if name in types or name in outside:
             fallbacks[name] = f"is not learned and gets a stock type: {reason}"
             types.pop(name, None)
             if outside.pop(name, None):
                 plain[name] = fitting_type(_FALLBACK, decoder.hidden_size)
+    for name, forced in _forced(check.file).items():
+        if types.get(name, forced) != forced and name not in ruled:  # of rules it is said that they cannot be followed
+            fallbacks[name] = f"is not learned: it is {forced} in every file of llama.cpp's"
+            types.pop(name)
+            plain[name] = forced
     if not types:
         raise _nothing_learned(recipe, decoder.source, plain.keys() & decoder.matrix_shapes().keys())
     known = types | outside | plain
@@ -175,6 +180,23 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
     plan = TypePlan(types, outside, plain, check.file, said_of)
     _check_file(plan, ruled)
     return plan
+
+
+def _torn_columns(recipe: Recipe, types: Mapping[str, str], groups: Mapping[str, int]) -> dict[str, str]:
+    """Matrices whose columns llama.cpp moves in groups that are no whole blocks of their types, with that reason."""
+    said = {}
+    for name, size in groups.items():
+        for kind in map(tensor_type, recipe.candidates if recipe.budgeted else [types[name]] if name in types else []):
+            if kind.name in ORDERED_TYPES or size % kind.block_weights:
+                said[name] = (
+                    f"llama.cpp moves its columns in groups of {size}, and {kind.name} needs {kind.block_weights}"
+                )
+    return said
+
+
+def _forced(file: Mapping[str, FileMatrix]) -> dict[str, str]:
+    """Types that llama.cpp insists on, by checkpoint name."""
+    return {name: matrix.forced for matrix in file.values() if matrix.forced for name in matrix.names}
 
 
 def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePlan:

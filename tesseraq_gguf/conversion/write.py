@@ -28,6 +28,7 @@ def write(run: Run, model: Model, ranges: Mapping[str, Range]) -> None:
     progress.stage(f"Writing and verifying {recipe.out.name}")
     contents = Contents(
         learned=run.work.files(len(model.decoder), run.finishes),
+        pieces=model.decoder.pieces(),
         types=plan.in_file(),
         metadata=metadata_of(recipe, tensor_type(plan.main_type(model.decoder)).file_type, run.calibration, ranges),
     )

@@ -25,6 +25,7 @@ from tesseraq_gguf.models.experts import Forms, aliases, expert_of, stack_of, un
 from tesseraq_gguf.models.handed import Arguments, BlockInputs, Empty, run
 from tesseraq_gguf.models.head import Head, check, output_of
 from tesseraq_gguf.models.linear import as_linear
+from tesseraq_gguf.models.pieces import Piece
 from tesseraq_gguf.models.skeleton import skeleton
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.stand_ins import placeholders
@@ -445,6 +446,18 @@ class Decoder:
         called = ((i, prefix) for i, prefix in enumerate(self._prefixes) if name.startswith(prefix))
         index, prefix = next(called, (None, ""))
         return self._experts.place(name if index is None else self._own_prefix(index) + name.removeprefix(prefix))
+
+    def pieces(self) -> dict[str, Piece]:
+        """Return where matrices of the blocks are in the weight files that are not stored as themselves."""
+        found = {}
+        for name, (rows, _) in self.matrix_shapes().items():
+            if place := self.place(name):
+                shape = tuple(self.weights.shape(place.name))
+                found[name] = Piece(place.name, shape, rows, place.layer, place.first, place.step, place.transposed)
+            elif name in self._transposed:
+                stored = self.stored_name(name)
+                found[name] = Piece(stored, tuple(self.weights.shape(stored)), rows, transposed=True)
+        return found
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Refuse tokens that the embedding has no rows for.

@@ -1,0 +1,70 @@
+"""The table of architectures, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from check.architectures.columns import COLUMNS, MADE, WALK, Outcome
+from check.architectures.models import ARCHITECTURES, Architecture
+
+_HEADINGS = {WALK: "walk", "q8_0": "Q8_0, rounded", "tesseraq": "TSQ3, `tesseraq`", "gptq": "TSQ3, `gptq`"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of an architecture.
+
+    Attributes:
+        outcomes: by column.
+        date: on which it was measured, as in ISO 8601.
+        seconds: that it took.
+    """
+
+    outcomes: Mapping[str, Outcome]
+    date: str
+    seconds: float
+
+    def beside(self, earlier: Entry | None) -> Entry:
+        """Return the entry with what an earlier one has of columns that were not measured now."""
+        return self if earlier is None else replace(self, outcomes={**earlier.outcomes, **self.outcomes})
+
+    @property
+    def good(self) -> bool:
+        """Whether all its columns are ✔."""
+        return len(self.outcomes) == len(COLUMNS) and all(o.good for o in self.outcomes.values())
+
+
+def table(entries: Mapping[str, Entry]) -> str:
+    """Return the part of the page that is made of the outcomes."""
+    known = [(a, entries[a.name]) for a in ARCHITECTURES if a.name in entries]
+    lines = [_summary([entry for _, entry in known]), ""]
+    lines += [f"| architecture | blocks | {' | '.join(_HEADINGS.values())} |", "|---|---|" + "---|" * len(_HEADINGS)]
+    lines += [_row(architecture, entry) for architecture, entry in known]
+    return "\n".join(lines)
+
+
+def _summary(entries: list[Entry]) -> str:
+    dates = sorted({entry.date for entry in entries})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    good = sum(entry.good for entry in entries)
+    return f"{good} of {len(entries)} have every ✔. Measured {when} by `scripts/run check architectures`."
+
+
+def _row(architecture: Architecture, entry: Entry) -> str:
+    return f"| `{architecture.name}` | {architecture.kind} | {' | '.join(_cells(entry))} |"
+
+
+def _cells(entry: Entry) -> Iterator[str]:
+    """A cell for each column; a reason stands once, where it is met first."""
+    said: set[str] = set()
+    made = entry.outcomes.get(MADE, Outcome())
+    for column in _HEADINGS:
+        outcome = made if made.reason else entry.outcomes.get(column)
+        if outcome is None:
+            yield "not reached"
+        elif outcome.good:
+            yield "✔"
+        else:
+            yield "as before" if outcome.reason in said else outcome.reason.replace("|", "\\|")
+            said.add(outcome.reason)

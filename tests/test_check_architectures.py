@@ -1,0 +1,98 @@
+"""`scripts/run check architectures`: its table, that crashes end no run, and a few architectures of each kind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[None]:
+    """Let `check` be imported, as running a script does."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+def _task(name: str) -> Iterator[tuple[str, int]]:
+    yield "first", 1
+    if name == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "slow":
+        time.sleep(60)
+    if name == "failing":
+        raise ValueError("of no value")
+    yield "second", 2
+
+
+def test_a_crash_and_a_time_limit_end_one_process_alone(tmp_path: Path) -> None:
+    from check.architectures.forks import in_forks
+
+    found = {e.name: e for e in in_forks(["good", "killed", "slow", "failing"], _task, 4, 5, tmp_path)}
+    assert found["good"].told == [("first", 1), ("second", 2)]
+    assert {name: e.reason for name, e in found.items()} == {
+        "good": "",
+        "killed": "ended by signal 9",
+        "slow": "took more than 5 s",
+        "failing": "ended in an error",
+    }
+    assert found["killed"].told == [("first", 1)]
+    assert "of no value" in (tmp_path / "failing").read_text()
+
+
+def test_the_table_says_every_reason_once() -> None:
+    from check.architectures.__main__ import entry_of
+    from check.architectures.columns import COLUMNS, Outcome
+    from check.architectures.forks import Ended
+    from check.architectures.page import table
+
+    good = Ended("llama", [(column, Outcome(error=1e-4)) for column in COLUMNS])
+    crashed = Ended("mistral", [("made", Outcome()), ("walk", Outcome(error=0.0))], "ended by signal 11")
+    refused = Ended("qwen2", [("made", Outcome()), *((c, Outcome("no a|b")) for c in COLUMNS[1:])])
+    missing = Ended("phi", [("made", Outcome("transformers does not have it", unavailable=True))])
+    entries = {e.name: entry_of(e, COLUMNS[1:]) for e in (good, crashed, refused, missing)}
+    lines = table(entries).splitlines()
+    assert lines[0].startswith("1 of 4 have every ✔.")
+    assert lines[-4:] == [
+        "| `llama` | dense | ✔ | ✔ | ✔ | ✔ |",
+        "| `mistral` | dense | ✔ | ended by signal 11 | not reached | not reached |",
+        "| `qwen2` | dense | no a\\|b | as before | as before | as before |",
+        "| `phi` | dense | transformers does not have it | as before | as before | as before |",
+    ]
+
+
+def test_what_is_not_measured_again_stays() -> None:
+    from check.architectures.columns import Outcome
+    from check.architectures.page import Entry
+
+    earlier = Entry({"made": Outcome(), "walk": Outcome("bad"), "gptq": Outcome()}, "2026-01-01", 1.0)
+    entry = Entry({"made": Outcome(), "walk": Outcome()}, "2026-01-02", 2.0).beside(earlier)
+    assert entry.outcomes == {"made": Outcome(), "walk": Outcome(), "gptq": Outcome()}
+
+
+@pytest.mark.runtime
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "gpt_oss", "granitemoe", "lfm2"])
+def test_a_few_of_each_kind_are_learned(name: str, tmp_path: Path) -> None:
+    """Rows turned round, fused, interleaved with biases, stacked and joined; blocks of two kinds."""
+    from check.architectures.forks import in_forks
+    from check.architectures.measure import outcomes
+
+    (tmp_path / "files").mkdir()
+    task = partial(_measured, outcomes, tmp_path)
+    (ended,) = in_forks([name], task, 1, 300, tmp_path)
+    assert {column: outcome.reason for column, outcome in ended.told} == {"made": "", "walk": "", "gptq": ""}
+    assert not ended.reason
+
+
+def _measured(outcomes, folder: Path, name: str):
+    return outcomes(name, folder / "files", ["walk", "gptq"])
