@@ -47,6 +47,14 @@ class Checkpoint(Collection[str]):
             ModelError: it holds integers, or numbers that are not finite.
         """
 
+    def check(self, name: str) -> None:
+        """Read a tensor to find out whether all its numbers are finite; of a stack, one matrix at a time.
+
+        Raises:
+            ModelError: they are not.
+        """
+        self.read(name)
+
     @abstractmethod
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Read rows of a matrix, or numbers of a vector, float32.

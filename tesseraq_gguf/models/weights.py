@@ -137,6 +137,15 @@ class SafetensorsCheckpoint(Checkpoint):
             self._finite.add(name)
         return tensor
 
+    def check(self, name: str) -> None:
+        """Read a tensor to find out whether all its numbers are finite; of a stack, one matrix at a time."""
+        if len(self.shape(name)) < 3:
+            self.read(name)
+        elif name not in self._finite:
+            for layer in range(self.shape(name)[0]):
+                self._check_finite(name, self._read(name, torch.tensor([layer])), layer)
+            self._finite.add(name)
+
     def rows(self, name: str, rows: Tensor) -> Tensor:
         """Read rows of a matrix, numbers of a vector, or matrices of a stack, float32.
 
@@ -157,10 +166,11 @@ class SafetensorsCheckpoint(Checkpoint):
             raise ModelError(f"{self.name}: {name} holds {stored.dtype} and has no scale: {ORIGINAL}")
         return stored.read(rows)
 
-    def _check_finite(self, name: str, tensor: Tensor) -> None:
+    def _check_finite(self, name: str, tensor: Tensor, first: int = 0) -> None:
         wrong = ~torch.isfinite(tensor)
         if count := int(wrong.sum()):
-            place = wrong.nonzero()[0].tolist()
+            row, *rest = wrong.nonzero()[0].tolist()
+            place = [first + row, *rest]
             numbers = "a number that is" if count == 1 else f"{count} numbers that are"
             raise ModelError(
                 f"{self.name}: {name} holds {numbers} not finite (NaN or infinity), the first at {place}: "
@@ -209,6 +219,6 @@ def check_weights(
     sizes = {name: math.prod(checkpoint.shape(name)) for name in names}
     done, total = 0, sum(sizes.values())
     for name in sorted(sizes, key=lambda n: str(checkpoint.file(n))):
-        checkpoint.read(name)
+        checkpoint.check(name)
         done += sizes[name]
         report(done, total)

@@ -443,6 +443,15 @@ def test_numbers_that_are_not_finite_are_named(value, name, model, tmp_path):
         decoder.matrix(name)
 
 
+def test_stacks_are_checked_matrix_by_matrix(model, tmp_path, monkeypatch):
+    stored = _blocks(5, 48, 3)
+    stored[f"{STACK}_scales"][3, 7, 2] = 255
+    weights = _with(tmp_path / "oss", model, {"quant_method": "mxfp4"}, stored)
+    monkeypatch.setattr(weights, "read", lambda _: pytest.fail("all of it at once"))
+    with pytest.raises(ModelError, match=rf"{STACK} holds 32 numbers that are not finite .* first at \[3, 64, 7\]"):
+        weights.check(STACK)
+
+
 @pytest.mark.parametrize("kind", ["llama", "llama-odd", "gemma3", "qwen3-moe", "phi-fused"])
 def test_every_weight_is_checked_once(kind, make_model):
     decoder, said = Decoder(make_model(kind), CPU), []
