@@ -60,9 +60,11 @@ def edit(folder: Path, **changes: object) -> None:
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
+TOKENS = torch.randint(4, 300, (1, 48), generator=torch.Generator().manual_seed(3))
+
+
 def logits(decoder: Decoder) -> torch.Tensor:
-    tokens = torch.randint(4, 300, (1, 48), generator=torch.Generator().manual_seed(3))
-    hidden, inputs = decoder.stem(tokens)
+    hidden, inputs = decoder.stem(TOKENS)
     for index in range(len(decoder)):
         hidden = decoder.load_block(index).run(hidden, inputs.arguments[index])
     return decoder.answers()(hidden[0])
@@ -140,6 +142,34 @@ def test_stacks_of_gpt_oss_are_read_as_transformers_reads_them(model, tmp_path):
     assert torch.equal(weights.read(STACK), wanted)
     assert torch.equal(weights.rows(STACK, torch.tensor([3, 0])), wanted[[3, 0]])
     assert f"{STACK}_blocks" not in weights
+
+
+def test_gpt_oss_is_the_model_that_transformers_dequantises(tmp_path):
+    from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, Mxfp4Config
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16}
+    config = GptOssConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2)
+    tensors = {}
+    for name, tensor in GptOssForCausalLM(config).state_dict().items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            count, columns, rows = tensor.shape
+            tensors[f"{name}_blocks"] = torch.randint(0, 256, (count, rows, columns // 32, 16), dtype=torch.uint8)
+            tensors[f"{name}_scales"] = torch.randint(121, 124, (count, rows, columns // 32), dtype=torch.uint8)
+        else:
+            tensors[name] = (tensor if "norm" in name else torch.randn_like(tensor) * 0.15).bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config.architectures = ["GptOssForCausalLM"]
+    config.save_pretrained(tmp_path)
+    edit(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    found = logits(Decoder(ModelSource("oss", tmp_path), CPU))
+    dequantised = Mxfp4Config(dequantize=True)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=dequantised)
+    with torch.no_grad():
+        wanted = whole.eval()(TOKENS).logits[0].log_softmax(-1)
+    assert float(wanted.std()) > 0.5
+    assert difference(found, wanted) < 1e-10
 
 
 def _of_ggml(kind: str, raw: torch.Tensor) -> torch.Tensor:
