@@ -10,11 +10,11 @@ several: a step of b sequences takes one from every stratum, sequences j, j + b,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -82,6 +82,44 @@ class Team:
             together /= self.size
             for gradient, mean in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
                 gradient.copy_(mean.view_as(gradient))
+
+    def average_some(self, variables: Iterable[Tensor]) -> None:
+        """Do the same where a process may have no gradient of a variable: it counts as nothing, if another has one."""
+        if self.size > 1:
+            variables = list(variables)
+            there = torch.tensor([v.grad is not None for v in variables], dtype=torch.float32)
+            self.add_up([there])
+            for variable, count in zip(variables, there.tolist(), strict=True):
+                if count and variable.grad is None:
+                    variable.grad = torch.zeros_like(variable)
+            self.average_gradients(variables)
+
+    def all(self, make: Callable[[], _T]) -> list[_T]:
+        """Give all processes what each of them makes, in their order."""
+        if self.size == 1:
+            return [make()]
+        box: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(box, make())
+        return box
+
+    def merged(self, named: Mapping[str, _T]) -> dict[str, _T]:
+        """Give all processes what each has by name."""
+        return {name: value for part in self.all(lambda: named) for name, value in part.items()}
+
+    def gathered(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Give all processes the rows of all, [rows, width] on the CPU, in the order of their places.
+
+        Args:
+            rows: of this process, on the CPU.
+            places: where each stands among all, int64 [rows].
+        """
+        if self.size == 1:
+            return rows
+        parts = [part for part in self.all(lambda: (rows, places)) if len(part[1])]
+        if not parts:
+            return rows
+        order = torch.cat([places for _, places in parts]).argsort(stable=True)
+        return torch.cat([rows for rows, _ in parts])[order]
 
     def from_first(self, make: Callable[[], _T]) -> _T:
         """Call `make` in the first process alone and give all of them what it returned."""

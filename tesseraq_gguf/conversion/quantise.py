@@ -21,6 +21,9 @@ from tesseraq_gguf.methods.building import method_of
 from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.models.experts import expert_of
 
+_NAMED = 8
+"""Experts that are named where calibration hardly visited them; more are counted."""
+
 
 @dataclass(frozen=True)
 class Told:
@@ -127,5 +130,8 @@ def _place(run: Run, calibration: Calibration) -> Place:
 def _rare(result: BlockResult) -> str:
     """What is said of the experts of a block that calibration hardly visited."""
     experts = list(dict.fromkeys(str(expert_of(name)) for name in result.rare))
-    named = f"expert {experts[0]} was" if len(experts) == 1 else f"experts {', '.join(experts)} were"
+    if len(experts) > _NAMED:
+        named = f"{len(experts)} experts were"
+    else:
+        named = f"expert {experts[0]} was" if len(experts) == 1 else f"experts {', '.join(experts)} were"
     return f"block {result.index + 1}: {named} fed fewer than {RARE} calibration tokens: rounded with care, not learned"

@@ -36,7 +36,7 @@ def read_texts(recipe: Recipe, decoder: Decoder, team: Team, progress: Progress)
     """
     calibration = _calibration(recipe, decoder, progress) if recipe.calibrates else None
     if calibration:
-        _check_team(team, recipe, len(calibration.tokens), decoder)
+        _check_team(team, recipe, len(calibration.tokens))
     return Texts(calibration, _preprocessing(recipe, decoder, team, progress) if recipe.preprocess else None)
 
 
@@ -57,10 +57,8 @@ def _calibration(recipe: Recipe, decoder: Decoder, progress: Progress) -> Calibr
     return calibration
 
 
-def _check_team(team: Team, recipe: Recipe, samples: int, decoder: Decoder) -> None:
-    """Refuse teams that cannot share a step's sequences evenly, or a model's experts."""
-    if team.size > 1 and decoder.has_experts:
-        raise UsageError("several processes cannot share a model with experts yet: run one, without torchrun")
+def _check_team(team: Team, recipe: Recipe, samples: int) -> None:
+    """Refuse teams that cannot share a step's sequences evenly."""
     batch = recipe.settings.batch
     if team.size > 1 and (batch % team.size or samples < batch):
         sizes = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)

@@ -29,10 +29,11 @@ from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.compute.schemes import ActivationScheme, Range
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.learning.column_order import Score
+from tesseraq_gguf.learning.mixture import TOGETHER, Mixture, dequantized, of_the_first
 from tesseraq_gguf.learning.reordering import InputWatch, plan_moves
 from tesseraq_gguf.methods.held_out import HeldOut, Verdict
 from tesseraq_gguf.methods.problem import BlockProblem, Method, Weights
-from tesseraq_gguf.methods.rare_experts import Visits, counted, on_both_chains, rarely, round_rare
+from tesseraq_gguf.methods.rare_experts import Visits, counted, in_all, on_both_chains, rarely, round_rare
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite, origin
 from tesseraq_gguf.models.handed import BlockInputs
@@ -157,23 +158,27 @@ class Reconstruction:
             watch = InputWatch()
             with watch.watching(problem.block, ordered), counted(problem) as visits:
                 _run_in_place(full[:here], problem.forward, problem, TAKE_ANOTHER)
+            visits = in_all(visits, self.team)
             _run_in_place(full[here:], problem.forward, problem, TAKE_ANOTHER)
             if result is None:
                 if ordered:
                     self._reorder(problem, watch)
                 ranges = problem.input_ranges() if self.activations.static else {}
                 self._round(problem, ranges)
-                before = _mean_loss(problem, _dequantized(problem, _round_to_nearest(problem)))
-                visits = on_both_chains(problem, visits)
-                # processes have the same variables in every step; what leaves is the first one's to the bit
-                learned = _of_the_first(problem, self._learn(problem, visits))
-                weights = _dequantized(problem, learned)
+                if problem.block.mixtures:
+                    before, (learned, rare) = None, self._learn_in_parts(problem, visits)
+                else:
+                    before = _mean_loss(problem, dequantized(problem, _round_to_nearest(problem)))
+                    visits = on_both_chains(problem, visits)
+                    # processes have the same variables in every step; what leaves is the first one's to the bit
+                    learned, rare = of_the_first(problem, self._learn(problem, visits)), rarely(visits)
+                weights = dequantized(problem, learned)
                 after = _mean_loss(problem, weights)
                 if not math.isfinite(after):
                     raise _overflow(problem, partial(problem.quantised, weights=weights), problem.inputs, _MORE_BITS)
                 named = {problem.full_name(name): r for name, r in ranges.items()}
                 tensors = leaving(problem.block, problem.grids, learned)
-                rare = tuple(map(problem.full_name, rarely(visits)))
+                rare = tuple(map(problem.full_name, rare))
                 seconds = time.monotonic() - started
                 result = BlockResult(
                     index, tensors, before, after, seconds, ranges=named, rare=rare, verdict=problem.verdict
@@ -192,6 +197,13 @@ class Reconstruction:
         learned = self.method.learn(problem) if problem.grids else {}
         problem.grids = grids
         return learned | rounded
+
+    def _learn_in_parts(
+        self, problem: BlockProblem, visits: Visits
+    ) -> tuple[dict[str, QuantizedTensor], Sequence[str]]:
+        """Learn a block with many experts, and say which of its matrices were rounded."""
+        mixture = Mixture(problem, self.method, self.empty, visits)
+        return mixture.learn(), mixture.rare
 
     def _reorder(self, problem: BlockProblem, watch: InputWatch) -> None:
         """Bring columns into the order that their types want; the block stays the same function."""
@@ -235,21 +247,6 @@ class Reconstruction:
         )
 
 
-def _of_the_first(problem: BlockProblem, learned: dict[str, QuantizedTensor]) -> dict[str, QuantizedTensor]:
-    """Give all processes what the first one learned, and replaced in its block."""
-    if problem.team.size == 1:
-        return learned
-
-    def cpu() -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
-        tensors = {n: QuantizedTensor(t.type, {k: a.cpu() for k, a in t.arrays.items()}) for n, t in learned.items()}
-        return tensors, {name: value.cpu() for name, value in problem.block.replaced.items()}
-
-    tensors, replaced = problem.team.from_first(cpu)
-    for name, value in replaced.items():
-        problem.block.replace(name, value.to(problem.device))
-    return tensors
-
-
 def _round_to_nearest(problem: BlockProblem) -> dict[str, QuantizedTensor]:
     return {name: problem.grids[name].quantize(w) for name, w in problem.matrices().items()}
 
@@ -264,10 +261,6 @@ def leaving(
     return {block.prefix + name: tensor for name, tensor in (matrices | vectors | orders).items()}
 
 
-def _dequantized(problem: BlockProblem, tensors: dict[str, QuantizedTensor]) -> dict[str, Tensor]:
-    return {name: problem.grids[name].dequantize(t).to(problem.device) for name, t in tensors.items()}
-
-
 @torch.no_grad()
 def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], problem: BlockProblem, advice: str) -> None:
     """Replace activations [samples, length, hidden] by what `run` makes of them, sample by sample.
@@ -275,8 +268,8 @@ def _run_in_place(activations: Tensor, run: Callable[[Tensor], Tensor], problem:
     Raises:
         NotFiniteError: that is not finite; the message ends with the advice.
     """
-    for index in range(len(activations)):
-        sample = activations[index : index + 1]
+    step = TOGETHER if problem.block.mixtures else 1
+    for sample in activations.split(step) if len(activations) else ():
         out = run(sample.to(problem.device))
         if not finite(out):
             raise _overflow(problem, run, sample, advice)
@@ -301,6 +294,7 @@ def _overflow(
 def _mean_loss(problem: BlockProblem, weights: Weights) -> float:
     samples = min(problem.samples or len(problem.inputs), _REPORTED_SAMPLES)
     some = torch.arange(problem.team.count(samples))
-    total = torch.tensor(sum(float(problem.loss(weights, batch)) for batch in some.split(1)), dtype=torch.float64)
+    losses = (len(b) * float(problem.loss(weights, b)) for b in some.split(TOGETHER if problem.block.mixtures else 1))
+    total = torch.tensor(sum(losses), dtype=torch.float64)
     problem.team.add_up([total])
     return float(total) / samples

@@ -29,7 +29,7 @@ from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.methods.start import Start
 from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
-from tesseraq_gguf.models.folding import Fold, folds
+from tesseraq_gguf.models.folding import Fold
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _SMALLEST = 1e-4
@@ -69,8 +69,7 @@ class AWQ:
         Raises:
             NotFiniteError: errors overflow, so none could be told from another.
         """
-        sample = problem.inputs[:1].to(problem.device)
-        found = folds(problem.block, problem.arguments, sample, problem.grids.keys())
+        found = problem.folds()
         # no fold changes what a later fold's matrices read, so all can be measured at once
         moments = problem.second_moments(self.samples)
         means = _mean_magnitudes(problem, self.samples)

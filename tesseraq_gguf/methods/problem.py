@@ -18,6 +18,7 @@ from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
+from tesseraq_gguf.models.folding import Fold, folds
 from tesseraq_gguf.models.handed import Arguments
 from tesseraq_gguf.types.grid import Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
@@ -116,7 +117,10 @@ class BlockProblem:
 
     def average_gradients(self, variables: Iterable[Tensor]) -> None:
         """Average the gradients of variables over the processes: to be called between backward pass and step."""
-        self.team.average_gradients(variables)
+        if any(map(stack_of, self.grids)):  # a process' share of a step may have no token of an expert's
+            self.team.average_some(variables)
+        else:
+            self.team.average_gradients(variables)
 
     def input_ranges(self) -> dict[str, Range]:
         """Return lowest and highest input of each matrix on the quantised chain, activations not rounded, by name."""
@@ -128,10 +132,23 @@ class BlockProblem:
             ranges[name] = min(before[0], float(low)), max(before[1], float(high))
 
         self.observe(self.samples or len(self.inputs), see)
-        ranges = {name: self.team.widest(*ends) for name, ends in ranges.items()}
+        seen = self.team.merged(dict.fromkeys(ranges))
+        ranges = {name: self.team.widest(*ranges.get(name, (0.0, 0.0))) for name in self.grids if name in seen}
         named = {self.full_name(name): torch.tensor(ends) for name, ends in ranges.items()}
         check_finite(named, "the ends of what it is fed", TAKE_ANOTHER)
         return ranges
+
+    def folds(self) -> list[Fold]:
+        """Find the exact foldings of the block among the matrices to learn, the same in all processes."""
+
+        def found(device: torch.device) -> list[Fold]:
+            sample = self.inputs[:1].to(self.device)
+            return [fold.on(device) for fold in folds(self.block, self.arguments, sample, self.grids.keys())]
+
+        if self.team.size == 1 or not any(map(stack_of, self.grids)):
+            return found(self.device)
+        # each process' sample comes to other experts
+        return [fold.on(self.device) for fold in self.team.from_first(lambda: found(torch.device("cpu")))]
 
     def tokens_of(self, samples: int) -> int:
         """Return how many tokens the first `samples` samples have, at most, over all processes."""
@@ -177,7 +194,15 @@ class BlockProblem:
         finally:
             for handle in handles:
                 handle.remove()
-        return tokens
+        return self._in_all(tokens, self.tokens_of(samples))
+
+    def _in_all(self, tokens: dict[str, int], first: int) -> dict[str, int]:
+        """Tokens that matrices were shown by all processes, beyond the `first` that they were shown together."""
+        if self.team.size == 1 or not any(map(stack_of, tokens)):
+            return tokens
+        further = torch.tensor([count - first for count in tokens.values()], dtype=torch.int64)
+        self.team.add_up([further])
+        return {name: first + count for name, count in zip(tokens, further.tolist(), strict=True)}
 
     def second_moments(self, samples: int) -> dict[str, Tensor]:
         """Return mean x·xᵀ of the inputs of each matrix on the quantised chain, float32 [in, in] by module name.
@@ -201,6 +226,13 @@ class BlockProblem:
                     sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
         tokens = self.observe(samples, add, RARE)
+        if self.team.size > 1 and any(map(stack_of, self.grids)):  # of experts, each process may have seen others
+            leader = self.team.merged(leader)
+            widths = {name: m.in_features for name, m in self.block.matrices().items()}
+            found = {name: sums.get(name) for name in self.grids if leader.get(name) == name}
+            sums = {
+                n: torch.zeros(widths[n], widths[n], device=self.device) if s is None else s for n, s in found.items()
+            }
         self.team.add_up(sums.values())
         for name, moment in sums.items():
             moment /= tokens[name]

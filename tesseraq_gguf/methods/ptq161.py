@@ -39,7 +39,7 @@ from tesseraq_gguf.methods.held_out import better
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Nearest
 from tesseraq_gguf.methods.table import Settings
-from tesseraq_gguf.models.folding import Fold, folds
+from tesseraq_gguf.models.folding import Fold
 from tesseraq_gguf.types.grids import Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
@@ -182,9 +182,7 @@ class _Binary:
 def _norms(problem: BlockProblem) -> list[Fold]:
     """Norms whose output is what matrices of the problem read, and nothing else."""
     matrices = problem.block.matrices()
-    sample = problem.inputs[:1].to(problem.device)
-    found = folds(problem.block, problem.arguments, sample, problem.grids.keys())
-    return [fold for fold in found if fold.producer not in matrices]
+    return [fold for fold in problem.folds() if fold.producer not in matrices]
 
 
 def _vectors(problem: BlockProblem, columns: list[tuple[Fold, Tensor]]) -> dict[str, Tensor]:

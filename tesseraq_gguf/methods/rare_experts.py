@@ -6,7 +6,7 @@ of them weights the squared error of its columns.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
@@ -51,6 +52,14 @@ def counted(problem: BlockProblem) -> Iterator[Visits]:
             handle.remove()
 
 
+def in_all(visits: Visits, team: Team) -> Visits:
+    """Return visits in all processes together."""
+    counts = torch.tensor(list(visits.values()), dtype=torch.int64)
+    if visits:
+        team.add_up([counts])
+    return Visits(dict(zip(visits, counts.tolist(), strict=True)))
+
+
 def on_both_chains(problem: BlockProblem, full: Visits) -> Visits:
     """Count visits on the quantised chain too, whose choice of experts may be another; the smaller count of each.
 
@@ -64,6 +73,7 @@ def on_both_chains(problem: BlockProblem, full: Visits) -> Visits:
         return full
     with counted(problem) as quantised:
         problem.observe(problem.samples or len(problem.inputs), lambda *_: None)
+    quantised = in_all(quantised, problem.team)
     return Visits({name: min(count, quantised[name]) for name, count in full.items()})
 
 
@@ -93,15 +103,21 @@ def round_rare(problem: BlockProblem, visits: Visits) -> dict[str, QuantizedTens
 
 def _importance(problem: BlockProblem) -> dict[str | None, Tensor]:
     """E[x²] of what the matrices of a stack are fed, float32 [in], by its name; none where no expert was visited."""
-    sums: dict[str | None, Tensor] = defaultdict(lambda: torch.zeros(()))
+    sums: dict[str | None, Tensor] = {}
     tokens: Counter[str | None] = Counter()
 
     def see(name: str, x: Tensor) -> None:
         stack = stack_of(name)
         if stack and x.numel():
             rows = x.reshape(-1, x.shape[-1]).float()
-            sums[stack] = sums[stack].to(rows.device) + rows.square().sum(0)
+            sums[stack] = sums.get(stack, torch.zeros((), device=rows.device)) + rows.square().sum(0)
             tokens[stack] += len(rows)
 
     problem.observe(_SAMPLES, see)
-    return {stack: total / tokens[stack] for stack, total in sums.items()}
+    together: dict[str | None, Tensor] = {}
+    fed: Counter[str | None] = Counter()
+    for theirs, counts in problem.team.all(lambda: ({n: s.cpu() for n, s in sums.items()}, dict(tokens))):
+        for stack, total in theirs.items():
+            together[stack] = together[stack] + total if stack in together else total
+        fed.update(counts)
+    return {stack: (total / fed[stack]).to(problem.device) for stack, total in together.items()}

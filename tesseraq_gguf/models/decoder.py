@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from tesseraq_gguf.compute.activations import ActivationRounding, RoundedCache
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.models.experts import Forms, aliases, expert_of, stack_of, unroll
+from tesseraq_gguf.models.experts import FEW, Experts, Forms, aliases, expert_of, stack_of, unroll
 from tesseraq_gguf.models.handed import Arguments, BlockInputs, Empty, run
 from tesseraq_gguf.models.head import Head, check, output_of
 from tesseraq_gguf.models.linear import as_linear
@@ -30,6 +30,8 @@ from tesseraq_gguf.models.skeleton import skeleton
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.stand_ins import placeholders
 from tesseraq_gguf.models.stored_experts import Place, StoredExperts
+from tesseraq_gguf.models.streamed import Made, Read, StreamedLinear
+from tesseraq_gguf.models.streamed import given as streaming
 from tesseraq_gguf.models.walk import find
 from tesseraq_gguf.models.weights import check_weights, open_checkpoint
 from tesseraq_gguf.types.grids import grid_of
@@ -90,7 +92,7 @@ class LoadedBlock:
             # the first of all hooks, so that all others see what the matrix multiplies
             self.module.get_submodule(name).register_forward_pre_hook(gather, prepend=True)
 
-    def adopt(self, tensors: Mapping[str, QuantizedTensor]) -> dict[str, Tensor]:
+    def adopt(self, tensors: Mapping[str, QuantizedTensor]) -> Mapping[str, Tensor]:
         """Take over what was learned for this block, by checkpoint name.
 
         Returns:
@@ -98,13 +100,27 @@ class LoadedBlock:
             replaced in the block itself.
         """
         device = next(self.module.parameters()).device
-        weights = {}
         self.take_over(tensors)
-        for full_name, tensor in tensors.items():
-            name = full_name.removeprefix(self.prefix)
-            if tensor.is_matrix:
-                weights[name.removesuffix(".weight")] = grid_of(tensor.type).dequantize(tensor).to(device)
-        return weights
+        learned = {
+            full_name.removeprefix(self.prefix).removesuffix(".weight"): partial(_dequantized, tensor, device)
+            for full_name, tensor in tensors.items()
+            if tensor.is_matrix
+        }
+        return self.held(learned)
+
+    def held(self, made: Mapping[str, Read]) -> Mapping[str, Tensor]:
+        """Return matrices, by module name, of what makes them: at once, and of experts that are streamed when used."""
+        streamed = {name for name, m in self.matrices().items() if isinstance(m, StreamedLinear)}
+        return Made(
+            {name: make() for name, make in made.items() if name not in streamed},
+            {name: make for name, make in made.items() if name in streamed},
+        )
+
+    @property
+    def mixtures(self) -> dict[str, Experts]:
+        """Modules of experts whose matrices are streamed, by module name."""
+        found = {name: m for name, m in self.module.named_modules() if isinstance(m, Experts)}
+        return {name: m for name, m in found.items() if m.form.count > FEW}
 
     def take_over(self, tensors: Mapping[str, QuantizedTensor]) -> None:
         """Take over what was learned for this block beside the matrices: vectors, and orders of columns."""
@@ -124,7 +140,8 @@ class LoadedBlock:
     def norms(self) -> dict[str, Tensor]:
         """Return the parameters of the block's norms, vectors, by name within the block."""
         linear = {f"{name}.{kind}" for name in self.matrices() for kind in ("weight", "bias")}
-        return {n: p.detach() for n, p in self.module.named_parameters() if n not in linear and p.dim() == 1}
+        named = self.module.named_parameters()
+        return {n: p.detach() for n, p in named if n not in linear and p.dim() == 1 and expert_of(n) is None}
 
     def run(
         self,
@@ -146,12 +163,14 @@ class LoadedBlock:
         Raises:
             ModelError: keys and values are to be rounded, and this architecture's attention takes no cache.
         """
-        replaced = {f"{name}.weight": w for name, w in (weights or {}).items()} | dict(vectors or {})
+        weights = weights or {}
+        with streaming(self.module, weights) as streamed, self._rounded(rounding, arguments) as given:
+            replaced = {f"{name}.weight": weights[name] for name in weights if name not in streamed}
+            replaced |= vectors or {}
 
-        def block(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.module, replaced, args, kwargs)
+            def block(*args: Any, **kwargs: Any) -> Any:
+                return functional_call(self.module, replaced, args, kwargs)
 
-        with self._rounded(rounding, arguments) as given:
             return run(block, hidden, given)
 
     @contextmanager
@@ -176,6 +195,10 @@ class LoadedBlock:
             raise ModelError(
                 f"keys and values of {type(self.module).__name__} cannot be rounded: its attention takes no cache"
             )
+
+
+def _dequantized(tensor: QuantizedTensor, device: torch.device) -> Tensor:
+    return grid_of(tensor.type).dequantize(tensor).to(device)
 
 
 class _Gather:
@@ -297,7 +320,7 @@ class Decoder:
         """
         prefix, own = self.block_prefix(index), self._own_prefix(index)
         module = copy.deepcopy(self._blocks[index])
-        unroll(module, self._forms.within(own))
+        unroll(module, self._forms.within(own), lambda name: self._read(own + name).float().to(self.device))
         self._fill(module, own, {own + name.removeprefix(prefix) for name in hollow if name.startswith(prefix)})
         return LoadedBlock(index, prefix, module.to(self.device).eval().requires_grad_(False))
 

@@ -13,16 +13,20 @@ import copy
 import inspect
 import math
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models.stand_ins import put
+from tesseraq_gguf.models.streamed import StreamedLinear
 
 _ALIASES = ((".mlp.", ".block_sparse_moe."),)
 """Names of modules that checkpoints call otherwise."""
@@ -112,6 +116,13 @@ class Form:
             yield from (f"{expert}.{bias}" for bias in self.biases.values())
 
 
+Watcher = Callable[[Tensor, Tensor, Tensor], None]
+"""Is shown hidden states, which experts, and how much each counts."""
+
+Tap = Callable[[Tensor, Tensor, Tensor], "Tensor | None"]
+"""Takes the same, and may give what experts make of it."""
+
+
 class Expert(nn.Module):
     """One expert, float32: down(act(into(x))).
 
@@ -119,11 +130,14 @@ class Expert(nn.Module):
         form: of the module.
         gate: the module's activation.
         linear: makes a matrix of a slot.
+
+    Attributes:
+        form: of the module.
     """
 
     def __init__(self, form: Form, gate: Gate, linear: Callable[[Slot], nn.Linear]) -> None:
         super().__init__()
-        self._form, self._gate = form, gate
+        self.form, self._gate = form, gate
         for slot in form.slots:
             setattr(self, slot.name, linear(slot))
         *into, down = form.slots
@@ -133,15 +147,22 @@ class Expert(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Expert:
         """Copy all but the activation, which one module has for all experts."""
-        memo[id(self._gate)], memo[id(self._form)] = self._gate, self._form
+        memo[id(self._gate)], memo[id(self.form)] = self._gate, self.form
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
         return made
 
+    def resident(self) -> Expert:
+        """Return the same with weights in memory, read now."""
+        made = Expert(self.form, self._gate, _empty)
+        state = {f"{slot.name}.weight": getattr(self, slot.name).weight for slot in self.form.slots}
+        made.load_state_dict(state | {n: getattr(self, n) for n in self.form.biases.values()}, assign=True)
+        return made.requires_grad_(False)
+
     def forward(self, x: Tensor) -> Tensor:
-        """What the expert makes of tokens [tokens, hidden]."""
-        form = self._form
+        """What the expert makes of tokens [..., hidden]."""
+        form = self.form
         given = [getattr(self, slot.name)(x) for slot in form.slots[:-1]]
         if 0 in form.biases:
             bias = getattr(self, form.biases[0])
@@ -157,11 +178,16 @@ class Experts(nn.ModuleList):
         experts: as many as the module has.
         owner: the module, without its stacks.
         form: of the module.
+
+    Attributes:
+        tap: takes what `add_up` is called with, and may give what it returns.
     """
 
     def __init__(self, experts: Iterator[Expert], owner: nn.Module, form: Form) -> None:
         super().__init__(experts)
         self._owner, self.form = (owner,), form  # in a tuple: its parameters are none of the block's
+        self.tap: Tap | None = None
+        self._watchers: dict[int, Watcher] = OrderedDict()
 
     def __getattr__(self, name: str) -> Any:
         """Return what models look at besides calling it."""
@@ -176,6 +202,12 @@ class Experts(nn.ModuleList):
         """Compute what the module does of the same arguments."""
         given = bound(self._owner[0], args, kwargs)
         return self._all(given[0]) if self.form.dense else self._routed(*given)
+
+    def watch(self, watcher: Watcher) -> RemovableHandle:
+        """Show a function what `add_up` is called with, until the handle is removed."""
+        handle = RemovableHandle(self._watchers)
+        self._watchers[handle.id] = watcher
+        return handle
 
     def _routed(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Sum of what the chosen experts make of each token.
@@ -199,6 +231,10 @@ class Experts(nn.ModuleList):
 
     def add_up(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Do what `_routed` does, on hidden states of two dimensions."""
+        for watcher in self._watchers.values():
+            watcher(hidden, chosen, weights)
+        if self.tap and (told := self.tap(hidden, chosen, weights)) is not None:
+            return told
         out = torch.zeros_like(hidden)
         for index in chosen.unique().tolist():
             token, place = torch.where(chosen == index)
@@ -442,16 +478,23 @@ def _empty(slot: Slot) -> nn.Linear:
     return nn.Linear(*slot.shape[::-1], bias=False, device="meta")
 
 
-def unroll(block: nn.Module, forms: Mapping[str, Form]) -> None:
+def unroll(block: nn.Module, forms: Mapping[str, Form], read: Callable[[str], Tensor] | None = None) -> None:
     """Replace stacked experts in a module whose parameters are on the meta device.
 
     Args:
         block: the module.
         forms: of modules of experts, by their name within it.
+        read: reads a parameter by its name in the module, float32 on the device: where experts are many, their
+            matrices are streamed.
     """
     for name, form in forms.items():
-        owner = block.get_submodule(name)
-        put(block, name, _experts(owner, form, _empty))
+        made = _experts(block.get_submodule(name), form, _empty)
+        put(block, name, made)
+        if read is not None and form.count > FEW:
+            for index, expert in enumerate(made):
+                for slot in form.slots:
+                    weight = partial(read, f"{name}.{index}.{slot.name}.weight")
+                    setattr(expert, slot.name, StreamedLinear(slot.shape, weight))
 
 
 def expert_names(model: nn.Module) -> Callable[[str], dict[str, list[str]]]:

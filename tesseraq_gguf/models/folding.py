@@ -16,9 +16,9 @@ tried on the block, and one that changes what it computes is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ class Fold:
     consumers: tuple[str, ...]
     spread: Tensor = field(compare=False, repr=False)
     orders: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def on(self, device: torch.device) -> Fold:
+        """Return the same with tensors on a device."""
+        orders = {name: order.to(device) for name, order in self.orders.items()}
+        return replace(self, spread=self.spread.to(device), orders=orders)
 
     def columns(self, name: str, s: Tensor) -> Tensor:
         """Give what belongs to channels, [channels], to the columns of a consumer that read them, [inputs]."""
@@ -196,13 +201,20 @@ class Trace:
             yield module.register_forward_pre_hook(read, prepend=True)
             yield module.register_forward_hook(made)
 
+        def routed(name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
+            def keep(*given: Tensor) -> None:
+                outputs.update({f"{name} {place}": x for place, x in enumerate(given) if x.is_floating_point()})
+
+            return keep
+
         handles = [handle for name, module in self._linears.items() for handle in watch(name, module)]
+        handles += [experts.watch(routed(name)) for name, experts in self.block.mixtures.items()]
         try:
             out = self.block.run(self._hidden, self._arguments, vectors=parameters)
         finally:
             for handle in handles:
                 handle.remove()
-        outputs[""] = out - self._hidden
+        outputs[""] = out - self._hidden[..., : out.shape[-1]]
         return inputs, outputs
 
     @contextmanager
