@@ -121,8 +121,8 @@ def rigged(make_model, monkeypatch):  # noqa: F811
     load, stem = Decoder.load_block, Decoder.stem
     late: dict[bool, tuple[int, ...]] = {}
 
-    def marked(self, tokens, embeddings=None, empty=torch.empty):
-        hidden, recorded = stem(self, tokens, embeddings, empty)
+    def marked(self, tokens, embeddings=None, empty=torch.empty, inputs=None):
+        hidden, recorded = stem(self, tokens, embeddings, empty, inputs)
         for sequence in late[bool(embeddings)]:
             hidden[sequence, :, 0] += LATE
         return hidden, recorded
@@ -131,8 +131,9 @@ def rigged(make_model, monkeypatch):  # noqa: F811
         block = load(self, index, hollow)
         mark = {}
 
-        def enter(_module, args):
-            mark["late"] = bool(args[0][..., 0].mean() > LATE / 2)
+        def enter(_module, args, kwargs):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            mark["late"] = bool(hidden[..., 0].mean() > LATE / 2)
 
         def choose(_module, _args, out):
             logits, weights, chosen = out
@@ -140,7 +141,7 @@ def rigged(make_model, monkeypatch):  # noqa: F811
             other[:, 0] = NEVER if mark["late"] else other[:, 0]
             return logits, weights, other
 
-        block.module.register_forward_pre_hook(enter)
+        block.module.register_forward_pre_hook(enter, with_kwargs=True)
         block.module.mlp.gate.register_forward_hook(choose)
         return block
 
