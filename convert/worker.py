@@ -40,6 +40,7 @@ from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.models.pieces import Piece, Stored, stored_tensors, whole
 from tesseraq_gguf.models.prequantised import scheme_of
 from tesseraq_gguf.models.source import NO_TOKENIZER, ModelSource
+from tesseraq_gguf.models.speculation import has_head
 from tesseraq_gguf.models.weights import SafetensorsCheckpoint
 from tesseraq_gguf.types.facts import (
     FORMAT_VERSION,
@@ -173,6 +174,8 @@ class Converter:
             # classes read the folder's settings again
             ModelBase.load_hparams = staticmethod(lambda *_, **__: copy.deepcopy(parameters))
         kind = _conversion_class(job["name"], parameters, projector)
+        if not projector and _leaves_head_out(job, kind):
+            kind.no_mtp = True
         guess = gguf.LlamaFileType(tensor_type(file_type).file_type)
         name = job["name"].rpartition("/")[2]
         model = kind(folder, guess, Path(job["out"]), model_name=name)
@@ -310,6 +313,22 @@ class Converter:
         """Return what the class makes of weights."""
         own = self.name(name)
         return list(self.model.modify_tensors(weights, own, block_index(own)))
+
+
+def _leaves_head_out(job: dict[str, Any], kind: Any) -> bool:
+    """Whether a class is to write no head for speculation: it was asked for, or the files have lost it.
+
+    Raises:
+        ModelError: the class always writes it.
+    """
+    folder = Path(job["folder"])
+    safetensors = any(folder.glob("model*.safetensors"))
+    there = not safetensors or has_head(ModelSource(job["name"], folder))
+    if there and not job["keeps_head"] and not kind.supports_mtp_export and not getattr(kind, "skip_mtp", False):
+        raise ModelError(
+            f"{job['name']}: llama.cpp's converter cannot leave the head for speculation of this model out"
+        )
+    return bool(kind.supports_mtp_export and not (there and job["keeps_head"]))
 
 
 def _conversion_class(model: str, parameters: dict[str, Any], projector: bool) -> Any:

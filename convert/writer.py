@@ -371,6 +371,7 @@ def _run(
         "name": source.name,
         "folder": str(source.folder),
         "gguf": str(source.gguf) if source.gguf else None,
+        "keeps_head": source.keeps_head,
         "llama_cpp": str(tree.llama_cpp),
         "gguf_py": str(tree.gguf_py),
     }

@@ -58,6 +58,7 @@ GIVEN: Mapping[str, Mapping[str, Any]] = {
     "output_type": {"output_type": "f16"},
     "mmproj": {"mmproj": "mmproj.gguf"},
     "mmproj_type": {"mmproj_type": "q8_0"},
+    "no_mtp": {"no_mtp": True},
     "work_dir": {"work_dir": "work"},
     "fresh": {"fresh": True},
     "seed": {"seed": 7},

@@ -58,15 +58,16 @@ def chat(_: typer.Context, **options: Any) -> None:
     with_runtime(lambda: run(talk.file, talk.prompt, talk.max_tokens, talk.temperature, talk.seed, beside))
 
 
-def serve(
-    file: Annotated[Path, typer.Argument(help="The GGUF file to serve; any that llama.cpp runs.")],
+@dataclass(frozen=True)
+class Serving:
+    """What to serve, and where, as the command line takes it."""
+
+    file: Annotated[Path, typer.Argument(help="The GGUF file to serve; any that llama.cpp runs.")]
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="More options, as llama-server has them.")
-    ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8080,
+    ] = None
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 is every one of this machine.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8080
     ctx: Annotated[
         int,
         typer.Option(
@@ -74,11 +75,22 @@ def serve(
             help="Tokens of a conversation, and of all that are being answered at a time; 0 takes as many as the model "
             "was made for.",
         ),
-    ] = 4096,
+    ] = 4096
     mmproj: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What images go through, as convert --mmproj wrote it.")
-    ] = None,
-) -> None:
+    ] = None
+    mtp: Annotated[
+        bool | None,
+        typer.Option(
+            "--mtp/--no-mtp",
+            help="Draft with the file's head for speculation, so that several tokens come at a time.",
+            show_default="where there is one",
+        ),
+    ] = None
+
+
+@takes(of_fields(Serving))
+def serve(_: typer.Context, **given: Any) -> None:
     """Answer programs that speak OpenAI's interface, over HTTP.
 
     It is llama.cpp's own server, from the runtime, for several clients at a time: /v1/chat/completions,
@@ -90,6 +102,9 @@ def serve(
       tesseraq-gguf serve out.gguf --mmproj mmproj.gguf
       tesseraq-gguf serve out.gguf --port 9000 --ctx 16384 -- --parallel 8 --flash-attn on -ctk q8_0 -ctv q8_0
     """
+    from tesseraq_gguf.serving.serve import Extras
     from tesseraq_gguf.serving.serve import serve as run
 
-    with_runtime(lambda: run(file, host, port, ctx, options or (), mmproj))
+    serving = Serving(**given)
+    extras = Extras(serving.mmproj, serving.mtp, serving.options or ())
+    with_runtime(lambda: run(serving.file, serving.host, serving.port, serving.ctx, extras))

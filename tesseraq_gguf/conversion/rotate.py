@@ -25,6 +25,9 @@ def rotate(run: Run, model: Model) -> Model:
     if model.source.gguf:  # what is not learned is copied from there, as it is
         say("values within heads are rotated; for the residual stream give the Hugging Face folder instead")
         return model
+    if model.plan.head:
+        say("the head for speculation reads the residual stream, so that it is not rotated; values within heads are")
+        return model
     if model.source.senses():
         say("images and sound enter the residual stream as it is, so that it is not rotated; values within heads are")
         return model

@@ -17,6 +17,7 @@ from tesseraq_gguf.learning.bit_budget import bytes_of
 from tesseraq_gguf.methods.table import STARTS
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
+from tesseraq_gguf.models.speculation import head_matrices
 from tesseraq_gguf.models.weights import open_checkpoint
 from tesseraq_gguf.recipe.conflicts import without_order
 from tesseraq_gguf.recipe.readers import AUTO
@@ -45,6 +46,7 @@ class TypePlan:
         file: the matrices of the file to be written, by their names there.
         fallbacks: what is said of matrices that do not get the type that was asked for.
         chosen: what was chosen within a budget.
+        head: of matrices of a head for speculation, which are rounded.
     """
 
     types: dict[str, str]
@@ -53,10 +55,11 @@ class TypePlan:
     file: dict[str, FileMatrix]
     fallbacks: dict[str, str] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
+    head: dict[str, str] = field(default_factory=dict)
 
     def all(self) -> dict[str, str]:
         """Types of all matrices."""
-        return self.plain | self.types | self.outside
+        return self.plain | self.types | self.outside | self.head
 
     def in_file(self) -> dict[str, str]:
         """Types of all matrices, by name in the file."""
@@ -122,7 +125,8 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
     """
     types, plain, fallbacks = {}, {}, dict[str, str]()
     shapes, ends = decoder.matrix_shapes(), ends_of(decoder)
-    ruled = rule_types(recipe.rules, shapes, ends)
+    drafting = head_matrices(decoder)
+    ruled = rule_types(recipe.rules, [*shapes, *drafting], ends)
     for name, (_, columns) in shapes.items():
         asked = ruled.get(name) or _first(recipe, name, columns)
         if tensor_type(asked).is_float:
@@ -153,7 +157,7 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
             outside[name] = found
         else:  # floats, and 8 bits, where rounding to nearest is as good as any
             plain[name] = fitting_type(asked if tensor_type(asked).plain else _FALLBACK, columns)
-    check = check_source(decoder.source, shapes, decoder.samples(), pieces=decoder.pieces(), tree=tree)
+    check = check_source(decoder.source, shapes | drafting, decoder.samples(), pieces=decoder.pieces(), tree=tree)
     for name, reason in (check.dropped | _torn_columns(recipe, types, check.groups)).items():
         if name in types or name in outside:
             fallbacks[name] = f"is not learned and gets a stock type: {reason}"
@@ -167,7 +171,10 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
             plain[name] = forced
     if not types:
         raise _nothing_learned(recipe, decoder.source, plain.keys() & decoder.matrix_shapes().keys())
-    known = types | outside | plain
+    free = {n for m in check.file.values() if m.forced is None for n in m.names} - check.dropped.keys()
+    head = _head_types(recipe, {n: s for n, s in drafting.items() if n in free}, ruled)
+    head = {n: t for n, t in head.items() if n not in _torn_columns(recipe, head, check.groups)}
+    known = types | outside | plain | head
     plain |= {
         name: _left_alone(target, matrix, plain.get(decoder.embedding_name(), _FALLBACK))
         for target, matrix in check.file.items()
@@ -177,7 +184,7 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
     # what the converter merges with others is known by the name of the last of them
     plain |= {name: fitting_type(_FALLBACK, shapes[name][1]) for name in shapes if name not in known | plain}
     said_of = {name: said.replace(_ITS_TYPE, (types | outside | plain)[name]) for name, said in fallbacks.items()}
-    plan = TypePlan(types, outside, plain, check.file, said_of)
+    plan = TypePlan(types, outside, plain, check.file, said_of, head=head)
     _check_file(plan, ruled)
     return plan
 
@@ -197,6 +204,19 @@ def _torn_columns(recipe: Recipe, types: Mapping[str, str], groups: Mapping[str,
 def _forced(file: Mapping[str, FileMatrix]) -> dict[str, str]:
     """Types that llama.cpp insists on, by checkpoint name."""
     return {name: matrix.forced for matrix in file.values() if matrix.forced for name in matrix.names}
+
+
+def _head_types(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], ruled: Mapping[str, str]) -> dict[str, str]:
+    """Types of a head's matrices, where they are rounded to a grid: those of the blocks, without orders of columns."""
+    found = {}
+    for name, (_, columns) in shapes.items():
+        asked = ruled.get(name) or _first(recipe, name, columns)
+        unordered = tensor_type(asked).without_order or asked
+        type = None if tensor_type(unordered).plain else _fitting(unordered, columns)[0]
+        if type:
+            found[name] = type
+    torn = _torn_apart(found, shapes, ruled)
+    return {name: type for name, type in found.items() if name not in torn}
 
 
 def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePlan:

@@ -28,6 +28,9 @@ from tesseraq_gguf.types.quantized import QuantizedTensor, load_tensors, save_te
 EMBEDDINGS = "embeddings"
 """Name of the quantised embedding and output matrix."""
 
+HEAD = "head"
+"""Name of the quantised matrices of a head for speculation."""
+
 CODEBOOKS = "codebooks"
 """Name of the codebooks that were designed for the model."""
 
@@ -56,7 +59,7 @@ PREPROCESSED = "preprocessed"
 """Name of the model that the preprocessing made."""
 
 _BEGUN = (
-    *(f"{name}.safetensors" for name in (EMBEDDINGS, CODEBOOKS)),
+    *(f"{name}.safetensors" for name in (EMBEDDINGS, HEAD, CODEBOOKS)),
     *(f"{name}.txt" for name in (TYPES, CHECKED)),
     *(ROTATED, f"{ROTATED}.lock", BEFORE, f"{BEFORE}.lock"),
 )
@@ -229,7 +232,7 @@ class WorkDirectory:
             finish: whether a last pass ran over them.
         """
         names = [finished_block(i) if finish else _block(i) for i in range(blocks)]
-        more = [EMBEDDINGS, CARRIED, *([FINAL] if finish else [])]
+        more = [EMBEDDINGS, HEAD, CARRIED, *([FINAL] if finish else [])]
         return [self._file(n) for n in names] + [f for n in more if (f := self._file(n)).is_file()]
 
     def remove(self) -> None:

@@ -54,7 +54,7 @@ def round_embeddings(
 
 
 def _moment(decoder: Decoder, name: str, sensitivity: Sensitivity | None) -> Tensor | None:
-    if sensitivity is None:
+    if sensitivity is None or name not in (decoder.output_name(), decoder.embedding_name()):
         return None
     moment = torch.zeros_like(sensitivity.output_moment)
     if name == decoder.output_name():

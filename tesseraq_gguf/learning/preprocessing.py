@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class Preprocessing:
         """
         decoder = quantised.decoder
         source, state = decoder.source, out.with_name(f"{out.name}.pt")
-        merged = ModelSource(source.name, out)
+        merged = replace(source, folder=out, gguf=None)
         if not out.is_dir():
             with torch.random.fork_rng(devices=[decoder.device] if decoder.device.type == "cuda" else []):
                 torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def rotated_model(
         ConversionError: the disk is full.
     """
     source = decoder.source
-    copy = ModelSource(source.name, out)
+    copy = replace(source, folder=out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if out.is_dir():

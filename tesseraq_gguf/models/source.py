@@ -53,11 +53,13 @@ class ModelSource:
             has no weights. Of one that is only copied there is none: it is the file itself, lest another model's that
             stands beside it be read.
         gguf: the GGUF file that the weights are in, if they are in one; its metadata is then copied to the output.
+        keeps_head: whether a head for speculation, if it has one, goes into the file.
     """
 
     name: str
     folder: Path
     gguf: Path | None = None
+    keeps_head: bool = True
 
     def config(self) -> dict[str, Any]:
         """Return the parsed config.json."""

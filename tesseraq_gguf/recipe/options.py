@@ -183,6 +183,10 @@ _OPTIONS = (
         MAKE, always=True, idle=conflicts.without_projector,
     ),
     Option(
+        "no_mtp", flag, "Leave the model's head for speculation (MTP, nextn) out of the file.",
+        MAKE, kind=bool, always=True,
+    ),
+    Option(
         "preset", choice("preset", tuple(PRESETS)), f"How much to spend: {_listed(PRESETS)} (the paper's setting).",
         LEARN, idle=conflicts.without_preset, identity=_spent,
     ),

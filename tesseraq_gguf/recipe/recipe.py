@@ -57,6 +57,7 @@ class Recipe:
         output_type: tensor type of the output matrix; None means that of the embedding.
         mmproj: the file to write the projector to, which images and sound go through; None writes none.
         mmproj_type: tensor type of its matrices, one of `options.PROJECTOR_TYPES`.
+        no_mtp: leave the model's head for speculation out of the file.
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
         fresh: throw finished blocks of an earlier run away.
         seed: makes the run repeatable.
@@ -94,6 +95,7 @@ class Recipe:
     output_type: str | None = None
     mmproj: Path | None = None
     mmproj_type: str = "f16"
+    no_mtp: bool = False
     work_dir: Path | None = None
     fresh: bool = False
     seed: int = 0

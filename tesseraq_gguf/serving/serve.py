@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.gguf_files.inspection import open_gguf
+from tesseraq_gguf.models.speculation import drafts
 from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.runtime.load import check_loads
 from tesseraq_gguf.runtime.threads import usable_cores, usable_processors
@@ -20,8 +22,26 @@ from tesseraq_gguf.serving.images import check_projector
 
 TOOL = "llama-server"
 
+_SPECULATION = {"--spec-type", "-md", "--model-draft", "--spec-draft-model", "--mtp"}
+"""Options that say what drafts."""
+
 _CHANGE_WHAT_IS_READ = {"--override-kv", "--model", "-m", "--override-tensor", "-ot"}
 """Options that say what llama-server makes of a file, or that it takes another."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a server has beside a model.
+
+    Attributes:
+        projector: what images go through, as `convert` wrote it.
+        mtp: whether the file's head for speculation drafts; None lets it where there is one.
+        options: more options of llama-server.
+    """
+
+    projector: Path | None = None
+    mtp: bool | None = None
+    options: Sequence[str] = ()
 
 
 def serve(
@@ -29,8 +49,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8080,
     ctx: int = CONTEXT,
-    options: Sequence[str] = (),
-    projector: Path | None = None,
+    extras: Extras | None = None,
 ) -> NoReturn:
     """Become a server of a GGUF file, until it is stopped.
 
@@ -40,8 +59,7 @@ def serve(
         port: of that address.
         ctx: tokens of a conversation, and of all that are being answered at a time; 0 has as many as the model was
             made for.
-        options: more options of llama-server.
-        projector: what images go through, as `convert` wrote it.
+        extras: what it has beside the model.
 
     Raises:
         FileFormatError: the file is missing, damaged, or refused by llama.cpp.
@@ -50,7 +68,9 @@ def serve(
     """
     if ctx < 0:
         raise UsageError(f"--ctx must not be negative, not {ctx}")
-    open_gguf(file)
+    extras = extras or Extras()
+    options, projector = extras.options, extras.projector
+    drafting = _drafting(file, extras)
     if projector is not None:
         check_projector(projector)
     _try_to_listen(host, port)
@@ -63,10 +83,24 @@ def serve(
         command += ["-t", str(usable_cores())]  # it would take as many threads as the machine has cores
     if projector is not None:
         command += ["--mmproj", str(projector)]
-    command += options
+    command += [*drafting, *options]
     if sys.platform == "win32":  # where a program that becomes another one leaves its terminal
         sys.exit(subprocess.call(command))
     os.execv(command[0], command)
+
+
+def _drafting(file: Path | str, extras: Extras) -> list[str]:
+    """Options by which llama-server drafts with the file's own head.
+
+    Raises:
+        FileFormatError: the file is missing or damaged.
+        UsageError: it is to draft, and has no head.
+    """
+    able = drafts(open_gguf(file))
+    if extras.mtp and not able:
+        raise UsageError(f"{file} has no head for speculation to draft with: leave --mtp out")
+    said = any(option.partition("=")[0] in _SPECULATION for option in extras.options)
+    return ["--spec-type", "draft-mtp"] if able and extras.mtp is not False and not said else []
 
 
 def _try_to_listen(host: str, port: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_drafters import drafter  # noqa: F401  (a fixture)
 from tiny_models import make_model  # noqa: F401  (a fixture)
 from tiny_vision import make_vision_model  # noqa: F401  (a fixture)
 

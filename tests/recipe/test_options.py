@@ -54,6 +54,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "output_type": {"target_bpw": 3.0, "output_type": "f16"},
     "mmproj": {"mmproj": "mmproj.gguf"},
     "mmproj_type": {"mmproj": "mmproj.gguf", "mmproj_type": "q8_0"},
+    "no_mtp": {"no_mtp": True},
     "preset": {"preset": "fast"},
     "method": {"method": "gptq"},
     "init": {"init": "none"},
@@ -98,7 +99,7 @@ def test_options_that_decide_what_blocks_learn_say_so():
     """A new option joins one of both: what decides nothing in the blocks, or what makes another run."""
     silent = {
         "model", "out", "type", "calibration", "preprocess", "preprocess_steps",  # what is read, and what becomes of it
-        "mmproj", "mmproj_type",
+        "mmproj", "mmproj_type", "no_mtp",
         "token", "device", "memory_budget", "work_dir", "fresh",
         "finish", "finish_steps",
     }  # fmt: skip

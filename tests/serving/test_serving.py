@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_pairs import take_for_gpt2
+from tiny_drafters import drafter  # noqa: F401  (a fixture)
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.models import ModelSource
 from tesseraq_gguf.runtime import Runtime
+from tesseraq_gguf.serving.serve import Extras, _drafting
 
 PROMPT = "the quick brown fox"
 
@@ -123,3 +126,56 @@ def test_a_runtime_without_a_server(
     answer = run("serve", tiny_gguf, "--port", port)
     assert answer.code == 1
     assert answer.error.endswith("has no program 'llama-server'; run: tesseraq-gguf runtime build --portable")
+
+
+@pytest.fixture(scope="module")
+def drafting(drafter: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:  # noqa: F811
+    """A tiny model with a head for speculation, rounded."""
+    folder = tmp_path_factory.mktemp("drafting")
+    with pytest.MonkeyPatch.context() as patched:
+        take_for_gpt2(folder, patched)
+        convert(Recipe(str(drafter.folder), folder / "out.gguf", type="q4_0", method="rtn"))
+    yield folder / "out.gguf"
+
+
+def start(file: Path, port: int, log: Path, *options: str) -> subprocess.Popen[bytes]:
+    """Start the command, and wait until it answers."""
+    command = [sys.executable, "-m", "tesseraq_gguf", "serve", str(file), "--port", str(port), "--ctx", "256", *options]
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, "--", "--threads", "1"], stdout=out, stderr=subprocess.STDOUT)
+    for _ in range(600):
+        assert process.poll() is None, log.read_text()
+        try:
+            ask(port, "/health")
+            break
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.1)
+    return process
+
+
+@pytest.mark.runtime
+def test_a_head_drafts_and_changes_no_answer(drafting: Path, port: int, tmp_path: Path) -> None:
+    found = {}
+    for option in ("--mtp", "--no-mtp"):
+        process = start(drafting, port, tmp_path / "server.log", option)
+        try:
+            found[option] = ask(port, "/completion", prompt=PROMPT, temperature=0, n_predict=24)
+        finally:
+            process.kill()
+            process.wait()
+    assert found["--mtp"]["content"] and found["--mtp"]["content"] == found["--no-mtp"]["content"]
+    assert found["--mtp"]["timings"]["draft_n"] > 0
+    assert "draft_n" not in found["--no-mtp"]["timings"]
+
+
+def test_what_drafts_by_itself(drafting: Path, tiny_gguf: Path) -> None:
+    assert _drafting(drafting, Extras()) == ["--spec-type", "draft-mtp"]
+    assert _drafting(drafting, Extras(mtp=False)) == []
+    assert _drafting(drafting, Extras(options=["--spec-type=ngram-simple"])) == []
+    assert _drafting(tiny_gguf, Extras()) == []
+
+
+def test_nothing_to_draft_with(run: Callable[..., Any], tiny_gguf: Path) -> None:
+    answer = run("serve", tiny_gguf, "--mtp")
+    assert answer.code == 2
+    assert "has no head for speculation to draft with" in answer.error
