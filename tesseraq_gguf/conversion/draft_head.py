@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from tesseraq_gguf.arguments import spelled
+from tesseraq_gguf.conversion.identity import SENSITIVITY_TOKENS
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import HEAD
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.learning.embeddings import round_embeddings
+from tesseraq_gguf.learning.draft_head import round_draft_head
 from tesseraq_gguf.models import ModelSource
 from tesseraq_gguf.models.speculation import has_head
 from tesseraq_gguf.recipe.recipe import Recipe
@@ -36,5 +37,7 @@ def round_head(run: Run, model: Model) -> None:
     run.work.forget(HEAD)
     if types:
         run.progress.stage(f"Rounding {len(types)} matrices of the head for speculation")
-        rounded = round_embeddings(model.decoder, types, None, lambda *_: None, model.codebooks)
+        tokens = run.calibration.first(SENSITIVITY_TOKENS) if run.calibration else None
+        with run.memory_explained():
+            rounded = round_draft_head(model.decoder, types, tokens, run.progress.advance, model.codebooks)
         run.work.keep_tensors(HEAD, rounded)

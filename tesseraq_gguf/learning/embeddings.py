@@ -49,7 +49,7 @@ def round_embeddings(
     for name, type in types.items():
         weight, moment = decoder.matrix(name), _moment(decoder, name, sensitivity)
         grid = grid_for(type, weight.shape[1], "group", codebooks)
-        rounded[name] = _rounded(weight, grid, moment, decoder.device, report)
+        rounded[name] = round_matrix(weight, grid, moment, decoder.device, report)
     return rounded
 
 
@@ -64,9 +64,22 @@ def _moment(decoder: Decoder, name: str, sensitivity: Sensitivity | None) -> Ten
     return moment.to(decoder.device)
 
 
-def _rounded(
-    weight: Tensor, grid: Grid, moment: Tensor | None, device: torch.device, report: Callable[[int, int], None]
+def round_matrix(
+    weight: Tensor,
+    grid: Grid,
+    moment: Tensor | None,
+    device: torch.device,
+    report: Callable[[int, int], None] = lambda *_: None,
 ) -> QuantizedTensor:
+    """Round a matrix outside the blocks.
+
+    Args:
+        weight: float32 [out, in].
+        grid: of its type.
+        moment: mean x·xᵀ of what it is fed, float32 [in, in] on the device; None rounds to nearest.
+        device: where to round.
+        report: called with (weights done, weights in all).
+    """
     parts: list[QuantizedTensor] = []
     done = 0
     for rows in weight.split(max(1, _CHUNK // weight.shape[1])):

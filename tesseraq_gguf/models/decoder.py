@@ -324,6 +324,20 @@ class Decoder:
         self._fill(module, own, {own + name.removeprefix(prefix) for name in hollow if name.startswith(prefix)})
         return LoadedBlock(index, prefix, module.to(self.device).eval().requires_grad_(False))
 
+    def load_alike(self, prefix: str) -> nn.Module:
+        """Give a block as the last one is the weights that the checkpoint has under another prefix.
+
+        Args:
+            prefix: with its final dot.
+
+        Raises:
+            ModelError: it has others there than such a block has.
+        """
+        module = copy.deepcopy(self._blocks[-1])
+        unroll(module, self._forms.within(self._own_prefix(len(self) - 1)))
+        self._fill(module, prefix)
+        return module.to(self.device).eval().requires_grad_(False)
+
     @torch.no_grad()
     def stem(
         self,

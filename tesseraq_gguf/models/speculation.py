@@ -7,11 +7,17 @@ ways: `mtp.*`, or one more block in the model's list.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
+from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, open_gguf
+from tesseraq_gguf.models.handed import Arguments, run
 from tesseraq_gguf.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -52,6 +58,61 @@ def head_matrices(decoder: Decoder) -> dict[str, tuple[int, int]]:
         return {}
     found = {name: weights.shape(name) for name in head_names(source.config(), weights) if name.endswith(".weight")}
     return {name: (shape[0], shape[1]) for name, shape in found.items() if len(shape) == 2}
+
+
+class DraftBlock(nn.Module):
+    """A head: a block fed with what joins the model's last states and the embeddings of the tokens that followed."""
+
+    def __init__(self, decoder: Decoder, prefix: str, names: tuple[str, str, str]) -> None:
+        super().__init__()
+        join, of_embedding, of_hidden = names
+        norm = decoder.final_norm()[1]
+        self.enorm, self.hnorm = _like(norm, decoder, of_embedding), _like(norm, decoder, of_hidden)
+        weight = decoder.matrix(join).to(decoder.device)
+        self.join = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.join.weight = nn.Parameter(weight, requires_grad=False)
+        self.block = decoder.load_alike(prefix)
+        self.names = {self.join: join} | {
+            m: f"{prefix}{name}.weight" for name, m in self.block.named_modules() if isinstance(m, nn.Linear)
+        }
+
+    def forward(self, hidden: Tensor, embeddings: Tensor, arguments: Arguments) -> Tensor:
+        """What the head makes of a sequence.
+
+        Args:
+            hidden: what the output matrix is fed, float32 [1, length, hidden].
+            embeddings: of the tokens that follow, of the same shape.
+            arguments: what the model hands to its last block.
+        """
+        return run(self.block, self.join(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], -1)), arguments)
+
+
+def load_head(decoder: Decoder) -> DraftBlock | None:
+    """Return the first block of a model's head, with its weights; None where it is of another build than the model's.
+
+    Its names are those of Qwen's (`mtp.fc`), or of DeepSeek's and GLM's (`eh_proj` in one more block).
+    """
+    within = next((w for w in ("", "model.") if f"{w}mtp.fc.weight" in decoder.weights), None)
+    if within is not None:
+        norms = (f"{within}mtp.pre_fc_norm_embedding.weight", f"{within}mtp.pre_fc_norm_hidden.weight")
+        prefix, names = f"{within}mtp.layers.0.", (f"{within}mtp.fc.weight", *norms)
+    else:
+        last = decoder.block_prefix(len(decoder) - 1)
+        prefix = f"{last.removesuffix(f'{len(decoder) - 1}.')}{len(decoder)}."
+        names = (f"{prefix}eh_proj.weight", f"{prefix}enorm.weight", f"{prefix}hnorm.weight")
+    if not decoder.walk.alone or any(name not in decoder.weights for name in names):
+        return None
+    try:
+        return DraftBlock(decoder, prefix, names)
+    except ModelError:
+        return None
+
+
+def _like(norm: nn.Module, decoder: Decoder, name: str) -> nn.Module:
+    """A norm as the final one is, with a weight of its own."""
+    made = copy.deepcopy(norm)
+    made.load_state_dict({"weight": decoder.matrix(name).to(decoder.device)})
+    return made
 
 
 def _behind(name: str, blocks: int | None) -> bool:
