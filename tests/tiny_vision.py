@@ -14,9 +14,20 @@ from tiny_models import LOUD, SMALL, tokenizer
 from tesseraq_gguf.models import ModelSource
 
 _TEXT = SMALL | {"hidden_size": 64, "intermediate_size": 128, "initializer_range": LOUD}
-_VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+_VISION: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 _VISION |= {"image_size": 56, "patch_size": 14, "initializer_range": LOUD}
-_QWEN_VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 128, "num_heads": 4, "out_hidden_size": 64}
+_QWEN_VISION: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 4,
+    "out_hidden_size": 64,
+}
 _QWEN_VISION |= {"patch_size": 16, "num_position_embeddings": 64, "initializer_range": LOUD}
 _QWEN_TOKENS = {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}

@@ -26,7 +26,7 @@ def _known(tmp_path, monkeypatch):
 
 def test_a_head_is_rounded_as_the_blocks_are(drafter, tmp_path):
     out = tmp_path / "out.gguf"
-    convert(Recipe(str(drafter.folder), out, type="tsq3", method="rtn", rules="mtp.fc=q8_0"))
+    convert(Recipe(str(drafter.folder), out, type="tsq3", method="rtn", rules=(("mtp.fc", "q8_0"),)))
     file = open_gguf(out)
     tensors = {t.name: t for t in file.tensors}
     inside = {name: t.type for name, t in tensors.items() if name.startswith("blk.2.") and len(t.shape) > 1}
@@ -42,10 +42,12 @@ def test_a_head_is_rounded_as_the_blocks_are(drafter, tmp_path):
 
 def test_a_head_is_left_out(drafter, tmp_path):
     out = tmp_path / "out.gguf"
-    for type in ("q4_0", "f16"):
-        convert(
-            Recipe(str(drafter.folder), out, type=type, no_mtp=True, **({} if type == "f16" else {"method": "rtn"}))
-        )
+    folder = str(drafter.folder)
+    for recipe in (
+        Recipe(folder, out, type="q4_0", method="rtn", no_mtp=True),
+        Recipe(folder, out, type="f16", no_mtp=True),
+    ):
+        convert(recipe)
         file = open_gguf(out)
         assert not drafts(file)
         assert not [t.name for t in file.tensors if t.name.startswith("blk.2.")]
