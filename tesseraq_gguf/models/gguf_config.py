@@ -71,10 +71,10 @@ class Header:
             )
         return value
 
-    def one(self, key: str, default: Any = None) -> Any:
-        """Return a number that may be given for every layer, where it is the same for all."""
+    def one(self, key: str, default: Any = None, none: int | None = None) -> Any:
+        """Return a number that may be given for every layer: the same for all, but for those that have `none`."""
         value = self.need(key) if default is None else self.take(key, default)
-        values = value if isinstance(value, list) else [value]
+        values = [v for v in (value if isinstance(value, list) else [value]) if v != none]
         if len(set(values)) != 1:
             raise self.refuse(f"has blocks of different shapes ({self.architecture}.{key}), which cannot be learned")
         return values[0]
@@ -247,8 +247,10 @@ def describe(file: GgufFile) -> Described:
     name = header.architecture
     if name == "llama" and header.take("expert_count"):
         name = "mixtral"
+    if name == "olmo2" and header.take("attention.sliding_window"):
+        name = "olmo3"
     if name not in KINDS:
-        known = ", ".join(k for k in KINDS if k != "mixtral")
+        known = ", ".join(k for k in KINDS if k not in ("mixtral", "olmo3"))
         raise header.refuse(f"is of the architecture {header.architecture!r}; GGUF files are read as models of {known}")
     kind = KINDS[name]
     config, rotaries = kind.describe(header)
@@ -276,7 +278,7 @@ def _common(header: Header) -> tuple[Config, int]:
         "intermediate_size": header.one("feed_forward_length"),
         "num_hidden_layers": header.need("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": header.one("attention.head_count_kv", heads),
+        "num_key_value_heads": header.one("attention.head_count_kv", heads, none=0),  # 0 in blocks without attention
         "head_dim": head,
         "max_position_embeddings": header.need("context_length"),
         "tie_word_embeddings": "output.weight" not in header.tensors,
@@ -307,6 +309,57 @@ def _llama(header: Header) -> tuple[Config, dict[str, Rotary]]:
     config, rotaries = _usual(header)
     biases = {"attention_bias": header.has("attn_q.bias"), "mlp_bias": header.has("ffn_up.bias")}
     return config | biases, rotaries
+
+
+def _smollm3(header: Header) -> tuple[Config, dict[str, Rotary]]:
+    """Every fourth block has no rotary embedding."""
+    config, rotaries = _llama(header)
+    turned = [int(index % 4 < 3) for index in range(config["num_hidden_layers"])]
+    return config | {"no_rope_layers": turned, "use_sliding_window": False, "sliding_window": None}, rotaries
+
+
+def _arcee(header: Header) -> tuple[Config, dict[str, Rotary]]:
+    config, rotaries = _llama(header)
+    return config | {"hidden_act": "relu2"}, rotaries
+
+
+def _seed_oss(header: Header) -> tuple[Config, dict[str, Rotary]]:
+    config, rotaries = _llama(header)
+    return config | {"attention_out_bias": header.has("attn_output.bias")}, rotaries
+
+
+def _olmo3(header: Header) -> tuple[Config, dict[str, Rotary]]:
+    """Blocks that look at a window do not scale their rotary embedding."""
+    config, rotaries = _usual(header)
+    everywhere, blocks = rotaries[""], config["num_hidden_layers"]
+    types = _layer_types(header, blocks, 4)
+    rotaries = {
+        "full_attention": everywhere,
+        "sliding_attention": Rotary(everywhere.dimensions, header.take("rope.freq_base_swa", everywhere.base)),
+    }
+    config |= {
+        "layer_types": types,
+        "sliding_window": header.need("attention.sliding_window"),
+        "rope_parameters": {name: rotary.parameters(config["head_dim"]) for name, rotary in rotaries.items()},
+    }
+    return config, {name: rotary for name, rotary in rotaries.items() if name in types}
+
+
+def _lfm2(header: Header) -> tuple[Config, dict[str, Rotary]]:
+    """Blocks that have no heads of keys are short convolutions."""
+    config, rotaries = _usual(header)
+    if header.take("attention.sliding_window"):
+        raise header.refuse("looks at a window of the context, which transformers' LFM2 does not")
+    heads, blocks = header.need("attention.head_count_kv"), config["num_hidden_layers"]
+    each = heads if isinstance(heads, list) else [heads] * blocks
+    config |= {
+        "norm_eps": config["rms_norm_eps"],
+        "layer_types": ["full_attention" if count else "conv" for count in each],
+        "conv_L_cache": header.need("shortconv.l_cache"),
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+    }
+    return config, rotaries
 
 
 def _mixtral(header: Header) -> tuple[Config, dict[str, Rotary]]:
@@ -473,10 +526,16 @@ KINDS: dict[str, Kind] = {
     "olmoe": Kind("olmoe", "OlmoeForCausalLM", _olmoe, vocabulary="llama"),
     "phi3": Kind("phi3", "Phi3ForCausalLM", _phi3),
     "granite": Kind("granite", "GraniteForCausalLM", _granite, permuted=True, vocabulary="llama"),
+    "smollm3": Kind("smollm3", "SmolLM3ForCausalLM", _smollm3, permuted=True, vocabulary="llama"),
+    "arcee": Kind("arcee", "ArceeForCausalLM", _arcee, permuted=True, vocabulary="llama"),
+    "seed_oss": Kind("seed_oss", "SeedOssForCausalLM", _seed_oss, vocabulary="llama"),
+    "olmo2": Kind("olmo2", "Olmo2ForCausalLM", _llama, vocabulary="llama"),
+    "olmo3": Kind("olmo3", "Olmo3ForCausalLM", _olmo3, vocabulary="llama"),
+    "lfm2": Kind("lfm2", "Lfm2ForCausalLM", _lfm2, vocabulary="llama"),
     "gemma2": Kind("gemma2", "Gemma2ForCausalLM", _gemma2, shifted=True),
     "gemma3": Kind("gemma3_text", "Gemma3ForCausalLM", _gemma3, shifted=True),
     "starcoder2": Kind("starcoder2", "Starcoder2ForCausalLM", _starcoder2),
     "stablelm": Kind("stablelm", "StableLmForCausalLM", _stablelm),
     "nemotron": Kind("nemotron", "NemotronForCausalLM", _nemotron, shifted=True),
 }
-"""By llama.cpp's name of the architecture; a Llama with experts is a Mixtral."""
+"""By llama.cpp's name of the architecture; a Llama with experts is a Mixtral, an OLMo 2 with windows an OLMo 3."""

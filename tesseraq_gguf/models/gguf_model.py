@@ -259,7 +259,8 @@ class GgufCheckpoint(Checkpoint):
         if len(self.shape(name)) < 2:
             return self.read(name)[rows]
         there = which if place.rows is None else place.rows[which]
-        return self._restored(place, self._numbers(place.tensor, self._data(name)[there]))
+        weights = self._numbers(place.tensor, self._data(name)[there])
+        return self._restored(place, weights.reshape(len(which), *self.shape(name)[1:]))
 
     def _data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a parameter's rows, uint8 [rows, row_bytes], mapped and not read."""
@@ -356,8 +357,9 @@ def _write_vocabulary(described: Described, folder: Path) -> None:
 
 
 def _write_header(described: Described, out: Path) -> None:
-    """Write a GGUF file of the metadata alone."""
-    entries = {k: e.raw for k, e in described.header.file.entries.items() if not k.startswith("split.")}
+    """Write a GGUF file of the metadata alone, without what is no business of a vocabulary."""
+    others = (f"{described.header.architecture}.", "split.")
+    entries = {k: e.raw for k, e in described.header.file.entries.items() if not k.startswith(others)}
     if described.kind.vocabulary:
         entries["general.architecture"] = struct.pack("<I", 8) + _text(described.kind.vocabulary)
     with out.open("wb") as file:

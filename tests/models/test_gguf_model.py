@@ -93,10 +93,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     "qwen2-moe": ("Qwen2Moe", MIXTURE | {"shared_expert_intermediate_size": 96}),
     "qwen3-moe": ("Qwen3Moe", MIXTURE | {"head_dim": 16, "norm_topk_prob": True}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 4}),
+    "arcee": ("Arcee", {}),
+    "seed-oss": ("SeedOss", {"head_dim": 16}),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", {"sliding_window": 32, "num_hidden_layers": 4}),
+    "lfm2": (
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3, "block_auto_adjust_ff_dim": False},
+    ),
     "starcoder2": ("Starcoder2", {"use_bias": True}),
     "stablelm": ("StableLm", {"use_qkv_bias": True}),
 }
-BYTE_LEVEL = ("olmoe", "qwen2-moe", "qwen3-moe", "starcoder2", "stablelm")
+BYTE_LEVEL = ("seed-oss", "olmo2", "olmo3", "lfm2", "olmoe", "qwen2-moe", "qwen3-moe", "starcoder2", "stablelm")
 """Kinds whose vocabulary the converter wants as byte-level BPE."""
 
 _CONVERT = """
