@@ -52,6 +52,7 @@ GIVEN: Mapping[str, Mapping[str, Any]] = {
     "calibration": {"calibration": "text.txt"},
     "samples": {"samples": 7},
     "seqlen": {"seqlen": 64},
+    "token": {"token": "hf_token"},
     "device": {"device": "cuda"},
     "memory_budget": {"memory_budget": "1G"},
     "embedding_type": {"embedding_type": "f16"},
