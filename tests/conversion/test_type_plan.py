@@ -15,6 +15,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert, inspect
 from tesseraq_gguf.conversion.progress import SilentProgress
+from tesseraq_gguf.conversion.run import counted
 from tesseraq_gguf.conversion.type_plan import TypePlan, rule_types
 from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.converter.writer import FileMatrix, write_plain
@@ -106,6 +107,14 @@ def test_a_type_that_is_not_the_one_decided_is_found(tiny_gguf):
         verify_types(tiny_gguf, types | {"blk.1.ffn_up.weight": "q8_0"})
     with pytest.raises(VerificationError, match=r"output_b\.weight was to be f16 and is not in the file"):
         verify_types(tiny_gguf, types | {"output_b.weight": "f16"})
+
+
+def test_what_is_said_of_many_matrices_is_said_once():
+    said = {f"model.layers.{i}.mlp.gate.weight": "is f32" for i in range(12)} | {"model.layers.3.q.weight": "is q8_0"}
+    assert list(counted(said)) == [
+        "model.layers.*.mlp.gate.weight (12 matrices) is f32",
+        "model.layers.3.q.weight is q8_0",
+    ]
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -250,3 +259,11 @@ def test_blocks_serve_again_exactly_if_nothing_in_them_depends_on_the_change(mak
         with pytest.raises(UsageError, match=said):
             run(**{"embedding_type": "tsq4"} | change)
     shutil.rmtree(work)
+
+
+@pytest.mark.slow
+def test_what_llama_cpp_keeps_in_32_bits_is_not_learned(make_model, tmp_path):  # noqa: F811
+    report = convert(Recipe(make_model("qwen2-moe").folder, tmp_path / "out.gguf", type="tsq3", method="rtn"))
+    gates = {f"model.layers.{i}.mlp.shared_expert_gate.weight" for i in (0, 1)}
+    assert report.fallbacks == dict.fromkeys(gates, "is not learned: it is f32 in every file of llama.cpp's")
+    assert _types(report.out)["blk.1.ffn_gate_inp_shexp.weight"] == "f32"

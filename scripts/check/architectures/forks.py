@@ -130,7 +130,7 @@ def _be_worker(job: Path, asks: int, tells: int, log: IO[str]) -> None:
     try:
         for mine, its in ((asks, 0), (tells, 1), (log.fileno(), 2)):
             os.dup2(mine, its)
-        os.closerange(3, log.fileno())
+        sys.stdout = sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1)
         for name in [name for name in sys.modules if name.partition(".")[0] == "gguf"]:
             del sys.modules[name]  # transformers' own
         take_from_now_on()

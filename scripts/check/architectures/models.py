@@ -16,6 +16,9 @@ from tesseraq_gguf.errors import TesseraqError
 
 _WIDTH = int(SMALL["hidden_size"])
 
+_GAIN = 0.75
+"""How much a matrix enlarges what it is fed: with more, what llama.cpp rounds on the way would count for too much."""
+
 DENSE, MIXTURE, HYBRID = "dense", "mixture of experts", "state space, convolutions or linear attention"
 
 
@@ -34,7 +37,7 @@ class Architecture:
         tokenizer: what its vocabulary is: `bytes` for pairs of bytes, `pieces` for a file of sentencepiece, `converted`
             for such a one as transformers keeps it.
         tokens: special tokens that the conversion class asks for.
-        called: its class in checkpoints of the hub, where transformers calls it otherwise.
+        stated: what config.json has in checkpoints of the hub, and transformers does not save.
     """
 
     name: str
@@ -42,7 +45,7 @@ class Architecture:
     different: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str = "bytes"
     tokens: tuple[str, ...] = ()
-    called: str | None = None
+    stated: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of its tiny model."""
@@ -57,10 +60,9 @@ def save(architecture: Architecture, folder: Path) -> None:
     """
     model = build(architecture)
     model.to(torch.bfloat16).save_pretrained(folder)
-    if architecture.called:
-        file = folder / "config.json"
-        config = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps(config | {"architectures": [architecture.called]}), encoding="utf-8")
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | dict(architecture.stated)
+    file.write_text(json.dumps(config), encoding="utf-8")
     if architecture.tokenizer == "bytes":
         write_tokenizer(folder, TEXT, VOCABULARY, architecture.tokens)
     else:
@@ -104,7 +106,7 @@ def _vary(name: str, parameter: torch.Tensor) -> None:
         return
     if parameter.dim() > 1:
         outside = len(parameter) == VOCABULARY
-        parameter.normal_(std=LOUD if outside else _WIDTH**-0.5)
+        parameter.normal_(std=LOUD if outside else _GAIN * _WIDTH**-0.5)
     elif isinstance(parameter, torch.nn.Parameter) or name.endswith("bias"):
         parameter.add_(torch.randn_like(parameter) * 0.1)
 
@@ -140,6 +142,7 @@ _DELTA = {
     "head_dim": 32,
     "num_hidden_layers": 4,
 }
+_KDA = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
 _GLM = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>")
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
 
@@ -158,9 +161,9 @@ ARCHITECTURES = (
         different={
             "head_dim": 32,
             "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
+            "num_kv_shared_layers": 0,  # llama.cpp shares from the 20th block on
             "sliding_window": 64,
-            "hidden_size_per_layer_input": 256,  # llama.cpp takes this and the rank for granted
+            "hidden_size_per_layer_input": 256,  # this and the rank it takes for granted
             "vocab_size_per_layer_input": 320,
             "laurel_rank": 64,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -201,18 +204,24 @@ ARCHITECTURES = (
     Architecture("arcee", tokenizer="pieces"),
     Architecture("ernie4_5", tokenizer="pieces", different={"head_dim": 32}),
     Architecture("cohere", different={"logit_scale": 0.0625}),
-    Architecture("cohere2", different={"logit_scale": 0.0625, "sliding_window": 64, "rotary_pct": 1.0}),
+    Architecture("cohere2", different={"logit_scale": 0.0625, "sliding_window": 64}, stated={"rotary_pct": 1.0}),
     Architecture("hunyuan_v1_dense", different={"head_dim": 32}),
     Architecture("internlm2"),
     Architecture("internlm3", tokenizer="pieces"),
     Architecture("minicpm3", tokenizer="pieces", different=_LATENT),
-    Architecture("gpt2", different={"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
-    Architecture("gpt_neox", different={"intermediate_size": 256, "tie_word_embeddings": False}),
+    Architecture(
+        "gpt2", different={"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}, stated={"n_ctx": 512}
+    ),
+    Architecture(
+        "gpt_neox", different={"intermediate_size": 256, "tie_word_embeddings": False}, stated={"rotary_pct": 0.25}
+    ),
     Architecture("gpt_bigcode", different={"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     Architecture("falcon", different={"num_kv_heads": 1}),
     Architecture("bloom", different={"n_layer": 2, "n_head": 4}),
     Architecture(
-        "mpt", different={"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}, called="MPTForCausalLM"
+        "mpt",
+        different={"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
+        stated={"architectures": ["MPTForCausalLM"]},
     ),
     Architecture("opt"),
     Architecture("jais2"),
@@ -220,8 +229,14 @@ ARCHITECTURES = (
     Architecture("mixtral", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2}, tokenizer="pieces"),
     Architecture("qwen2_moe", MIXTURE, _EXPERTS | {"shared_expert_intermediate_size": 192}),
     Architecture("qwen3_moe", MIXTURE, _EXPERTS | {"head_dim": 64}),
-    Architecture("olmoe", MIXTURE, {"num_experts": 8, "num_experts_per_tok": 2}),
-    Architecture("phimoe", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2}, called="PhiMoEForCausalLM"),
+    Architecture("olmoe", MIXTURE, {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
+    Architecture(
+        "phimoe",
+        MIXTURE,
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "original_max_position_embeddings": 512},
+        tokenizer="pieces",
+        stated={"architectures": ["PhiMoEForCausalLM"]},
+    ),
     Architecture("granitemoe", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2}),
     Architecture(
         "granitemoeshared", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 128}
@@ -230,6 +245,7 @@ ARCHITECTURES = (
         "ernie4_5_moe",
         MIXTURE,
         {
+            "intermediate_size": 128,  # llama.cpp divides it by the heads of keys
             "moe_num_experts": 8,
             "moe_k": 2,
             "moe_intermediate_size": 64,
@@ -256,7 +272,7 @@ ARCHITECTURES = (
         "minimax",
         MIXTURE,
         {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32},
-        called="MiniMaxText01ForCausalLM",
+        stated={"architectures": ["MiniMaxText01ForCausalLM"]},
     ),
     Architecture(
         "llama4_text",
@@ -352,7 +368,12 @@ ARCHITECTURES = (
     Architecture(
         "bamba", HYBRID, {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
     ),
-    Architecture("kimi_linear", HYBRID, _ROUTED | _LATENT),
+    Architecture(
+        "kimi_linear",
+        HYBRID,
+        _LATENT | _EXPERTS | {"q_lora_rank": None, "n_shared_experts": 1, "linear_attn_config": _KDA},
+        stated={"linear_attn_config": _KDA},
+    ),
     Architecture("rwkv", HYBRID, {"attention_hidden_size": 128}),
 )
 """All that are tried."""
