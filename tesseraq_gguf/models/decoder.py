@@ -8,6 +8,7 @@ checkpoint; `head` has final norm and output.
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor
 
 _T = TypeVar("_T")
+
+_LARGE = 1 << 27
+"""Numbers of an embedding from which on only rows are read of it."""
 
 
 @dataclass
@@ -138,10 +142,18 @@ class LoadedBlock:
             self._gather(names, order)
 
     def norms(self) -> dict[str, Tensor]:
-        """Return the parameters of the block's norms, vectors, by name within the block."""
-        linear = {f"{name}.{kind}" for name in self.matrices() for kind in ("weight", "bias")}
-        named = self.module.named_parameters()
-        return {n: p.detach() for n, p in named if n not in linear and p.dim() == 1 and expert_of(n) is None}
+        """Return the parameters of the block's norms, vectors, by name within the block.
+
+        Norms are modules whose parameters are a weight, and perhaps a bias, for each channel. Vectors of others stay:
+        those of a state space, say, or a convolution's bias.
+        """
+        return {
+            f"{name}.{kind}": p.detach()
+            for name, module in self.module.named_modules()
+            if name and all(p.dim() == 1 for p in module.parameters())
+            for kind, p in module.named_parameters(recurse=False)
+            if kind in ("weight", "bias") and expert_of(f"{name}.{kind}") is None
+        }
 
     def run(
         self,
@@ -359,7 +371,7 @@ class Decoder:
             besides.
         """
         assert len(tokens), "no tokens"
-        with self._embedding(embeddings or {}):
+        with self._embedding(tokens, embeddings or {}):
             return self.walk.stem(self._model, tokens.to(self.device).split(1), empty, inputs)
 
     @cached_property
@@ -557,8 +569,8 @@ class Decoder:
         module.load_state_dict(state, assign=True)
 
     @contextmanager
-    def _embedding(self, replaced: Mapping[str, Tensor]) -> Iterator[None]:
-        """Give the modules that the stem needs their weights, float32, for a while.
+    def _embedding(self, tokens: Tensor, replaced: Mapping[str, Tensor]) -> Iterator[None]:
+        """Give the modules that the stem needs their weights, float32, for a while; large tables, rows of the tokens.
 
         In the dtype of the file, a model would make its factors and rotary tables in it as well (Gemma's √width is
         25.25 in bfloat16, 25.30 in llama.cpp).
@@ -569,7 +581,8 @@ class Decoder:
         for name, module in outside.items():
             for n, _ in list(module.named_parameters(recurse=False)):
                 full_name = self._called(f"{self._base_prefix()}{name}.{n}")
-                weight = replaced[full_name] if full_name in replaced else self._read(full_name)
+                some = tokens if name in self.walk.tables else None
+                weight = replaced[full_name] if full_name in replaced else self._table(full_name, some)
                 weight = weight.to(self.device, torch.float32)
                 setattr(module, n, nn.Parameter(weight, requires_grad=False))
         try:
@@ -578,6 +591,18 @@ class Decoder:
         finally:
             for module, n, parameter in empty:
                 setattr(module, n, parameter)
+
+    def _table(self, name: str, tokens: Tensor | None) -> Tensor:
+        """A parameter outside the blocks; of a large one that only tokens ask for, what they ask for."""
+        stored = self.stored_name(name)
+        shape = self.weights.shape(stored)
+        if tokens is None or math.prod(shape) < _LARGE:
+            return self._read(name)
+        table = torch.zeros(shape)  # rows that are not written take no memory
+        some = torch.cat([tokens.flatten(), torch.zeros(1, dtype=torch.int64)]).unique()  # 0 stands in for others
+        some = some[some < shape[0]]
+        table[some] = self.weights.rows(stored, some)
+        return table
 
     def _move_buffers(self) -> None:
         for module in self._model.base_model.modules():

@@ -316,7 +316,7 @@ def _body(model: Any, walk: Walk, device: torch.device) -> str:
     name, matrix = output_of(model)
     with (
         torch.no_grad(),
-        watching(around, ran.append),
+        watching(around, lambda name, _: ran.append(name)),
         walk.passed(model),
         replaced(model, {name: stand_in(matrix, lambda x: x)}),
         placeholders(walk.outside(model).values(), device),

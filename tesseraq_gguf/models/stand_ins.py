@@ -86,10 +86,10 @@ def placeholders(modules: Iterable[nn.Module], device: torch.device, fill: Fill 
 
 
 @contextmanager
-def watching(modules: dict[str, nn.Module], see: Callable[[str], None]) -> Iterator[None]:
-    """Call `see` with the name of each of some modules that begins to run inside."""
+def watching(modules: dict[str, nn.Module], see: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
+    """Call `see` with the name of each of some modules that begins to run inside, and its arguments by position."""
     with ExitStack() as hooks:
         for name, module in modules.items():
-            handle = module.register_forward_pre_hook(lambda *_, name=name: see(name))  # type: ignore[misc]
+            handle = module.register_forward_pre_hook(lambda _, args, name=name: see(name, args))  # type: ignore[misc]
             hooks.callback(handle.remove)
         yield

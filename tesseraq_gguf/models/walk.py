@@ -44,6 +44,7 @@ class Walk:
         before: names, within the base model, of the innermost modules that run before the first block.
         behind: those that run after the last one.
         alone: whether the one behind is a norm and all there is.
+        tables: names, within the base model, of embeddings of which rows are taken by the tokens' own numbers.
     """
 
     names: tuple[str, ...]
@@ -54,6 +55,7 @@ class Walk:
     before: tuple[str, ...]
     behind: tuple[str, ...]
     alone: bool
+    tables: tuple[str, ...]
 
     def inputs(self) -> BlockInputs:
         """Return a record, still empty, of what blocks are handed."""
@@ -219,6 +221,7 @@ class _Passed:
         given: what each was handed besides, by keyword.
         before: names, within the base model, of the innermost modules that ran before the first block.
         behind: those that ran after the last one.
+        tables: embeddings that were asked for the tokens themselves.
         final: what the base model gives, float32 [samples, length, hidden].
         whole: whether each ran once, and was handed what the one before had returned.
     """
@@ -234,7 +237,14 @@ class _Passed:
             calls.append(given)
             return given[self._key(calls)]
 
-        with watching(leaves, events.append), replaced(model, _stand_ins(candidates, returns, see)):
+        tables: list[str] = []
+
+        def ran_leaf(name: str, args: tuple[Any, ...]) -> None:
+            events.append(name)
+            if isinstance(leaves[name], nn.Embedding) and args and torch.equal(args[0], tokens):
+                tables.append(name)
+
+        with watching(leaves, ran_leaf), replaced(model, _stand_ins(candidates, returns, see)):
             self.final = _final(_forward(model, tokens))
         places = [place for place, event in enumerate(events) if isinstance(event, int)]
         ran = [event for event in events if isinstance(event, int)]
@@ -243,6 +253,7 @@ class _Passed:
         self.states = [call[self.hidden] for call in calls]
         self.given: list[dict[str, Any]] = [{k: v for k, v in call.items() if k != self.hidden} for call in calls]
         self.before = tuple(dict.fromkeys(map(str, events[: places[0]] if ran else events)))
+        self.tables = tuple(tables)
         self.behind = tuple(dict.fromkeys(map(str, events[places[-1] + 1 :] if ran else [])))
         self.whole = (
             bool(ran)
@@ -281,7 +292,7 @@ def _walk(model: Any, few: _Passed, more: _Passed, returns: int | None, device: 
     if alone:
         norm = model.base_model.get_submodule(more.behind[0])
         alone = _same(norm(more.states[-1]), more.final)
-    return Walk(few.names, few.hidden, returns, traits, state, more.before, more.behind, alone)
+    return Walk(few.names, few.hidden, returns, traits, state, more.before, more.behind, alone, more.tables)
 
 
 class _Tail(nn.Module):

@@ -112,3 +112,22 @@ def test_a_model_without_blocks_is_refused(make_model, monkeypatch):
     monkeypatch.setattr(LlamaDecoderLayer, "children", lambda self: iter(()))
     with pytest.raises(ModelError, match="no decoder blocks that hand hidden states on"):
         Decoder(make_model("llama"), CPU)
+
+
+def test_of_large_tables_rows_are_read(make_asked, monkeypatch):
+    from tesseraq_gguf.models import decoder as module
+
+    decoder = Decoder(make_asked("inputs for every block, shared keys"), CPU)
+    assert set(decoder.walk.tables) == {"embed_tokens", "embed_tokens_per_layer"}
+    whole, read = decoder.stem(TOKENS), []
+    rows = decoder.weights.rows
+    monkeypatch.setattr(module, "_LARGE", 1)
+    monkeypatch.setattr(decoder.weights, "rows", lambda name, some: read.append(name) or rows(name, some))
+    parts = decoder.stem(TOKENS)
+    assert len(read) == 2
+    assert torch.equal(parts[0], whole[0])
+    with torch.no_grad():
+        ends = [walked(decoder, state, inputs.arguments) for state, inputs in (whole, parts)]
+    assert torch.equal(*ends)
+    positions = Decoder(make_asked("matrices that multiply from the left"), CPU)
+    assert positions.walk.tables == ("wte",)
