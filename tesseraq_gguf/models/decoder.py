@@ -25,7 +25,7 @@ from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.models.experts import FEW, Experts, Forms, aliases, expert_of, stack_of, unroll
 from tesseraq_gguf.models.handed import Arguments, BlockInputs, Empty, run
 from tesseraq_gguf.models.head import Head, check, output_of
-from tesseraq_gguf.models.linear import as_linear
+from tesseraq_gguf.models.linear import as_linear, matrices_of
 from tesseraq_gguf.models.pieces import Piece
 from tesseraq_gguf.models.skeleton import skeleton
 from tesseraq_gguf.models.source import ModelSource
@@ -65,7 +65,7 @@ class LoadedBlock:
 
     def matrices(self) -> dict[str, nn.Linear]:
         """Return the linear layers of the block by module name: the matrices that methods learn."""
-        return {name: m for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
+        return matrices_of(self.module)
 
     def by_module(self, named: Mapping[str, _T]) -> dict[str, _T]:
         """Return what is known of matrices of this block by checkpoint name, by module name."""
@@ -308,8 +308,9 @@ class Decoder:
         shapes = {}
         for i, block in enumerate(self._blocks):
             forms = self._forms.within(self._own_prefix(i))
-            for name, m in block.named_modules():
-                if isinstance(m, nn.Linear):
+            plain = matrices_of(block)
+            for name, _ in block.named_modules():
+                if m := plain.get(name):
                     shapes[f"{self.block_prefix(i)}{name}.weight"] = (m.out_features, m.in_features)
                 elif name in forms:
                     inside = {f"{self.block_prefix(i)}{name}.{n}.weight": s for n, s in forms[name].matrices()}
