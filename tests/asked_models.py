@@ -47,6 +47,7 @@ ASKED: dict[str, tuple[str, dict]] = {
     "state space beside attention": ("falcon_h1", _MAMBA | {"head_dim": 32, "mamba_d_ssm": 256, "mamba_n_groups": 1}),
     "two values, a state space": ("bamba", _MAMBA | {"attn_layer_indices": [1]}),
     "state space alone": ("mamba", {"state_size": 16}),
+    "a matrix that is no layer's": ("falcon_mamba", {"state_size": 16, "time_step_rank": 64}),
     "convolutions": (
         "lfm2",
         {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},

@@ -128,8 +128,11 @@ def _place(run: Run, calibration: Calibration) -> Place:
 
 
 def _rare(result: BlockResult) -> str:
-    """What is said of the experts of a block that calibration hardly visited."""
-    experts = list(dict.fromkeys(str(expert_of(name)) for name in result.rare))
+    """What is said of the experts of a block that calibration hardly visited, and of matrices that nothing runs."""
+    numbers = [expert_of(name) for name in result.rare]
+    experts = list(dict.fromkeys(str(number) for number in numbers if number is not None))
+    if not experts:
+        return f"block {result.index + 1}: what {', '.join(result.rare)} multiplies is not seen: rounded, not learned"
     if len(experts) > _NAMED:
         named = f"{len(experts)} experts were"
     else:

@@ -34,8 +34,11 @@ _SAMPLES = 32
 
 @contextmanager
 def counted(problem: BlockProblem) -> Iterator[Visits]:
-    """Count the tokens that each expert matrix is fed, by module name, whatever runs the block meanwhile."""
-    visits = Visits({name: 0 for name in problem.grids if stack_of(name)})
+    """Count the tokens that each expert matrix is fed, by module name, whatever runs the block meanwhile.
+
+    Other matrices are among them, with none, where they are not run: a model may use their weights in its own way.
+    """
+    visits = Visits(dict.fromkeys(problem.grids, 0))
     modules = problem.block.matrices()
 
     def count(name: str, x: Tensor) -> None:
@@ -50,6 +53,8 @@ def counted(problem: BlockProblem) -> Iterator[Visits]:
     finally:
         for handle in handles:
             handle.remove()
+        for name in [name for name, count in visits.items() if count and not stack_of(name)]:
+            del visits[name]
 
 
 def in_all(visits: Visits, team: Team) -> Visits:

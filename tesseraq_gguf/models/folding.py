@@ -229,7 +229,7 @@ class Trace:
         handles = [
             watch(name, module)
             for name, module in self.block.module.named_modules()
-            if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() == 1
+            if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 1
         ]
         try:
             yield
@@ -250,7 +250,10 @@ def norm_folds(trace: Trace, learnable: Set[str]) -> list[Fold]:
         offset = norm_offset(norm, args, kwargs)
         if offset is None:
             continue
-        spread = torch.arange(channels, device=out.device)
+        widths = {trace.linear(linear).in_features for linear in consumers}
+        if len(widths) > 1 or (width := widths.pop()) % channels:
+            continue
+        spread = torch.arange(channels, device=out.device).repeat(width // channels)  # heads may share a norm
         fold = Fold(name, 0, channels, offset, consumers, spread, trace.orders(consumers))
         if trace.exact(fold):
             found.append(fold)

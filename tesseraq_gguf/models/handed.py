@@ -229,13 +229,13 @@ class BlockArguments:
         given: by keyword; tensors are `Recorded`.
         state: how what travels lies.
         index: the block's number.
-        hidden: keyword of the hidden states.
+        hidden: keyword of the hidden states; None where they come first, by position.
     """
 
     given: Given
     state: State
     index: int
-    hidden: str
+    hidden: str | None
 
     def __contains__(self, name: object) -> bool:
         """Whether there is an argument of a name."""
@@ -259,8 +259,9 @@ class BlockArguments:
             return leaf
 
         hidden = self.state.hidden(state)
-        out = hidden_of(block(**{self.hidden: hidden}, **{k: mapped(value, v) for k, v in self.given.items()}), hidden)
-        return self.state.next(state, out, holders[0] if holders else {})
+        given = {name: mapped(value, tree) for name, tree in self.given.items()}
+        out = block(hidden, **given) if self.hidden is None else block(**{self.hidden: hidden}, **given)
+        return self.state.next(state, hidden_of(out, hidden), holders[0] if holders else {})
 
 
 Arguments = BlockArguments | Given
@@ -291,14 +292,14 @@ class BlockInputs:
 
     Args:
         state: how what travels lies.
-        hidden: keyword of the hidden states.
+        hidden: keyword of the hidden states; None where they come first, by position.
         traits: of the tensors, for each block, by keyword.
 
     Attributes:
         arguments: of each block.
     """
 
-    def __init__(self, state: State, hidden: str, traits: Sequence[Given]) -> None:
+    def __init__(self, state: State, hidden: str | None, traits: Sequence[Given]) -> None:
         self._state, self._hidden, self._traits = state, hidden, traits
         self._samples = 0
         self._tensors: dict[int, Recorded] = {}

@@ -133,6 +133,8 @@ def rotated_parameters(block: LoadedBlock, arguments: Arguments, hidden: Tensor,
     linears = block.matrices()
     changed: dict[str, Tensor] = {}
     for fold in norm_folds(trace, linears.keys()):
+        if fold.channels != len(q):
+            continue
         stored = block.module.get_parameter(f"{fold.producer}.weight").detach()
         changed[f"{fold.producer}.weight"] = torch.full_like(stored, 1 - fold.offset)
         for name in fold.consumers:

@@ -38,6 +38,7 @@ class Walk:
     Attributes:
         names: of the blocks within the model, in the order they run.
         hidden: keyword of what they are handed as hidden states.
+        first: whether their `forward` takes these first.
         returns: size of the tuple that they return; None where it is hidden states alone.
         traits: what else each is handed, by keyword.
         state: how what travels from block to block lies.
@@ -49,6 +50,7 @@ class Walk:
 
     names: tuple[str, ...]
     hidden: str
+    first: bool
     returns: int | None
     traits: tuple[Given, ...]
     state: State
@@ -59,7 +61,7 @@ class Walk:
 
     def inputs(self) -> BlockInputs:
         """Return a record, still empty, of what blocks are handed."""
-        return BlockInputs(self.state, self.hidden, self.traits)
+        return BlockInputs(self.state, None if self.first else self.hidden, self.traits)
 
     def outside(self, model: Any) -> dict[str, nn.Module]:
         """Return the modules of the base model that are in no block, by their names within it."""
@@ -292,7 +294,8 @@ def _walk(model: Any, few: _Passed, more: _Passed, returns: int | None, device: 
     if alone:
         norm = model.base_model.get_submodule(more.behind[0])
         alone = _same(norm(more.states[-1]), more.final)
-    return Walk(few.names, few.hidden, returns, traits, state, more.before, more.behind, alone, more.tables)
+    first = all(_parameters(model.get_submodule(name))[0] == few.hidden for name in few.names)
+    return Walk(few.names, few.hidden, first, returns, traits, state, more.before, more.behind, alone, more.tables)
 
 
 class _Tail(nn.Module):
@@ -405,11 +408,16 @@ def _named(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     Raises:
         ModelError: some have no name.
     """
-    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
-    names = [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    names = _parameters(block)
     if len(args) > len(names):
         raise ModelError("this architecture hands arguments without names to its decoder blocks")
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _parameters(block: nn.Module) -> list[str]:
+    """Names that arguments of a block's `forward` have by their position."""
+    parameters = list(inspect.signature(type(block).forward).parameters.values())[1:]
+    return [p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _leaves(tree: Any, wanted: Callable[[Any], bool]) -> list[Any]:

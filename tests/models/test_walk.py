@@ -7,7 +7,12 @@ import torch
 from asked_models import ASKED
 
 from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.learning.reconstruction import Reconstruction
+from tesseraq_gguf.learning.sensitivity import measure_sensitivity
+from tesseraq_gguf.methods.building import method_of
+from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.models.folding import folds
 
 CPU = torch.device("cpu")
 # longer than the sliding windows
@@ -131,3 +136,56 @@ def test_of_large_tables_rows_are_read(make_asked, monkeypatch):
     assert torch.equal(*ends)
     positions = Decoder(make_asked("matrices that multiply from the left"), CPU)
     assert positions.walk.tables == ("wte",)
+
+
+def test_norms_are_told_from_vectors_of_a_state_space(make_asked):
+    block = Decoder(make_asked("state space alone"), CPU).load_block(0)
+    assert set(block.norms()) == {"norm.weight"}
+    vectors = {name for name, p in block.module.named_parameters() if p.dim() == 1}
+    assert vectors >= {"mixer.D", "mixer.conv1d.bias", "mixer.dt_proj.bias"}
+
+
+def test_factors_move_into_a_norm_that_heads_share(make_asked):
+    decoder = Decoder(make_asked("linear attention"), CPU)
+    state, inputs = decoder.stem(TOKENS[:1])
+    block = decoder.load_block(0)
+    found = {fold.producer: fold for fold in folds(block, inputs.arguments[0], state, block.matrices().keys())}
+    fold = found["linear_attn.norm"]
+    assert (fold.channels, len(fold.spread), fold.consumers) == (32, 128, ("linear_attn.out_proj",))
+    before = block.run(state, inputs.arguments[0])
+    fold.apply(block, torch.linspace(0.5, 2, 32))
+    torch.testing.assert_close(block.run(state, inputs.arguments[0]), before, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "tesseraq"])
+def test_a_matrix_that_nothing_runs_is_rounded_and_named(method, make_asked):
+    decoder = Decoder(make_asked("a matrix that is no layer's"), CPU)
+    types = dict.fromkeys(decoder.matrix_shapes(), "tsq3")
+    settings = Settings(steps=1, batch=1, rounding_rate=1e-3, parameter_rate=1e-3, width=128)
+    walk = Reconstruction(decoder, method_of(method, "awq", settings), types, 0, torch.float32)
+    for result in walk.run(TOKENS, [torch.ones(2, 128)] * 2, lambda _: None):
+        assert result.rare == (f"backbone.layers.{result.index}.mixer.dt_proj.weight",)
+        assert set(result.tensors) >= {name for name in types if f".{result.index}." in name}
+
+
+@pytest.mark.parametrize("kind", ["streams, inputs for every block, shared keys", "kinds of blocks"])
+def test_blocks_of_any_inside_are_learned(kind, make_asked):
+    """What only passes through a block, such as keys that others made, is not counted as its loss."""
+    decoder = Decoder(make_asked(kind), CPU)
+    sensitivity = measure_sensitivity(decoder, TOKENS, 0)
+    assert sensitivity.output_moment.shape == (128, 128)
+    assert sensitivity.embedding.shape == (128,)
+    assert all(weights.shape == (2, decoder.width) for weights in sensitivity.blocks)
+    settings = Settings(steps=1, batch=1, rounding_rate=1e-3, parameter_rate=1e-3, width=128)
+
+    def losses(type: str) -> list[float]:
+        types = {name: type for name, shape in decoder.matrix_shapes().items() if shape[1] % 64 == 0}
+        walk = Reconstruction(decoder, method_of("gptq", "none", settings), types, 0, torch.float32)
+        return [result.loss_after or 0.0 for result in walk.run(TOKENS, sensitivity.blocks, lambda _: None)]
+
+    for fine, coarse in zip(losses("q8_0"), losses("tsq3"), strict=True):
+        assert 0 < fine < 0.05 * coarse
+    for index in range(len(decoder)):
+        made = decoder.walk.state.made(index)
+        assert (made is None) == (decoder.width == decoder.hidden_size)
+        assert made is None or 0 < int(made.sum()) < decoder.width
