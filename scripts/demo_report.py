@@ -1,6 +1,6 @@
 """Print what `scripts/demo` measured and what its files say: `demo_report.py FOLDER NAME=TITLE …`.
 
-FOLDER holds NAME.eval.json, NAME.inspect.json and NAME.txt, a continuation of prompt.txt, for each name.
+FOLDER holds NAME.eval.json, NAME.inspect.json and NAME.txt, its answer to question.txt, for each name.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ def table(folder: Path, titles: Mapping[str, str]) -> Iterator[str]:
         )
 
 
-def continuations(folder: Path, titles: Mapping[str, str]) -> Iterator[str]:
-    """Yield the beginning, and how each file goes on."""
-    yield (folder / "prompt.txt").read_text().strip()
+def answers(folder: Path, titles: Mapping[str, str]) -> Iterator[str]:
+    """Yield the question, and what each file answers."""
+    yield (folder / "question.txt").read_text().strip()
     for name, title in titles.items():
         said = " ".join((folder / f"{name}.txt").read_text().split())
         yield ""
         yield f"{title}:"
-        yield textwrap.fill(f"… {said}", 96, initial_indent="    ", subsequent_indent="    ")
+        yield textwrap.fill(said, 96, initial_indent="    ", subsequent_indent="    ")
 
 
 def main() -> None:
-    """Print the table, then the continuations."""
+    """Print the table, then the answers."""
     folder = Path(sys.argv[1])
     titles = dict(word.split("=", 1) for word in sys.argv[2:])
     print("\n".join(table(folder, titles)), end="\n\n")
     print(
-        "\n".join(continuations(folder, {name: t for name, t in titles.items() if (folder / f"{name}.txt").exists()}))
+        "\n".join(answers(folder, {name: t for name, t in titles.items() if (folder / f"{name}.txt").exists()}))
     )
 
 
