@@ -105,7 +105,7 @@ def _file_error(model: Path, folder: Path, settings: Mapping[str, Any]) -> tuple
     """Error of llama.cpp's logits against torch's on the weights that were learned; what the program noted."""
     out, text = folder / "out.gguf", folder / "text.txt"
     text.write_text(TEXT * 60, encoding="utf-8")
-    calibrated = (
+    calibrated: dict[str, Any] = (
         {} if settings["method"] == "rtn" else {"calibration": str(text), "preset": "fast", "samples": 8, "seqlen": 64}
     )
     recipe = Recipe(
