@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -32,7 +33,7 @@ LOUD = 0.2
 MIXTURES = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe")
 MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 # architecture, what differs from SMALL
-KINDS: dict[str, tuple[str, dict]] = {
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-576": ("Llama", {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}),
     "llama-odd": ("Llama", {"intermediate_size": 160, "tie_word_embeddings": True}),
@@ -63,12 +64,12 @@ KINDS: dict[str, tuple[str, dict]] = {
 }
 _WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 # rows of two blocks of 128, and heads of one
-WIDE_KINDS: dict[str, tuple[str, dict]] = {
+WIDE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-256": ("Llama", _WIDE),
     "llama-256-bias": ("Llama", _WIDE | {"attention_bias": True, "mlp_bias": True}),
 }
 # heads of other kinds than a matrix that is all there is to logits
-HEAD_KINDS: dict[str, tuple[str, dict]] = {
+HEAD_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22}),
     "cohere": ("Cohere", {"logit_scale": 0.0625}),
     "phi": ("Phi", {"num_key_value_heads": 4, "intermediate_size": 512}),  # llama.cpp takes these for granted
