@@ -39,9 +39,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     titles = dict(word.split("=", 1) for word in sys.argv[2:])
     print("\n".join(table(folder, titles)), end="\n\n")
-    print(
-        "\n".join(answers(folder, {name: t for name, t in titles.items() if (folder / f"{name}.txt").exists()}))
-    )
+    print("\n".join(answers(folder, {name: t for name, t in titles.items() if (folder / f"{name}.txt").exists()})))
 
 
 if __name__ == "__main__":
