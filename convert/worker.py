@@ -168,11 +168,17 @@ class Converter:
         from conversion import ModelBase
 
         self._job, folder = job, Path(job["folder"])
-        parameters = ModelBase.load_hparams(folder, False)
+        source = ModelSource(job["name"], folder)
+        # transformers, which reads the settings, keeps some under other names than classes know
+        parameters = source.config() | ModelBase.load_hparams(folder, False)
         if not parameters.get("architectures"):
-            parameters["architectures"] = ModelSource(job["name"], folder).architectures()
-            # classes read the folder's settings again
-            ModelBase.load_hparams = staticmethod(lambda *_, **__: copy.deepcopy(parameters))
+            parameters["architectures"] = source.architectures()
+        load = ModelBase.load_hparams  # classes read the folder's settings again
+        ModelBase.load_hparams = staticmethod(
+            lambda where, *more, **named: (
+                copy.deepcopy(parameters) if Path(where) == folder else load(where, *more, **named)
+            )
+        )
         kind = _conversion_class(job["name"], parameters, projector)
         if not projector and _leaves_head_out(job, kind):
             kind.no_mtp = True

@@ -16,7 +16,7 @@ from tesseraq_gguf.errors import TesseraqError
 
 _WIDTH = int(SMALL["hidden_size"])
 
-_GAIN = 0.75
+_GAIN = 0.6
 """How much a matrix enlarges what it is fed: with more, what llama.cpp rounds on the way would count for too much."""
 
 DENSE, MIXTURE, HYBRID = "dense", "mixture of experts", "state space, convolutions or linear attention"
@@ -137,8 +137,8 @@ _LATENT = {
 _DELTA = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
     "head_dim": 32,
     "num_hidden_layers": 4,
 }
@@ -167,7 +167,7 @@ ARCHITECTURES = (
             "vocab_size_per_layer_input": 320,
             "laurel_rank": 64,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
+            "activation_sparsity_pattern": [0.95] * 4,  # as llama.cpp has it in the first ten blocks
         },
     ),
     Architecture(
@@ -228,12 +228,13 @@ ARCHITECTURES = (
     Architecture("bitnet", tokenizer="pieces"),
     Architecture("mixtral", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2}, tokenizer="pieces"),
     Architecture("qwen2_moe", MIXTURE, _EXPERTS | {"shared_expert_intermediate_size": 192}),
-    Architecture("qwen3_moe", MIXTURE, _EXPERTS | {"head_dim": 64}),
+    Architecture("qwen3_moe", MIXTURE, _EXPERTS | {"head_dim": 64, "norm_topk_prob": True}),
     Architecture("olmoe", MIXTURE, {"num_experts": 8, "num_experts_per_tok": 2, "num_key_value_heads": 4}),
     Architecture(
         "phimoe",
         MIXTURE,
-        {"num_local_experts": 8, "num_experts_per_tok": 2, "original_max_position_embeddings": 512},
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "original_max_position_embeddings": 512}
+        | {"attention_bias": True, "lm_head_bias": True},
         tokenizer="pieces",
         stated={"architectures": ["PhiMoEForCausalLM"]},
     ),
