@@ -639,7 +639,7 @@ def _from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None
 
     def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
         forced, asked = force(name, new_name, block, dimensions), job["types"].get(new_name)
-        return gguf.GGMLQuantizationType(tensor_type(asked).id) if forced is False and asked else forced
+        return gguf.GGMLQuantizationType(tensor_type(asked).id) if isinstance(forced, bool) and asked else forced
 
     model.modify_tensors, model.tensor_force_quant = modify_tensors, tensor_force_quant
     _keep_within_range(model.gguf_writer)
