@@ -55,7 +55,8 @@ def test_the_table_says_every_reason_once() -> None:
     from check.architectures.forks import Ended
     from check.architectures.page import table
 
-    good = Ended("llama", [(column, Outcome(error=1e-4)) for column in COLUMNS])
+    note = "attn_k_b of 2 blocks, in rows of 32 weights, is q8_0: not learned"
+    good = Ended("llama", [(column, Outcome(error=1e-4, notes=[note])) for column in COLUMNS])
     crashed = Ended("mistral", [("made", Outcome()), ("walk", Outcome(error=0.0))], "ended by signal 11")
     refused = Ended("qwen2", [("made", Outcome()), *((c, Outcome("no a|b")) for c in COLUMNS[1:])])
     missing = Ended("phi", [("made", Outcome("transformers does not have it", unavailable=True))])
@@ -63,10 +64,10 @@ def test_the_table_says_every_reason_once() -> None:
     lines = table(entries).splitlines()
     assert lines[0].startswith("1 of 4 have every ✔.")
     assert lines[-4:] == [
-        "| `llama` | dense | ✔ | ✔ | ✔ | ✔ |",
-        "| `mistral` | dense | ✔ | ended by signal 11 | not reached | not reached |",
-        "| `qwen2` | dense | no a\\|b | as before | as before | as before |",
-        "| `phi` | dense | transformers does not have it | as before | as before | as before |",
+        "| `llama` | dense | ✔ | ✔ | ✔ | ✔ | `attn_k_b` |",
+        "| `mistral` | dense | ✔ | ended by signal 11 | not reached | not reached |  |",
+        "| `qwen2` | dense | no a\\|b | as before | as before | as before |  |",
+        "| `phi` | dense | transformers does not have it | as before | as before | as before |  |",
     ]
 
 

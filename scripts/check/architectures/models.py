@@ -16,7 +16,7 @@ from tesseraq_gguf.errors import TesseraqError
 
 _WIDTH = int(SMALL["hidden_size"])
 
-_GAIN = 0.6
+_GAIN = 0.5
 """How much a matrix enlarges what it is fed: with more, what llama.cpp rounds on the way would count for too much."""
 
 DENSE, MIXTURE, HYBRID = "dense", "mixture of experts", "state space, convolutions or linear attention"
@@ -143,6 +143,7 @@ _DELTA = {
     "num_hidden_layers": 4,
 }
 _KDA = {"kda_layers": [1], "full_attn_layers": [2], "num_heads": 4, "head_dim": 32, "short_conv_kernel_size": 4}
+_NEMOTRON = "M*EM"
 _GLM = ("<|endoftext|>", "[gMASK]", "<|user|>", "<|observation|>")
 _GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 64}
 
@@ -267,7 +268,10 @@ ARCHITECTURES = (
         "gpt_oss", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 64}
     ),
     Architecture(
-        "minimax_m2", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16}
+        "minimax_m2",
+        MIXTURE,
+        {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "rotary_dim": 16},
+        stated={"scoring_func": "sigmoid"},
     ),
     Architecture(
         "minimax",
@@ -281,6 +285,7 @@ ARCHITECTURES = (
         {
             "num_local_experts": 8,
             "num_experts_per_tok": 1,
+            "num_hidden_layers": 4,  # the fourth has no positions
             "intermediate_size_mlp": 192,
             "head_dim": 32,
             "interleave_moe_layer_step": 1,
@@ -336,6 +341,12 @@ ARCHITECTURES = (
             "mamba_d_head": 32,
             "mamba_d_state": 16,
             "mamba_n_groups": 1,
+            "key_multiplier": 0.4,
+            "attention_out_multiplier": 0.9,
+            "mlp_multipliers": [0.9, 0.3],
+            "ssm_multipliers": [0.35, 0.25, 0.18, 0.5, 0.35],
+            "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.23,
         },
     ),
     Architecture(
@@ -343,16 +354,21 @@ ARCHITECTURES = (
         HYBRID,
         {
             "num_hidden_layers": 4,
-            "hybrid_override_pattern": "M*-M",
+            "hybrid_override_pattern": _NEMOTRON,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "moe_shared_expert_intermediate_size": 64,
             "head_dim": 32,
             "mamba_num_heads": 8,
             "mamba_head_dim": 32,
             "ssm_state_size": 16,
             "n_groups": 1,
         },
+        stated={"hybrid_override_pattern": _NEMOTRON},
     ),
-    Architecture("mamba", HYBRID, {"state_size": 16}),
-    Architecture("falcon_mamba", HYBRID, {"state_size": 16}),
+    Architecture("mamba", HYBRID, {"state_size": 16, "intermediate_size": 256}),
+    Architecture("falcon_mamba", HYBRID, {"state_size": 16, "intermediate_size": 256}),
     Architecture("mamba2", HYBRID, {"num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 1}),
     Architecture(
         "jamba",

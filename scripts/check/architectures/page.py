@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -39,7 +40,8 @@ def table(entries: Mapping[str, Entry]) -> str:
     """Return the part of the page that is made of the outcomes."""
     known = [(a, entries[a.name]) for a in ARCHITECTURES if a.name in entries]
     lines = [_summary([entry for _, entry in known]), ""]
-    lines += [f"| architecture | blocks | {' | '.join(_HEADINGS.values())} |", "|---|---|" + "---|" * len(_HEADINGS)]
+    headings = ("architecture", "blocks", *_HEADINGS.values(), "not learned")
+    lines += [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     lines += [_row(architecture, entry) for architecture, entry in known]
     return "\n".join(lines)
 
@@ -52,7 +54,15 @@ def _summary(entries: list[Entry]) -> str:
 
 
 def _row(architecture: Architecture, entry: Entry) -> str:
-    return f"| `{architecture.name}` | {architecture.kind} | {' | '.join(_cells(entry))} |"
+    cells = [*_cells(entry), _not_learned(entry)]
+    return f"| `{architecture.name}` | {architecture.kind} | {' | '.join(cells)} |"
+
+
+def _not_learned(entry: Entry) -> str:
+    """Matrices of blocks that have 8 bits or more in a learned file, as the program notes them."""
+    notes = [note for outcome in entry.outcomes.values() for note in outcome.notes]
+    found = [match[1] for note in notes if (match := re.fullmatch(r"(\S+) of .* blocks?, .*: not learned", note))]
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(found))
 
 
 def _cells(entry: Entry) -> Iterator[str]:
