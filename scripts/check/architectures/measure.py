@@ -161,12 +161,15 @@ def _with(model: Path, tensors: Mapping[str, QuantizedTensor], folder: Path) -> 
     shutil.copytree(model, folder)
     decoder = Decoder(resolve_model(str(model)), torch.device("cpu"))
     pieces = decoder.pieces()
-    file = folder / "model.safetensors"
-    with safe_open(file, "pt") as stored:
-        state = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118  (not a dict)
+    state = {}
+    for file in folder.glob("model*.safetensors"):
+        with safe_open(file, "pt") as stored:
+            state |= {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118  (not a dict)
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     for name, tensor in tensors.items():
         values = grid_of(tensor.type).dequantize(tensor) if tensor.is_matrix else tensor.arrays["values"]
         place = pieces.get(name) or Piece(decoder.stored_name(name), tuple(values.shape), len(values))
         place.view(state[place.stored]).copy_(values)
-    save_file(state, file, {"format": "pt"})
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     return folder

@@ -59,7 +59,7 @@ def save(architecture: Architecture, folder: Path) -> None:
         Unavailable: transformers does not have it.
     """
     model = build(architecture)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="400KB")
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) | dict(architecture.stated)
     file.write_text(json.dumps(config), encoding="utf-8")
@@ -258,7 +258,10 @@ ARCHITECTURES = (
         tokenizer="pieces",
     ),
     Architecture(
-        "hunyuan_v1_moe", MIXTURE, {"num_experts": 8, "moe_topk": 2, "moe_intermediate_size": 64, "head_dim": 32}
+        "hunyuan_v1_moe",
+        MIXTURE,
+        {"num_experts": 8, "moe_topk": 2, "moe_intermediate_size": 64, "head_dim": 32},
+        stated={"moe_topk": [2, 2], "moe_intermediate_size": [64, 64], "num_shared_expert": [1, 1]},
     ),
     Architecture("glm4_moe", MIXTURE, _ROUTED | {"head_dim": 32}, tokens=_GLM),
     Architecture("glm4_moe_lite", MIXTURE, _ROUTED | _LATENT, tokens=_GLM),
