@@ -50,7 +50,9 @@ def _summary(entries: list[Entry]) -> str:
     dates = sorted({entry.date for entry in entries})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     good = sum(entry.good for entry in entries)
-    return f"{good} of {len(entries)} have every ✔. Measured {when} by `scripts/run check architectures`."
+    left = len(ARCHITECTURES) - len(entries)
+    more = f"\n{left} more are tried and have not been measured yet." if left else ""
+    return f"{good} of {len(entries)} have every ✔. Measured {when} by `scripts/run check architectures`.{more}"
 
 
 def _row(architecture: Architecture, entry: Entry) -> str:
