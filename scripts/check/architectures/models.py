@@ -306,7 +306,7 @@ ARCHITECTURES = (
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         },
     ),
-    Architecture("dots1", MIXTURE, _ROUTED | {"head_dim": 32}),
+    Architecture("dots1", MIXTURE, _ROUTED | {"head_dim": 32, "num_key_value_heads": 4}),
     Architecture("afmoe", MIXTURE, _EXPERTS | {"head_dim": 32, "num_dense_layers": 1, "num_shared_experts": 1}),
     Architecture(
         "lfm2_moe",
