@@ -332,15 +332,15 @@ def gemma(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_padded_model_gives_the_same_answers(gemma: Path, tmp_path: Path) -> None:
     import torch
     from bench.quality.pad_gemma import pad
-    from transformers import AutoModelForCausalLM
+
+    from tesseraq_gguf.models.whole import whole_model
 
     padded = tmp_path / "padded.gguf"
     assert pad(gemma, padded) == 768
     tokens = torch.arange(3, 67).view(2, 32)
     answers = []
     for file in (gemma, padded):
-        folder = resolve_model(str(file)).folder
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        model = whole_model(resolve_model(str(file)), torch.float64).eval()
         with torch.inference_mode():
             answers.append(model(tokens).logits)
     assert answers[0].std() > 0.01

@@ -13,8 +13,8 @@ from pathlib import Path
 LEARNING = (
     "compute", "gguf_files/column_orders", "gguf_files/dequantize", "methods", "models", "types",
     *(f"learning/{name}" for name in (
-        "bit_budget", "calibration", "codebooks", "column_order", "embeddings", "preprocessing", "reconstruction",
-        "reordering", "rounding", "sensitivity",
+        "bit_budget", "calibration", "codebooks", "column_order", "embeddings", "mixture", "preprocessing",
+        "reconstruction", "reordering", "rounding", "sensitivity",
     )),
 )  # fmt: skip
 """Packages and modules that decide what is learned in the blocks."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from byte_pairs import take_for_gpt2
 from gguf_sources import gguf_model
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
@@ -262,7 +263,9 @@ def test_blocks_serve_again_exactly_if_nothing_in_them_depends_on_the_change(mak
 
 
 @pytest.mark.slow
-def test_what_llama_cpp_keeps_in_32_bits_is_not_learned(make_model, tmp_path):  # noqa: F811
+def test_what_llama_cpp_keeps_in_32_bits_is_not_learned(make_model, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "site").mkdir()
+    take_for_gpt2(tmp_path / "site", monkeypatch)
     report = convert(Recipe(make_model("qwen2-moe").folder, tmp_path / "out.gguf", type="tsq3", method="rtn"))
     gates = {f"model.layers.{i}.mlp.shared_expert_gate.weight" for i in (0, 1)}
     assert report.fallbacks == dict.fromkeys(gates, "is not learned: it is f32 in every file of llama.cpp's")

@@ -103,6 +103,9 @@ class Two(Team):
     def widest(self, low, high):
         return low - 1, high + 1
 
+    def all(self, make):
+        return [make(), make()]
+
 
 def test_what_is_measured_is_measured_by_all(problem):
     alone = problem.second_moments(8)["down"], problem.input_ranges()["up"], _mean_loss(problem, rounded(problem))
