@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,10 @@ def outcomes(name: str, folder: Path, columns: Sequence[str]) -> Iterator[tuple[
             yield column, _tried(measure, FILE_LIMIT)
 
 
+_FOLDERS = re.compile(r"[.\w-]*/(?:[^\s/]+/)+")
+"""What a message says of folders, which are others on every machine."""
+
+
 def _tried(measure: Callable[[], Any], limit: float | None = None) -> Outcome:
     """What came of a measurement: an error of the program's own is a reason, and so is any other."""
     try:
@@ -70,7 +75,8 @@ def _tried(measure: Callable[[], Any], limit: float | None = None) -> Outcome:
         traceback.print_exc()
         said = str(error).strip().splitlines()
         kind = "" if isinstance(error, TesseraqError) else f"{type(error).__name__}: "
-        return Outcome(reason=kind + (said[0] if said else "no message"))
+        told = next((line for line in said if "fatal error" in line), said[0] if said else "no message")
+        return Outcome(reason=kind + _FOLDERS.sub("", told))
     if limit is None:
         return Outcome()
     value, notes = found
@@ -161,7 +167,7 @@ def _with(model: Path, tensors: Mapping[str, QuantizedTensor], folder: Path) -> 
     shutil.copytree(model, folder)
     decoder = Decoder(resolve_model(str(model)), torch.device("cpu"))
     pieces = decoder.pieces()
-    state = {}
+    state: dict[str, torch.Tensor] = {}
     for file in folder.glob("model*.safetensors"):
         with safe_open(file, "pt") as stored:
             state |= {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118  (not a dict)
