@@ -139,7 +139,7 @@ job = json.loads(sys.argv[1])
 sys.path[:0] = [job["gguf_py"], job["llama_cpp"]]
 import torch
 from pathlib import Path
-from tesseraq_gguf.converter.worker import Converter
+from tesseraq_gguf.converter.upstream import Converter
 from tesseraq_gguf.models import ModelSource
 from tesseraq_gguf.models.weights import open_checkpoint
 weights = open_checkpoint(ModelSource("m", Path(job["folder"])))

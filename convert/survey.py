@@ -1,0 +1,70 @@
+"""What a conversion class would make of a Hugging Face folder, before anything is learned or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tesseraq_gguf.converter.plan import Plan
+from tesseraq_gguf.converter.upstream import Converter, feed
+from tesseraq_gguf.errors import ModelError
+from tesseraq_gguf.models.source import ModelSource
+from tesseraq_gguf.models.weights import SafetensorsCheckpoint
+
+
+def matrices_of_folder(job: dict[str, Any], namer: Converter, plan: Plan) -> dict[str, dict[str, Any]]:
+    """The matrices that the conversion class makes, by name in the file: `FileMatrix` as JSON. No weights are read."""
+    import gguf
+
+    converter = Converter(job, "bf16")  # a type that fits any rows: what has another has it by force
+    feed(job, converter, bool(job["compared"]))
+    survey = converter.model
+    force, made = survey.tensor_force_quant, {}
+
+    def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
+        forced = force(name, new_name, block, dimensions)
+        made[new_name] = name, not isinstance(forced, bool)
+        return forced
+
+    survey.tensor_force_quant = tensor_force_quant
+    survey.prepare_tensors()
+    ours = namer.names_of(job["matrices"])
+    found = {}
+    for target, info in ((target, info) for part in survey.gguf_writer.tensors for target, info in part.items()):
+        if len(info.shape) > 1 and target in made:
+            name, forced = made[target]
+            names = [name for name, _ in plan.by_target.get(target, ())] or [ours.get(name, name)]
+            type = gguf.GGMLQuantizationType(info.dtype).name.lower()
+            columns, weights = int(info.shape[-1]), int(np.prod(info.shape, dtype=object))
+            insisted = type if forced or type != "bf16" else None
+            found[target] = {"names": names, "columns": columns, "weights": weights, "forced": insisted}
+    return found
+
+
+_COMPARED_ROWS = 16
+
+_DEQUANTISED = 5e-3
+"""Relative difference that rounding of scales and products to bfloat16 can make."""
+
+
+def compare(job: dict[str, Any], converter: Converter) -> None:
+    """Hold weights as the learner reads them against what llama.cpp's converter reads, before anything is learned."""
+    import torch
+
+    weights = SafetensorsCheckpoint(ModelSource(job["name"], Path(job["folder"])))
+    for name, shape, theirs in converter.read(weights, job["compared"].values()):
+        if not shape:  # a number
+            continue
+        picked = torch.linspace(0, shape[0] - 1, min(shape[0], _COMPARED_ROWS if len(shape) > 1 else shape[0])).long()
+        mine, other = weights.rows(name, picked), theirs(picked)
+        if name in weights.dequantized:
+            tolerance = {"rtol": _DEQUANTISED, "atol": 1e-6 * float(other.abs().max())}
+        else:
+            tolerance = {"rtol": 0.0, "atol": 0.0}
+        if mine.shape != other.shape or not torch.allclose(mine, other, **tolerance, equal_nan=True):
+            raise ModelError(
+                f"{job['name']}: {name} is not read as llama.cpp's converter reads it, so nothing was learned. "
+                "Take the original model, in 16 or 32 bits, and please report this with the model's name"
+            )
