@@ -17,7 +17,7 @@ from prequantised import PACKED_SCHEMES, SCHEMES, pack, prequantise
 from safetensors.torch import load_file, save_file
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.converter import worker
+from tesseraq_gguf.converter import survey, upstream
 from tesseraq_gguf.converter.writer import check_source, write_plain
 from tesseraq_gguf.errors import ConversionError, ModelError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
@@ -169,7 +169,7 @@ def test_llama_cpp_reads_packed_matrices_alike_or_not_at_all(name, read, make_mo
     assert all(same and error < 1e-6 for error, same in found.values())
 
 
-class _Converter(worker.Converter):
+class _Converter(upstream.Converter):
     """Reads a checkpoint as `change` has it, given the rows of a tensor as they are."""
 
     def __init__(self, change: Callable[[str, torch.Tensor], torch.Tensor]):
@@ -192,19 +192,19 @@ def test_weights_that_llama_cpp_reads_otherwise_stop_the_work(make_model, tmp_pa
     def refused(source, change):
         job = _job(source)
         with pytest.raises(ModelError, match=rf"{DOWN} is not read as llama\.cpp's converter reads it") as caught:
-            worker._compare(job, _Converter(lambda name, rows: change(rows) if name == DOWN else rows))
+            survey.compare(job, _Converter(lambda name, rows: change(rows) if name == DOWN else rows))
         assert "\n" not in str(caught.value)
 
     for source in (plain, quantised):
-        worker._compare(_job(source), _Converter(lambda _, rows: rows))
+        survey.compare(_job(source), _Converter(lambda _, rows: rows))
         refused(source, lambda rows: rows * 448)  # a scale that is missing
         refused(source, lambda rows: rows.flip(0))
         refused(source, lambda rows: rows[:, :-1])
     refused(plain, lambda rows: rows.half().float() + 1e-7)
     # rounding of dequantised weights to bfloat16 is none
-    worker._compare(_job(quantised), _Converter(lambda _, rows: rows.bfloat16().float()))
+    survey.compare(_job(quantised), _Converter(lambda _, rows: rows.bfloat16().float()))
     # a number that is none is for those to say who read all of the model
-    worker._compare(_job(plain), _Converter(lambda _, rows: rows))
+    survey.compare(_job(plain), _Converter(lambda _, rows: rows))
 
 
 def test_what_is_compared(make_model):
