@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -339,7 +340,7 @@ def describe(runtime: Runtime, busy: float) -> list[str]:
     lines = [
         f"{datetime.date.today()}, {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores. "
         f"Program: {program(ROOT)}.",
-        f"Instructions: {sets}.",
+        textwrap.fill(f"Instructions: {sets}.", 100),
     ]
     if busy > QUIET:
         lines += [
