@@ -52,8 +52,8 @@ def test_rows_have_names_of_their_own_and_commands_that_fill() -> None:
     from bench.quality.subjects import SUBJECTS
 
     for subject in SUBJECTS.values():
-        assert len({row.name for row in subject.rows()}) == len(subject.rows())
-    rows = [row for subject in SUBJECTS.values() for row in subject.rows()]
+        assert len({row.name for row in subject.all_rows()}) == len(subject.all_rows())
+    rows = [row for subject in SUBJECTS.values() for row in subject.all_rows()]
     names = SHOWN | {"out": "o", "calibration": "c", "preset": "p", "iters": "1", "threads": "2"}
     for row in rows:
         assert row.family in FAMILIES

@@ -81,8 +81,9 @@ def main() -> None:
     """Make and measure what is missing, then write the report."""
     parser = _parser()
     given = parser.parse_args()
-    subject, options = _subject(given, parser), _options(given, parser)
-    every = subject.rows()
+    subject = _subject(given, parser)
+    options = _options(given, parser, subject)
+    every = subject.all_rows()
     rows = [row for row in every if re.search(given.rows, row.name)]
     if given.list:
         print("\n".join(row.name for row in rows))
@@ -339,7 +340,7 @@ def _subject(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Subj
     return SUBJECTS[name]
 
 
-def _options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Options:
+def _options(given: argparse.Namespace, parser: argparse.ArgumentParser, subject: Subject) -> Options:
     if not given.list:
         for name in ("calibration", "text"):
             file = getattr(given, name)
@@ -349,7 +350,7 @@ def _options(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Opti
     values = {name: getattr(given, name) for name in names}
     if given.preset not in PRESETS:
         parser.error(f"there is no preset {given.preset}")
-    values["samples"] = given.samples or PRESETS[given.preset].samples
+    values["samples"] = given.samples or subject.samples or PRESETS[given.preset].samples
     values["seqlen"] = given.seqlen or PRESETS[given.preset].length
     if given.imatrix_chunks is None:
         values["imatrix_chunks"] = -(-values["samples"] * values["seqlen"] // 512)

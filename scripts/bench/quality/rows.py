@@ -119,12 +119,16 @@ def all_rows() -> list[Row]:
     ]  # fmt: skip
 
 
-def file_rows() -> list[Row]:
-    """Return the rows of a model that files are compared on by their whole size, in the order of measuring."""
+def file_rows(samples: int | None = None) -> list[Row]:
+    """Return the rows of a model that files are compared on by their whole size, in the order of measuring.
+
+    Args:
+        samples: calibration sequences of a model that is too large for the preset's.
+    """
     return [
         Row("reference", REFERENCE, "none", None, False, (("cp", "{plain_f16}", "{out}"),), study=FILES, mix="F16"),
         *(_file_of_llama(mix) for mix in LLAMA_MIXES),
-        *(row for type in FILE_TYPES for row in _files_of_ours(type)),
+        *(row for type in FILE_TYPES for row in _files_of_ours(type, samples)),
     ]
 
 
@@ -133,8 +137,9 @@ def _file_of_llama(mix: str) -> Row:
     return Row(f"llama-{mix.lower()}", LLAMA_CPP, "imatrix", None, False, (command,), study=FILES, mix=mix)
 
 
-def _files_of_ours(type: str) -> Iterator[Row]:
-    learning = ("--preset", "{preset}", "--calibration", "{calibration}")
+def _files_of_ours(type: str, samples: int | None) -> Iterator[Row]:
+    fewer = ("--samples", str(samples)) if samples else ()
+    learning = ("--preset", "{preset}", "--calibration", "{calibration}", *fewer)
     for name, title, options in (
         ("rtn", "RTN", ("--method", "rtn")),
         ("gptq", "GPTQ", ("--method", "gptq", *learning)),

@@ -19,14 +19,20 @@ class Subject:
         rows: gives the files that are made of it.
         embedding: type of the embedding in the file that divergence is measured from.
         came_as: what its weights were rounded to before, which “16 bits” cannot undo.
+        samples: calibration sequences, for everything; None takes the preset's.
     """
 
     name: str
     title: str
     model: str
-    rows: Callable[[], list[Row]]
+    rows: Callable[..., list[Row]]
     embedding: str
     came_as: str
+    samples: int | None = None
+
+    def all_rows(self) -> list[Row]:
+        """Return the files that are made of it."""
+        return self.rows(self.samples) if self.samples else self.rows()
 
     @property
     def results(self) -> str:
@@ -44,7 +50,7 @@ DEMO = "demo"
 _SUBJECTS = (
     Subject(DEMO, "Gemma-3-270M", "demo", all_rows, "q8_0", "Q4_K_M"),
     Subject("smollm2", "SmolLM2-135M-Instruct", "demo:smollm2", file_rows, "f16", "Q4_1"),
-    Subject("qwen15b", "Qwen2.5-Coder-1.5B-Instruct", "", file_rows, "f16", "Q4_K_M"),
+    Subject("qwen15b", "Qwen2.5-Coder-1.5B-Instruct", "", file_rows, "f16", "Q4_K_M", 40),
 )
 
 SUBJECTS = {subject.name: subject for subject in _SUBJECTS}
