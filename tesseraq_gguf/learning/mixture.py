@@ -234,7 +234,7 @@ class Mixture:
         problem, team = self.problem, self.problem.team
         counts = tokens.visits(len(experts), team)
         last = experts.form.slots[-1].name
-        common = _Common(tokens, last)
+        common, kept = _Common(tokens, last), _Kept(len(experts))
         learned: Learned = {}
         for first in range(0, len(experts), team.size):
             mine: Learned = {}
@@ -247,7 +247,7 @@ class Mixture:
                 if len(fed):
                     common.see(alone, fed)
                 mine |= self._learn_expert(f"{name}.{index}", alone, fed, apart, int(counts[index]))
-            learned |= team.merged(mine)
+            learned |= {n: kept.keep(n.removeprefix(f"{name}."), t) for n, t in team.merged(mine).items()}
         names = {slot.name for slot in experts.form.slots}
         wanted = {n for n in problem.grids if n.startswith(f"{name}.") and n.rpartition(".")[2] in names}
         rare = sorted(wanted - learned.keys(), key=_natural)
@@ -255,7 +255,8 @@ class Mixture:
         for matrix in rare:
             weight = problem.block.matrices()[matrix].weight.detach()
             kind = last if matrix.rpartition(".")[2] == last else ""
-            learned[matrix] = _on_cpu(problem.grids[matrix].quantize(weight, importance.get(kind)))
+            rounded = problem.grids[matrix].quantize(weight, importance.get(kind))
+            learned[matrix] = kept.keep(matrix.removeprefix(f"{name}."), _on_cpu(rounded))
         self.rare += rare
         return learned
 
@@ -345,6 +346,28 @@ class _Common:
                 before = together.get(kind, (torch.zeros((), dtype=torch.float64), 0.0))
                 together[kind] = before[0] + squares, before[1] + counts[kind]
         return {kind: (squares / count).float() for kind, (squares, count) in together.items()}
+
+
+class _Kept:
+    """What was learned of experts, one stack for all: thousands of small tensors would leave holes in memory.
+
+    Args:
+        experts: how many there are.
+    """
+
+    def __init__(self, experts: int) -> None:
+        self._experts = experts
+        self._stacks: dict[tuple[str, str], Tensor] = {}
+
+    def keep(self, name: str, tensor: QuantizedTensor) -> QuantizedTensor:
+        """Return the same for a matrix, such as `7.up_proj`, with its arrays in the stacks."""
+        expert, _, slot = name.partition(".")
+        arrays = {}
+        for key, array in tensor.arrays.items():
+            if (slot, key) not in self._stacks:
+                self._stacks[slot, key] = array.new_empty(self._experts, *array.shape)
+            arrays[key] = self._stacks[slot, key][int(expert)].copy_(array)
+        return QuantizedTensor(tensor.type, arrays)
 
 
 def _samples(fed: Tensor, samples: int) -> Tensor:

@@ -183,12 +183,15 @@ class Reconstruction:
                 result = BlockResult(
                     index, tensors, before, after, seconds, ranges=named, rare=rare, verdict=problem.verdict
                 )
+                del learned, tensors
             else:
                 weights = problem.block.adopt(result.tensors)
                 self._round(problem, problem.block.by_module(result.ranges))
             _run_in_place(quantised, partial(problem.quantised, weights=weights), problem, _MORE_BITS)
+            # what the caller has kept does not wait in memory for the next block's
             del problem, weights
             yield result
+            del result
 
     def _learn(self, problem: BlockProblem, visits: Visits) -> dict[str, QuantizedTensor]:
         """Let the method learn what calibration says enough about; the rest is rounded before."""

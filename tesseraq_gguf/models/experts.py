@@ -427,7 +427,7 @@ def agrees(module: nn.Module, form: Form) -> bool:
     given = _routes(form, some, random)
     try:
         expected = inspect.unwrap(type(owner).forward)(owner, *given)
-        experts = _experts(owner, replace(form, count=some), _empty)
+        experts = _experts(owner, replace(form, count=some), lambda _: _empty)
         for index, expert in enumerate(experts):
             _give(expert, form, {name: stack[index] for name, stack in whole.items()})
         got = experts(*given)
@@ -466,12 +466,12 @@ def _give(expert: nn.Module, form: Form, layers: Mapping[str, Tensor]) -> None:
     expert.requires_grad_(False)
 
 
-def _experts(owner: nn.Module, form: Form, linear: Callable[[Slot], nn.Linear]) -> Experts:
-    """Experts in place of a module, which loses its stacks."""
+def _experts(owner: nn.Module, form: Form, linear: Callable[[int], Callable[[Slot], nn.Linear]]) -> Experts:
+    """Experts in place of a module, which loses its stacks; each gets what makes its matrices by its number."""
     for name in form.stacks:
         delattr(owner, name)
     gate = form.gate(owner)
-    return Experts((Expert(form, gate, linear) for _ in range(form.count)), owner, form)
+    return Experts((Expert(form, gate, linear(index)) for index in range(form.count)), owner, form)
 
 
 def _empty(slot: Slot) -> nn.Linear:
@@ -488,13 +488,12 @@ def unroll(block: nn.Module, forms: Mapping[str, Form], read: Callable[[str], Te
             matrices are streamed.
     """
     for name, form in forms.items():
-        made = _experts(block.get_submodule(name), form, _empty)
-        put(block, name, made)
-        if read is not None and form.count > FEW:
-            for index, expert in enumerate(made):
-                for slot in form.slots:
-                    weight = partial(read, f"{name}.{index}.{slot.name}.weight")
-                    setattr(expert, slot.name, StreamedLinear(slot.shape, weight))
+        linear = partial(_streamed, read, name) if read is not None and form.count > FEW else lambda _: _empty
+        put(block, name, _experts(block.get_submodule(name), form, linear))
+
+
+def _streamed(read: Callable[[str], Tensor], module: str, expert: int) -> Callable[[Slot], nn.Linear]:
+    return lambda slot: StreamedLinear(slot.shape, partial(read, f"{module}.{expert}.{slot.name}.weight"))
 
 
 def expert_names(model: nn.Module) -> Callable[[str], dict[str, list[str]]]:
