@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 if TYPE_CHECKING:
     from tesseraq_gguf.learning.reconstruction import BlockResult
+    from tesseraq_gguf.methods.held_out import Verdict
 
 
 class ConvertProgress:
@@ -95,10 +96,18 @@ def block_line(result: BlockResult, blocks: int) -> str:
         share = f" ({100 * after / before:.0f} %)" if before else ""
         parts.append(f"loss {_short(before)} → {_short(after)}{share}")
     if result.verdict:
-        worse = f", which learning made {_short(result.verdict.end)}: undone" if result.verdict.kept_start else ""
-        parts.append(f"held out {_short(result.verdict.kept)}{worse}")
+        parts.append(f"held out {_short(result.verdict.kept)}{_undone(result.verdict)}")
     parts.append("from an earlier run" if result.resumed else f"{result.seconds:.0f} s")
     return "  ".join(parts)
+
+
+def _undone(verdict: Verdict) -> str:
+    """What is said where a block keeps its start."""
+    if not verdict.kept_start:
+        return ""
+    if verdict.end > verdict.start:
+        return f", which learning made {_short(verdict.end)}: undone"
+    return ", and worse on what was learned on: undone"
 
 
 class TimeLeft:

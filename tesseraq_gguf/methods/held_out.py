@@ -1,8 +1,8 @@
-"""What learning is judged by: sequences that nothing is learned on.
+"""What learning is judged by: sequences that nothing is learned on, and some of those that it learned on.
 
-On little text, or with high rates, learning fits what it sees and ends worse than it began on everything else. So both
-what a method begins at and what it learned are run on sequences held out, as the file will run them, and the better
-one is kept.
+On little text, or with high rates, learning fits what it sees and ends worse than it began on everything else. With a
+few steps that are too large it ends worse on what it sees, too. So both what a method begins at and what it learned are
+run on sequences of either kind, as the file will run them, and the end is kept where it is worse on neither.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ from tesseraq_gguf.types.quantized import QuantizedTensor
 
 if TYPE_CHECKING:
     from tesseraq_gguf.methods.problem import BlockProblem
+
+
+_LEARNED_ON = 32
+"""Sequences that were learned on and judge nevertheless, at most: those that the loss which is told is a mean of."""
+
+_AT_ONCE = 8
+"""Of these, how many are run together."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,7 @@ class Verdict:
     Attributes:
         start: weighted squared error on the sequences held out with what learning began at.
         end: the same with what it came to.
-        kept_start: whether the start is kept, because the end is worse.
+        kept_start: whether the start is kept, because the end is worse, on these or on what it was learned on.
     """
 
     start: float
@@ -61,9 +68,10 @@ def better(
     end: dict[str, QuantizedTensor],
     vectors: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QuantizedTensor]:
-    """Return what learning began at or what it came to, whichever errs less on the sequences held out.
+    """Return what learning came to where it errs no more than what it began at; else that.
 
-    Where none are held out that is the end. `problem.verdict` says how it went; the last method that learned counts.
+    It must err no more on the sequences held out, if any are, nor on those that were learned on. `problem.verdict` says
+    how it went on those held out; the last method that learned counts.
 
     Args:
         problem: the block.
@@ -73,25 +81,55 @@ def better(
             the end is kept.
     """
     vectors = vectors or {}
+    kept_start = _is_worse(problem, _losses(problem, _learned_on(problem), start, end, vectors, _AT_ONCE))
     if problem.held_out is not None:
-        before, after = _loss(problem, start, {}), _loss(problem, end, vectors)
-        kept_start = problem.team.from_first(lambda: not after <= before)
-        problem.verdict = Verdict(before, after, kept_start)
-        if kept_start:
-            return start
+        losses = _losses(problem, problem.held_out, start, end, vectors, 1)
+        kept_start |= _is_worse(problem, losses)
+        problem.verdict = Verdict(*losses, kept_start)
+    if kept_start:
+        return start
     for name, value in vectors.items():
         problem.block.replace(name, value)
     return end
 
 
+def _learned_on(problem: BlockProblem) -> HeldOut:
+    sequences = min(problem.samples or len(problem.inputs), _LEARNED_ON)
+    here = problem.team.count(sequences)
+    return HeldOut(problem.inputs[:here], problem.targets[:here], sequences)
+
+
+def _is_worse(problem: BlockProblem, losses: tuple[float, float]) -> bool:
+    """Whether the end is worse than the start: what the first process finds, whose codes leave."""
+    return problem.team.from_first(lambda: not losses[1] <= losses[0])
+
+
+def _losses(  # noqa: PLR0913  (two ends on one set of sequences)
+    problem: BlockProblem,
+    sequences: HeldOut,
+    start: Mapping[str, QuantizedTensor],
+    end: Mapping[str, QuantizedTensor],
+    vectors: Mapping[str, Tensor],
+    at_once: int,
+) -> tuple[float, float]:
+    """Mean losses of start and end on sequences, in float32 as the chain is run on."""
+    return _loss(problem, sequences, start, {}, at_once), _loss(problem, sequences, end, vectors, at_once)
+
+
 @torch.no_grad()
-def _loss(problem: BlockProblem, tensors: Mapping[str, QuantizedTensor], vectors: Mapping[str, Tensor]) -> float:
-    """Mean loss on the sequences held out, in float32 as the chain is run on."""
-    assert problem.held_out is not None
+def _loss(
+    problem: BlockProblem,
+    sequences: HeldOut,
+    tensors: Mapping[str, QuantizedTensor],
+    vectors: Mapping[str, Tensor],
+    at_once: int,
+) -> float:
     weights = {name: problem.grids[name].dequantize(t).to(problem.device) for name, t in tensors.items()}
     total = torch.zeros((), dtype=torch.float64)
-    for hidden, target in zip(problem.held_out.inputs, problem.held_out.targets, strict=True):
-        out = problem.quantised(hidden[None].to(problem.device), weights, vectors)
-        total += float(problem.weighted((out.float() - target[None].to(problem.device)).square()))
+    for first in range(0, len(sequences.inputs), at_once):
+        hidden, target = (x[first : first + at_once] for x in (sequences.inputs, sequences.targets))
+        out = problem.quantised(hidden.to(problem.device), weights, vectors)
+        loss = problem.weighted((out.float() - target.to(problem.device)).square())
+        total += len(hidden) * float(loss)
     problem.team.add_up([total])
-    return float(total) / problem.held_out.sequences
+    return float(total) / sequences.sequences

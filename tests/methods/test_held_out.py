@@ -118,10 +118,29 @@ def test_the_start_is_what_the_method_begins_at():
     assert all(torch.equal(learned[n].arrays[k], a) for n, t in start.items() for k, a in t.arrays.items())
 
 
-def test_without_sequences_held_out_the_end_is_kept():
-    problem = problem_of("tsq2", held_out=0)
-    METHODS["tesseraq"][2].learn(problem)
-    assert problem.verdict is None
+@pytest.mark.parametrize("which", ["kept", "undone"])
+@pytest.mark.parametrize("name", METHODS)
+def test_where_nothing_is_held_out_what_was_learned_on_judges(name, which):
+    """As of experts to which no token that is held out came."""
+    type, *methods = METHODS[name]
+    method = methods[which == "undone"]
+    alone = dataclasses.replace(problem_of(type), held_out=None)
+    learned, expected = method.learn(alone), method.learn(problem_of(type))
+    assert alone.verdict is None
+    assert all(torch.equal(learned[n].arrays[k], array) for n, t in expected.items() for k, array in t.arrays.items())
+
+
+def test_what_is_better_on_sequences_held_out_alone_is_undone_too():
+    problem = problem_of("tsq2")
+    nearest = AsItStarts(Nearest()).learn(problem)
+    better_there = METHODS["tesseraq"][1].learn(problem)
+    # what is learned on is now what the start does, to the bit
+    weights = {n: problem.grids[n].dequantize(t) for n, t in nearest.items()}
+    with torch.no_grad():
+        problem.targets = problem.quantised(problem.inputs, weights)
+    assert better(problem, nearest, better_there) is nearest
+    assert problem.verdict.kept_start
+    assert problem.verdict.end < problem.verdict.start
 
 
 def test_activations_are_rounded_in_the_verdict():
