@@ -169,6 +169,8 @@ class _Asked:
 
     @property
     def refused(self) -> str:
+        if self.revision and Path(self.repo).exists():
+            return f"{self.repo} here has no revisions (leave @{self.revision} out), and the hub did not give it"
         return f"no folder {self.repo} here, and the hub did not give it"
 
     def has_token(self) -> bool:

@@ -226,6 +226,12 @@ def test_a_model_that_is_not_there(served):
     assert "or the token may not read it" in refusal("some/other", Hub(TOKEN))
 
 
+def test_a_folder_has_no_revisions(served, tmp_path, monkeypatch):
+    (tmp_path / "some/folder").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "some/folder here has no revisions (leave @main out), and the hub did not" in refusal("some/folder@main")
+
+
 def test_a_gated_model_wants_a_token(served, monkeypatch):
     served.gated = True
     text = refusal("some/model")
