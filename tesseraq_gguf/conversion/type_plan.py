@@ -170,7 +170,7 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
             types.pop(name)
             plain[name] = forced
     if not types:
-        raise _nothing_learned(recipe, decoder.source, plain.keys() & decoder.matrix_shapes().keys())
+        raise _nothing_learned(recipe, decoder.source, plain.keys() & decoder.matrix_shapes().keys(), fallbacks)
     free = {n for m in check.file.values() if m.forced is None for n in m.names} - check.dropped.keys()
     head = _head_types(recipe, {n: s for n, s in drafting.items() if n in free}, ruled)
     head = {n: t for n, t in head.items() if n not in _torn_columns(recipe, head, check.groups)}
@@ -346,10 +346,17 @@ def _tied() -> UsageError:
     return UsageError(f"this model's output matrix is its embedding: give {spelled('embedding_type')} alone")
 
 
-def _nothing_learned(recipe: Recipe, source: ModelSource, plain: Iterable[str]) -> TesseraqError:
+def _nothing_learned(
+    recipe: Recipe, source: ModelSource, plain: Iterable[str], fallbacks: Mapping[str, str]
+) -> TesseraqError:
     if list(plain):
         return UsageError("the rules leave nothing to learn. To write the model as it is, give type f16")
-    return ModelError(f"{source.name}: no matrix of its blocks can be learned in {recipe.type}")
+    name, said = next(iter(fallbacks.items()), ("", ""))
+    reason = f" ({name}: {said.partition(': ')[2]})" if name else ""
+    return ModelError(
+        f"{source.name}: no matrix of its blocks can be learned in {recipe.type}{reason}. "
+        f"Give another {spelled('type')}, or f16 to write the model as it is"
+    )
 
 
 def _shapes_to_place(source: ModelSource) -> dict[str, tuple[int, int]]:

@@ -174,7 +174,7 @@ def test_a_model_of_which_nothing_can_be_learned(tmp_path, make_model, long_text
     LlamaForCausalLM(config).save_pretrained(folder)
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((source.folder / name).read_bytes())
-    with pytest.raises(ModelError, match="no matrix of its blocks can be learned"):
+    with pytest.raises(ModelError, match=r"learned in tsq2 \(.*: 64 does not divide its rows of 80\). Give another"):
         convert(Recipe(str(folder), tmp_path / "out.gguf", calibration=str(long_text)))
     assert not (tmp_path / "out.gguf").exists()
 
