@@ -18,6 +18,7 @@ from tesseraq_gguf.learning.embeddings import embedding_costs
 from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
+from tesseraq_gguf.models.speculation import head_matrices
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
@@ -96,7 +97,9 @@ def _within_budget(recipe: Recipe, model: Model, meter: CostMeter, tokens: Tenso
         return plan.with_choice({n: t for name, t in chosen.items() for n in together.get(name, [name])}, decoder)
 
     if recipe.target_bpw is not None:
-        weights = sum(rows * columns for rows, columns in shapes.values())
+        drafting = {name: shape for name, shape in head_matrices(decoder).items() if name in plan.head}
+        settled += sum(plan.bytes_of(name, shape) for name, shape in drafting.items())
+        weights = sum(rows * columns for rows, columns in (shapes | drafting).values())
         return choice(int(recipe.target_bpw * weights / 8) - settled)
     shape = (decoder.config.vocab_size, decoder.hidden_size)
     open_ends = _open_ends(recipe, decoder)

@@ -104,7 +104,7 @@ def _is_worse(problem: BlockProblem, losses: tuple[float, float]) -> bool:
     return problem.team.from_first(lambda: not losses[1] <= losses[0])
 
 
-def _losses(  # noqa: PLR0913  (two ends on one set of sequences)
+def _losses(
     problem: BlockProblem,
     sequences: HeldOut,
     start: Mapping[str, QuantizedTensor],

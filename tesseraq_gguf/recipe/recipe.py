@@ -28,7 +28,8 @@ class Recipe:
         type: tensor type of the matrices in the decoder blocks; a float type means that nothing is learned.
         rules: pairs (regular expression, type); the last one that matches a matrix's checkpoint name gives it its type.
             Rules that match nothing in the blocks may name the embedding or the output matrix.
-        target_bpw: bits per weight that the blocks' matrices may have; their types are then chosen.
+        target_bpw: bits per weight that the blocks' matrices may have, with those of a head for speculation; types of
+            the blocks' are then chosen.
         target_size: bytes that the file may have; types of the blocks' matrices and the embedding are then chosen.
         candidates: types to choose from.
         method: how codes are learned, one of `table.METHODS`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from math import prod
 
 import pytest
 import torch
@@ -38,6 +39,22 @@ def test_a_head_is_rounded_as_the_blocks_are(drafter, tmp_path):
     grid, up = grid_of("tsq3"), tensors["blk.2.ffn_up.weight"]
     stored = dequantized(up, file.data(up), own_codebooks(file))
     assert torch.equal(torch.from_numpy(stored.copy()).reshape(weight.shape), grid.dequantize(grid.quantize(weight)))
+
+
+def test_a_budget_counts_a_heads_bits(drafter, tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "out.gguf"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    recipe = Recipe(
+        str(drafter.folder), out, target_bpw=3.5, candidates=("tsq4", "tsq2"), method="gptq", calibration=str(text),
+        samples=4, seqlen=32,
+    )  # fmt: skip
+    convert(recipe)
+    blocks = [t for t in open_gguf(out).tensors if t.name.startswith("blk.") and len(t.shape) > 1]
+    matrices = [t for t in blocks if "conv1d" not in t.name]
+    assert {t.type for t in matrices if t.name.startswith("blk.2.")} == {"tsq4"}
+    assert "tsq2" in {t.type for t in matrices}
+    bits, weights = (sum(x) for x in zip(*((8 * t.bytes, prod(t.shape)) for t in matrices), strict=True))
+    assert 3 < bits / weights <= 3.5
 
 
 def test_a_head_is_left_out(drafter, tmp_path):
