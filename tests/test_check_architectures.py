@@ -28,6 +28,7 @@ def _task(name: str) -> Iterator[tuple[str, int]]:
     if name == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if name == "slow":
+        os.fork()  # which holds the pipe as well
         time.sleep(60)
     if name == "failing":
         raise ValueError("of no value")
@@ -45,6 +46,7 @@ def test_a_crash_and_a_time_limit_end_one_process_alone(tmp_path: Path) -> None:
         "slow": "took more than 5 s",
         "failing": "ended in an error",
     }
+    assert found["slow"].seconds < 50
     assert found["killed"].told == [("first", 1)]
     assert "of no value" in (tmp_path / "failing").read_text()
 
@@ -69,6 +71,48 @@ def test_the_table_says_every_reason_once() -> None:
         "| `qwen2` | dense | no a\\|b | as before | as before | as before |  |",
         "| `phi` | dense | transformers does not have it | as before | as before | as before |  |",
     ]
+
+
+def test_a_cause_stands_beside_a_figure_and_in_place_of_a_message() -> None:
+    from check.architectures.columns import COLUMNS, Outcome
+    from check.architectures.page import Entry, table
+
+    figures = [Outcome(), Outcome(), *(Outcome(f"error {e}", error=e) for e in (0.16, 0.14, 0.16))]
+    refused = [Outcome(), Outcome(), *[Outcome("llama.cpp does not know the architecture OPTForCausalLM")] * 3]
+    entries = {
+        name: Entry(dict(zip(COLUMNS, outcomes, strict=True)), "2026-01-01", 1.0)
+        for name, outcomes in (("phimoe", figures), ("opt", refused))
+    }
+    opt, phimoe = table(entries).splitlines()[-2:]
+    assert opt == "| `opt` | dense | ✔ | llama.cpp does not have it | as before | as before |  |"
+    assert "| error 0.16: llama.cpp norms without " in phimoe
+    assert phimoe.endswith("| error 0.14 | as before |  |")
+    good = Entry(dict.fromkeys(COLUMNS, Outcome()), "2026-01-01", 1.0)
+    with pytest.raises(ValueError, match="opt has every ✔: take its obstacle out"):
+        table({"opt": good})
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "0.00.025.387 E llama_model_load: error loading model: check_tensor_dims: tensor 'a' not found\n"
+            "0.00.025.400 E llama_model_load_from_file_impl: failed to load model",
+            "check_tensor_dims: tensor 'a' not found",
+        ),
+        ("#14 in _start ()\n../src/graph.cpp:20: fatal error\n30: No such file", "graph.cpp:20: fatal error"),
+        ("assert x.ndim == 2", "assert x.ndim == 2"),
+        ("", "AssertionError without a message"),
+    ],
+)  # fmt: skip
+def test_a_reason_is_the_message_alone(said: str, reason: str) -> None:
+    from check.architectures.measure import reason_of
+
+    from tesseraq_gguf.errors import ModelError
+
+    assert reason_of(AssertionError(said)) == reason
+    assert reason_of(ModelError("tiny: llama.cpp does not know it")) == "llama.cpp does not know it"
+    assert reason_of(KeyError("a")) == "KeyError: 'a'"
 
 
 def test_what_is_not_measured_again_stays() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -74,10 +76,17 @@ def in_forks(
             for one in running.values():
                 if time.monotonic() - one.begun > limit:
                     one.ended.reason = f"took more than {limit:.0f} s"
-                    one.process.kill()
+                    _kill(one)
     finally:
         for one in running.values():
-            one.process.kill()
+            _kill(one)
+
+
+def _kill(one: _Running) -> None:
+    """End a process with the forks that it made: while one of them holds the pipe, it seems to have more to tell."""
+    with suppress(ProcessLookupError):  # it has ended, or has no group yet
+        os.killpg(one.process.pid, signal.SIGKILL)
+    one.process.kill()
 
 
 def _hear(connection: Connection, one: _Running) -> bool:
@@ -95,6 +104,7 @@ def _hear(connection: Connection, one: _Running) -> bool:
 
 
 def _do(name: str, task: Callable[[str], Iterable[Any]], tell: Connection, log: Path) -> None:
+    os.setpgid(0, 0)
     sys.stdout = sys.stderr = log.open("w", encoding="utf-8", buffering=1)
     for number in (1, 2):
         os.dup2(sys.stdout.fileno(), number)

@@ -64,6 +64,9 @@ def outcomes(name: str, folder: Path, columns: Sequence[str]) -> Iterator[tuple[
 _FOLDERS = re.compile(r"[.\w-]*/(?:[^\s/]+/)+")
 """What a message says of folders, which are others on every machine."""
 
+_PREFIXES = re.compile(r"tiny: |[\d.]+ E \w+: error loading model: |[\d.]+ E \w+: |error loading model: ")
+"""What stands before a message: the model's name, the time at which llama.cpp said it, and where."""
+
 
 def _tried(measure: Callable[[], Any], limit: float | None = None) -> Outcome:
     """What came of a measurement: an error of the program's own is a reason, and so is any other."""
@@ -73,15 +76,21 @@ def _tried(measure: Callable[[], Any], limit: float | None = None) -> Outcome:
         return Outcome(reason=str(error), unavailable=True)
     except Exception as error:
         traceback.print_exc()
-        said = str(error).strip().splitlines()
-        kind = "" if isinstance(error, TesseraqError) else f"{type(error).__name__}: "
-        told = next((line for line in said if "fatal error" in line), said[0] if said else "no message")
-        return Outcome(reason=kind + _FOLDERS.sub("", told))
+        return Outcome(reason=reason_of(error))
     if limit is None:
         return Outcome()
     value, notes = found
     reason = "" if value <= limit else f"error {value:.1e}"
     return Outcome(reason=reason, error=value, notes=notes)
+
+
+def reason_of(error: Exception) -> str:
+    """One line of what an error says, as it stands in the table."""
+    said = str(error).strip().splitlines()
+    kind = "" if isinstance(error, (TesseraqError, AssertionError)) else f"{type(error).__name__}: "
+    ends = [line for line in said if re.search("fatal error|GGML_ASSERT|error loading model", line)]
+    told = (ends or said or [f"{type(error).__name__} without a message"])[0]
+    return kind + _FOLDERS.sub("", _PREFIXES.sub("", told))
 
 
 def _walk_error(folder: Path) -> tuple[float, list[str]]:

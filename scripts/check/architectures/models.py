@@ -38,6 +38,7 @@ class Architecture:
             for such a one as transformers keeps it.
         tokens: special tokens that the conversion class asks for.
         stated: what config.json has in checkpoints of the hub, and transformers does not save.
+        obstacle: what is in the way in llama.cpp or transformers, a clause for the table; empty if nothing is.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Architecture:
     tokenizer: str = "bytes"
     tokens: tuple[str, ...] = ()
     stated: Mapping[str, Any] = field(default_factory=dict)
+    obstacle: str = ""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of its tiny model."""
@@ -161,28 +163,29 @@ ARCHITECTURES = (
         tokenizer="pieces",
         different={
             "head_dim": 32,
-            "num_hidden_layers": 4,
             "num_kv_shared_layers": 0,  # llama.cpp shares from the 20th block on
             "sliding_window": 64,
             "hidden_size_per_layer_input": 256,  # this and the rank it takes for granted
             "vocab_size_per_layer_input": 320,
             "laurel_rank": 64,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "activation_sparsity_pattern": [0.95] * 4,  # as llama.cpp has it in the first ten blocks
+            "layer_types": ["sliding_attention", "full_attention"],
+            # as llama.cpp has it in the first ten blocks; what is little above a threshold enlarges what is rounded
+            "activation_sparsity_pattern": [0.95] * 2,
         },
     ),
     Architecture(
         "gemma4_text",
         tokenizer="converted",
         different={
-            "head_dim": 32,
-            "global_head_dim": 64,
-            "num_hidden_layers": 4,
-            "num_kv_shared_layers": 2,
+            "head_dim": 16,  # products of keys and queries are not made smaller: with more, attention is all or nothing
+            "global_head_dim": 32,
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 1,
             "hidden_size_per_layer_input": 32,
             "vocab_size_per_layer_input": 320,
             "sliding_window": 64,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "final_logit_softcapping": 30.0,  # llama.cpp caps logits at this whatever a file says
         },
     ),
     Architecture("phi", different={"num_key_value_heads": 4, "intermediate_size": 512}),
@@ -224,9 +227,13 @@ ARCHITECTURES = (
         different={"d_model": 128, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
         stated={"architectures": ["MPTForCausalLM"]},
     ),
-    Architecture("opt"),
+    Architecture("opt", obstacle="llama.cpp does not have it"),
     Architecture("jais2"),
-    Architecture("bitnet", tokenizer="pieces"),
+    Architecture(
+        "bitnet",
+        tokenizer="pieces",
+        obstacle="llama.cpp's converter knows the tensors of an older BitNet alone, and not `ffn_sub_norm`",
+    ),
     Architecture("mixtral", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2}, tokenizer="pieces"),
     Architecture("qwen2_moe", MIXTURE, _EXPERTS | {"shared_expert_intermediate_size": 192}),
     Architecture("qwen3_moe", MIXTURE, _EXPERTS | {"head_dim": 64, "norm_topk_prob": True}),
@@ -238,6 +245,7 @@ ARCHITECTURES = (
         | {"attention_bias": True, "lm_head_bias": True},
         tokenizer="pieces",
         stated={"architectures": ["PhiMoEForCausalLM"]},
+        obstacle="llama.cpp norms without subtracting the mean, and routes by a softmax in place of the sparse mixer",
     ),
     Architecture("granitemoe", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2}),
     Architecture(
@@ -262,11 +270,18 @@ ARCHITECTURES = (
         MIXTURE,
         {"num_experts": 8, "moe_topk": 2, "moe_intermediate_size": 64, "head_dim": 32},
         stated={"moe_topk": [2, 2], "moe_intermediate_size": [64, 64], "num_shared_expert": [1, 1]},
+        obstacle="llama.cpp's converter reads none but Tencent's own tokenizer, which transformers does not have",
     ),
     Architecture("glm4_moe", MIXTURE, _ROUTED | {"head_dim": 32}, tokens=_GLM),
-    Architecture("glm4_moe_lite", MIXTURE, _ROUTED | _LATENT, tokens=_GLM),
+    Architecture(
+        "glm4_moe_lite",
+        MIXTURE,
+        _ROUTED | _LATENT,
+        tokens=_GLM,
+        stated={"scoring_func": "sigmoid"},  # llama.cpp takes it for granted of 47 blocks alone
+    ),
     Architecture("deepseek_v2", MIXTURE, _ROUTED | _LATENT | {"topk_method": "greedy"}),
-    Architecture("deepseek_v3", MIXTURE, _ROUTED | _LATENT),
+    Architecture("deepseek_v3", MIXTURE, _ROUTED | _LATENT, stated={"scoring_func": "sigmoid"}),
     Architecture(
         "gpt_oss", MIXTURE, {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": 64}
     ),
@@ -280,7 +295,7 @@ ARCHITECTURES = (
         "minimax",
         MIXTURE,
         {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 32},
-        stated={"architectures": ["MiniMaxText01ForCausalLM"]},
+        obstacle="llama.cpp converts MiniMax's own checkpoints alone, and transformers reads none but its `-hf` ones",
     ),
     Architecture(
         "llama4_text",
@@ -306,8 +321,27 @@ ARCHITECTURES = (
             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
         },
     ),
-    Architecture("dots1", MIXTURE, _ROUTED | {"head_dim": 32, "num_key_value_heads": 4}),
-    Architecture("afmoe", MIXTURE, _EXPERTS | {"head_dim": 32, "num_dense_layers": 1, "num_shared_experts": 1}),
+    Architecture(
+        "dots1",
+        MIXTURE,
+        _ROUTED | {"head_dim": 32, "num_key_value_heads": 4, "norm_topk_prob": True},
+        stated={"scoring_func": "sigmoid"},
+    ),
+    Architecture(
+        "afmoe",
+        MIXTURE,
+        _EXPERTS
+        | {
+            "head_dim": 32,
+            "num_hidden_layers": 4,  # the fourth attends to everything, without positions
+            "num_dense_layers": 1,
+            "num_shared_experts": 1,
+            "sliding_window": 64,
+            "route_scale": 2.8,
+            "mup_enabled": True,  # llama.cpp takes it for granted
+        },
+        stated={"route_norm": True},
+    ),
     Architecture(
         "lfm2_moe",
         MIXTURE,
@@ -333,6 +367,7 @@ ARCHITECTURES = (
             "mamba_d_head": 32,
             "mamba_d_state": 16,
         },
+        stated={"layer_types": ["mamba", "attention"]},  # transformers renames them
     ),
     Architecture(
         "falcon_h1",
@@ -372,7 +407,11 @@ ARCHITECTURES = (
     ),
     Architecture("mamba", HYBRID, {"state_size": 16, "intermediate_size": 256}),
     Architecture("falcon_mamba", HYBRID, {"state_size": 16, "intermediate_size": 256}),
-    Architecture("mamba2", HYBRID, {"num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 1}),
+    Architecture(
+        "mamba2",
+        HYBRID,
+        {"intermediate_size": None, "num_heads": 8, "head_dim": 32, "state_size": 16, "n_groups": 1},
+    ),
     Architecture(
         "jamba",
         HYBRID,
@@ -382,8 +421,8 @@ ARCHITECTURES = (
             "attn_layer_period": 2,
             "attn_layer_offset": 1,
             "mamba_dt_rank": 32,
-            "use_mamba_kernels": False,
         },
+        tokenizer="pieces",
     ),
     Architecture(
         "bamba", HYBRID, {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16}
@@ -394,6 +433,6 @@ ARCHITECTURES = (
         _LATENT | _EXPERTS | {"q_lora_rank": None, "n_shared_experts": 1, "linear_attn_config": _KDA},
         stated={"linear_attn_config": _KDA},
     ),
-    Architecture("rwkv", HYBRID, {"attention_hidden_size": 128}),
+    Architecture("rwkv", HYBRID, {"attention_hidden_size": 128}, obstacle="llama.cpp does not have its version 4"),
 )
 """All that are tried."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from check.architectures.columns import COLUMNS, MADE, WALK, Outcome
+from check.architectures.columns import COLUMNS, FILES, MADE, WALK, Outcome
 from check.architectures.models import ARCHITECTURES, Architecture
 
 _HEADINGS = {WALK: "walk", "q8_0": "Q8_0, rounded", "tesseraq": "TSQ3, `tesseraq`", "gptq": "TSQ3, `gptq`"}
@@ -56,7 +56,9 @@ def _summary(entries: list[Entry]) -> str:
 
 
 def _row(architecture: Architecture, entry: Entry) -> str:
-    cells = [*_cells(entry), _not_learned(entry)]
+    if architecture.obstacle and entry.good:
+        raise ValueError(f"{architecture.name} has every ✔: take its obstacle out")
+    cells = [*_cells(entry, architecture.obstacle), _not_learned(entry)]
     return f"| `{architecture.name}` | {architecture.kind} | {' | '.join(cells)} |"
 
 
@@ -67,8 +69,8 @@ def _not_learned(entry: Entry) -> str:
     return ", ".join(f"`{name}`" for name in dict.fromkeys(found))
 
 
-def _cells(entry: Entry) -> Iterator[str]:
-    """A cell for each column; a reason stands once, where it is met first."""
+def _cells(entry: Entry, obstacle: str) -> Iterator[str]:
+    """A cell for each column; a reason stands once, where it is met first, and what is in the way beside the first."""
     said: set[str] = set()
     made = entry.outcomes.get(MADE, Outcome())
     for column in _HEADINGS:
@@ -77,6 +79,16 @@ def _cells(entry: Entry) -> Iterator[str]:
             yield "not reached"
         elif outcome.good:
             yield "✔"
+        elif outcome.reason in said:
+            yield "as before"
         else:
-            yield "as before" if outcome.reason in said else outcome.reason.replace("|", "\\|")
+            known = "" if said or column not in FILES else obstacle
+            yield _explained(outcome, known).replace("|", "\\|")
             said.add(outcome.reason)
+
+
+def _explained(outcome: Outcome, obstacle: str) -> str:
+    """A reason with its cause; a figure is kept, and a message of others is not."""
+    if outcome.error is None:
+        return obstacle or outcome.reason
+    return f"{outcome.reason}: {obstacle}" if obstacle else outcome.reason
