@@ -62,6 +62,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "phi-fused": ("Phi3", {"original_max_position_embeddings": 512}),
 }
+# more experts than are learned together
+MANY_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral-many": (
+        "Mixtral",
+        {"hidden_size": 64, "intermediate_size": 64, "num_local_experts": 18, "num_experts_per_tok": 4},
+    ),
+}
 _WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1}
 # rows of two blocks of 128, and heads of one
 WIDE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -103,7 +110,7 @@ def tokenizer() -> bytes:
 def save_model(kind: str, folder: Path, spread: float | None = None) -> None:
     import transformers
 
-    architecture, different = (KINDS | WIDE_KINDS | HEAD_KINDS)[kind]
+    architecture, different = (KINDS | MANY_KINDS | WIDE_KINDS | HEAD_KINDS)[kind]
     if kind in HEAD_KINDS:
         spread = spread or LOUD
     if spread:
@@ -121,7 +128,7 @@ def save_model(kind: str, folder: Path, spread: float | None = None) -> None:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelSource]:
-    """Return the tiny model of a kind in KINDS, WIDE_KINDS or HEAD_KINDS, made once.
+    """Return the tiny model of a kind in KINDS, MANY_KINDS, WIDE_KINDS or HEAD_KINDS, made once.
 
     A second argument is the standard deviation of its weights, such as LOUD, in place of transformers' 0.02.
     """
