@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -66,6 +67,11 @@ def explain(error: BaseException, job: dict[str, Any]) -> tuple[str, str] | None
                 f"{job['name']}: its tokenizer has more tokens than its embedding has rows: resize the embedding "
                 "(resize_token_embeddings of transformers) and save the model again, or take the original tokenizer"
             )
+    if isinstance(error, ValueError) and (unknown := re.search("Can not map tensor '(.+)'", str(error))):
+        return "ModelError", (
+            f"{job['name']}: llama.cpp has no place for {unknown[1]} in a model of this architecture: save the model "
+            "without that tensor, or get the original again"
+        )
     if "BPE pre-tokenizer was not recognized" in str(error):
         return (
             "ModelError",

@@ -54,7 +54,8 @@ def from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None,
         written = [
             (name, gguf.GGMLQuantizationType(info.dtype).name.lower(), int(info.shape[-1]))
             for name, info in model.gguf_writer.tensors[0].items()
-            if len(info.shape) > 1 and name not in plan.by_target and not any(k in name for k in KEPT)
+            if len(info.shape) > 1 and name.endswith(".weight") and not any(k in name for k in KEPT)
+            if name not in plan.by_target
         ]
         note_fallbacks(written, emit)
     model.prepare_metadata(vocab_only=False)

@@ -162,7 +162,8 @@ def _write_file(writer: Any, out: Path, emit: Emit) -> None:
     free = shutil.disk_usage(out.parent).free
     if total > free:
         raise ConversionError(
-            f"the file needs {total:,} bytes, and {free:,} are free in {out.parent}: make room, or write elsewhere"
+            f"the file needs {total:,} bytes, and {free:,} are free on the disk that it is written to: make room, or "
+            "write elsewhere"
         )
     done = 0
 

@@ -27,6 +27,9 @@ from numpy.typing import NDArray
 from tesseraq_gguf.errors import FileFormatError
 from tesseraq_gguf.types.facts import TENSOR_TYPES
 
+PROJECTOR = "clip"
+"""Architecture of files that hold what images and sound go through on their way to some model."""
+
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _TYPE_NAMES = dict(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tesseraq_gguf import arguments
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, lost_orders
-from tesseraq_gguf.gguf_files.gguf_file import ArrayValue, GgufFile, TensorInfo, open_gguf
+from tesseraq_gguf.gguf_files.gguf_file import PROJECTOR, ArrayValue, GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.printing import printable
 from tesseraq_gguf.types.facts import TENSOR_TYPES, names
 
@@ -132,7 +132,7 @@ def inspect(path: Path | str) -> Inspection:
         block_bpw=block_bits_per_weight(file.tensors),
         architecture=architecture,
         file_type=_file_type(file),
-        runs_on=_runs_on(custom, {t.type for t in types}, lost_orders(file.tensors)),
+        runs_on=_runs_on(custom, {t.type for t in types}, lost_orders(file.tensors)) + _beside(architecture),
         needs_runtime=bool(custom),
         metadata=metadata,
         tesseraq={
@@ -183,7 +183,8 @@ def _facts(inspection: Inspection) -> Iterable[tuple[str, str]]:
     parts = f" in {inspection.parts} parts" if inspection.parts > 1 else ""
     size = f"{inspection.bytes:,} bytes{parts}"
     yield "size", f"{size}, {inspection.bpw:.3f} bits per weight ({inspection.weights:,} weights)"
-    yield "blocks", f"{inspection.block_bpw:.3f} bits per weight of their matrices, orders of columns included"
+    if inspection.block_bpw:
+        yield "blocks", f"{inspection.block_bpw:.3f} bits per weight of their matrices, orders of columns included"
     yield "architecture", inspection.architecture
     if inspection.file_type:
         yield "file type", inspection.file_type
@@ -220,6 +221,11 @@ def _runs_on(custom: list[str], present: set[str], lost: list[str]) -> str:
         return f"tesseraq-gguf runtime only (types: {', '.join(custom)})"
     recent = sorted(present & {*names(lambda t: t.recent)})
     return f"any llama.cpp recent enough to know {', '.join(recent)}" if recent else "any llama.cpp"
+
+
+def _beside(architecture: str) -> str:
+    """What a file needs beside it."""
+    return ", beside the file of its model (--mmproj)" if architecture == PROJECTOR else ""
 
 
 def _file_type(file: GgufFile) -> str | None:

@@ -456,7 +456,10 @@ class Decoder:
         """
         stored = self._find(name)
         if stored is None:
-            raise ModelError(f"{self.source.name}: the weight files have no tensor {name}")
+            raise ModelError(
+                f"{self.source.name}: the weight files have no tensor {name}, which config.json calls for. Download "
+                "the model again, config.json with it"
+            )
         return stored
 
     def check_weights(self, report: Callable[[int, int], None] = lambda *_: None) -> None:

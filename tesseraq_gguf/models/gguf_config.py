@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.gguf_files.gguf_file import ArrayValue, GgufFile, TensorInfo
+from tesseraq_gguf.gguf_files.gguf_file import PROJECTOR, ArrayValue, GgufFile, TensorInfo
 
 _INSTEAD = "Give the model as a Hugging Face folder"
 
@@ -245,6 +245,11 @@ def describe(file: GgufFile) -> Described:
     """
     header = Header(file)
     name = header.architecture
+    if name == PROJECTOR:
+        raise ModelError(
+            f"{file.path} holds what images and sound go through on their way to a model, and no model: "
+            "give the file of the model itself"
+        )
     if name == "llama" and header.take("expert_count"):
         name = "mixtral"
     if name == "olmo2" and header.take("attention.sliding_window"):

@@ -128,6 +128,12 @@ def without_target(recipe: Recipe) -> str | None:
     return None if recipe.budgeted else "there is no target to choose types for"
 
 
+def without_hub(recipe: Recipe) -> str | None:
+    """A token is for models that are downloaded from the hub."""
+    here = recipe.model.partition(":")[0] == "demo" or Path(recipe.model).exists()
+    return f"{recipe.model} is not downloaded from the hub" if here else None
+
+
 def without_projector(recipe: Recipe) -> str | None:
     """A type is for a projector that is written."""
     return None if recipe.mmproj else "no projector is written"

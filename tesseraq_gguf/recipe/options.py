@@ -216,6 +216,7 @@ _OPTIONS = (
     Option(
         "token", optional(secret), "Token of the hub, for models that are gated or private.",
         MACHINE, unset="HF_TOKEN of the environment, or the one of hf auth login", always=True,
+        idle=conflicts.without_hub,
     ),
     Option("device", device, "auto, cpu, cuda, cuda:1, …", MACHINE),
     Option(

@@ -11,6 +11,8 @@ from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.converter.writer import check_projector, write_projector
 from tesseraq_gguf.errors import ModelError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.gguf_files.inspection import inspect
+from tesseraq_gguf.models import resolve_model
 
 
 @pytest.mark.parametrize("kind", ["gemma3-vision", "mistral3", "smolvlm"])
@@ -36,6 +38,9 @@ def test_the_projector_holds_the_weights_of_the_tower(make_vision_model, tmp_pat
         tower = weights[f"vision_tower.vision_model.encoder.layers.{layer}.mlp.fc1.weight"].float().numpy()
         stored = file.data(tensors[f"v.blk.{layer}.ffn_up.weight"]).view(np.float32).reshape(tower.shape)
         assert np.array_equal(stored, tower)
+    assert inspect(projector).runs_on == "any llama.cpp, beside the file of its model (--mmproj)"
+    with pytest.raises(ModelError, match="no model: give the file of the model itself"):
+        resolve_model(str(projector))
 
 
 def test_types_of_projectors(make_vision_model, tmp_path):

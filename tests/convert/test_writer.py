@@ -282,6 +282,18 @@ def test_a_model_from_a_gguf_file_keeps_its_metadata_and_tensors(kind, make_mode
         assert np.array_equal(open_gguf(again).data(mine), first.data(other)), mine.name
 
 
+def test_a_tensor_that_llama_cpp_has_no_place_for_is_named(make_model, tmp_path):
+    folder = tmp_path / "llama"
+    shutil.copytree(make_model("llama").folder, folder)
+    tensors = {"model.layers.0.odd.weight": torch.zeros(8, 8)}
+    for file in folder.glob("model*"):
+        tensors |= load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"no place for model\.layers\.0\.odd\.weight .*: save the model without"):
+        write_plain(ModelSource("odd", folder), tmp_path / "odd.gguf", "f16")
+
+
 def test_a_hub_snapshot_is_called_by_its_model_and_not_by_its_commit(make_model, tmp_path):
     snapshot = tmp_path / ("0123456789abcdef" * 3)[:40]
     shutil.copytree(make_model("llama").folder, snapshot)
@@ -366,7 +378,7 @@ def test_too_little_space_is_known_before_writing(make_model, tmp_path, monkeypa
     class Writer:
         tensors = ({"a": type("Info", (), {"nbytes": 5_000_000})},)
 
-    with pytest.raises(ConversionError, match=r"needs [\d,]{9} bytes, and [\d,]+ are free in .*: make room"):
+    with pytest.raises(ConversionError, match=r"needs [\d,]{9} bytes, and [\d,]+ are free on the disk .*: make room"):
         worker._write_file(Writer(), tmp_path / "out.gguf", lambda _: None)
 
 

@@ -260,6 +260,8 @@ IGNORED = [
     ({"target_bpw": 3.0, "target_size": 10**9}, "two budgets"),
     ({"embedding_type": "auto"}, "target_size only"),
     ({"codebooks": "model"}, "have codebooks, not tsq2: codebooks"),
+    ({"model": "demo", "token": "hf_secret"}, "demo is not downloaded from the hub: token"),
+    ({"model": ".", "token": "hf_secret"}, ". is not downloaded from the hub: token"),
     ({"finish_steps": 5}, "finish_steps must go with finish distill"),
     ({"preprocess_steps": 5}, "preprocess_steps must go with preprocess TEXT"),
     ({"finish": "distill", "granularity": "channel"}, "not possible with granularity channel"),
@@ -270,7 +272,7 @@ IGNORED = [
 @pytest.mark.parametrize(("options", "message"), IGNORED, ids=[str(o) for o, _ in IGNORED])
 def test_what_would_be_ignored_is_refused(options, message):
     with pytest.raises(UsageError) as caught:
-        Recipe("m", "o", **options)
+        Recipe(**{"model": "m", "out": "o"} | options)
     assert message in str(caught.value)
 
 
