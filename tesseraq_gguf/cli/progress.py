@@ -92,9 +92,9 @@ def block_line(result: BlockResult, blocks: int) -> str:
     """Say how a block went: `block  3/18  loss 1234 → 87.1 (7 %)  held out 95.2  62 s`."""
     parts = [f"block {result.index + 1:>{len(str(blocks))}}/{blocks}"]
     before, after = result.loss_before, result.loss_after
-    if before is not None and after is not None:
+    if after is not None:
         share = f" ({100 * after / before:.0f} %)" if before else ""
-        parts.append(f"loss {_short(before)} → {_short(after)}{share}")
+        parts.append(f"loss {f'{_short(before)} → ' if before is not None else ''}{_short(after)}{share}")
     if result.verdict:
         parts.append(f"held out {_short(result.verdict.kept)}{_undone(result.verdict)}")
     parts.append("from an earlier run" if result.resumed else f"{result.seconds:.0f} s")

@@ -18,6 +18,7 @@ from tesseraq_gguf.methods.held_out import Verdict
         (BlockResult(2, {}, 1234.4, 87.1, 62.3), "block  3/18  loss 1234 → 87.1 (7 %)  62 s"),
         (BlockResult(17, {}, 0.5, 0.25, 1.0, resumed=True), "block 18/18  loss 0.5 → 0.25 (50 %)  from an earlier run"),
         (BlockResult(0, {}, None, None, 0.6), "block  1/18  1 s"),
+        (BlockResult(0, {}, None, 12.5, 0.6), "block  1/18  loss 12.5  1 s"),
         (BlockResult(0, {}, 0.0, 0.0, 0.6), "block  1/18  loss 0 → 0  1 s"),
         (
             BlockResult(0, {}, 100.0, 10.0, 5.0, verdict=Verdict(15.0, 12.5, False)),
