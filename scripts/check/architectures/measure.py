@@ -85,12 +85,12 @@ def _tried(measure: Callable[[], Any], limit: float | None = None) -> Outcome:
 
 
 def reason_of(error: Exception) -> str:
-    """One line of what an error says, as it stands in the table."""
+    """What an error says first, as it stands in the table: what to do about it is for users of real models."""
     said = str(error).strip().splitlines()
     kind = "" if isinstance(error, (TesseraqError, AssertionError)) else f"{type(error).__name__}: "
     ends = [line for line in said if re.search("fatal error|GGML_ASSERT|error loading model", line)]
     told = (ends or said or [f"{type(error).__name__} without a message"])[0]
-    return kind + _FOLDERS.sub("", _PREFIXES.sub("", told))
+    return kind + _FOLDERS.sub("", _PREFIXES.sub("", told)).partition(". ")[0]
 
 
 def _walk_error(folder: Path) -> tuple[float, list[str]]:
