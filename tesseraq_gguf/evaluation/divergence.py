@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.quantised import Quantised
 
-_POSITIONS = 128
-"""Answers, of two models, that are in memory at a time."""
+_LOGITS = 1 << 23
+"""Logits of one model that are in memory at a time: words of the vocabulary, of all positions."""
 
 
 @torch.no_grad()
@@ -45,13 +45,12 @@ def divergence(
         lambda block: block.adopt(model.blocks(block.index)),
         model.embeddings,
     )
-    true = _answers(Quantised(original, lambda _: {}, autocast=model.autocast))
-    answers = _answers(model)
-    total = 0.0
-    for at in torch.arange(tokens.numel()).split(_POSITIONS):
-        p, q = true(wanted.flatten(0, 1)[at]), answers(got.flatten(0, 1)[at])
-        total += float((p.exp() * (p - q)).sum(dtype=torch.float64))
-    found = total / tokens.numel()
+    teacher = Quantised(original, lambda _: {}, autocast=model.autocast)
+    rows = max(1, _LOGITS // tokens.numel())
+    gathered = _Gathered(tokens.numel(), original.device)
+    for p, q in zip(_logits(teacher, wanted, rows), _logits(model, got, rows), strict=True):
+        gathered.add(p, q)
+    found = gathered.divergence()
     if not math.isfinite(found):
         raise NotFiniteError(
             f"the answers of the quantised model are not finite: their divergence from the original's is {found}. "
@@ -60,10 +59,53 @@ def divergence(
     return max(0.0, found)
 
 
-def _answers(model: Quantised) -> Callable[[Tensor], Tensor]:
-    """From final hidden states [positions, hidden] to log-probabilities, with what was learned in place."""
+def _logits(model: Quantised, states: Tensor, rows: int) -> Iterator[Tensor]:
+    """Yield logits float32 [positions, words] of final hidden states, with what was learned in place.
+
+    The output matrix of a large vocabulary is larger than a block, and is never in memory as a whole unless it was
+    rounded with care.
+
+    Args:
+        model: whose.
+        states: final hidden states, float32 [sequences, length, width].
+        rows: words at a time.
+    """
     decoder, head = model.decoder, model.decoder.head
     given = model.embeddings.get(decoder.output_name())
-    weight = (decoder.output_weight() if given is None else given.to(decoder.device)).to(model.autocast)
+    parts = decoder.output_rows(rows) if given is None else iter(given.split(rows))
     vectors = {n.removeprefix(head.prefix): t.arrays["values"].to(decoder.device) for n, t in model.final.items()}
-    return lambda hidden: head.logits(hidden.to(decoder.device), weight, vectors).log_softmax(-1)
+    hidden, first = states.flatten(0, 1).to(decoder.device), 0
+    for part in parts:
+        yield head.logits(hidden, part.to(decoder.device, model.autocast), vectors, first)
+        first += len(part)
+
+
+class _Gathered:
+    """Sums over a vocabulary that is seen in parts, for the divergence of answers.
+
+    With logits a and b of two models and w = exp(a - max a), KL = Σ w·(a - b) / Σ w - (log Σ exp a - log Σ exp b).
+
+    Args:
+        positions: how many answers of each model.
+        device: where they are.
+    """
+
+    def __init__(self, positions: int, device: torch.device) -> None:
+        self._most = torch.full((positions,), -torch.inf, device=device)
+        self._weights, self._apart = torch.zeros(2, positions, dtype=torch.float64, device=device)
+        self._all = torch.full((2, positions), -torch.inf, dtype=torch.float64, device=device)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Take in logits of further words, float32 [positions, words] each."""
+        most = torch.maximum(self._most, a.amax(-1))
+        shrink = (self._most - most).double().exp()
+        w = (a - most[:, None]).exp()
+        self._weights = self._weights * shrink + w.sum(-1, dtype=torch.float64)
+        self._apart = self._apart * shrink + (w * (a - b)).sum(-1, dtype=torch.float64)
+        self._all = torch.logaddexp(self._all, torch.stack([a.logsumexp(-1), b.logsumexp(-1)]).double())
+        self._most = most
+
+    def divergence(self) -> float:
+        """Mean over positions in nats."""
+        first, second = self._all
+        return float((self._apart / self._weights - (first - second)).mean())

@@ -545,6 +545,12 @@ class Decoder:
         """Return the output matrix, float32 [vocabulary, hidden] on the device."""
         return self.matrix(self.output_name()).to(self.device)
 
+    def output_rows(self, rows: int) -> Iterator[Tensor]:
+        """Yield the output matrix, float32 [rows, hidden] on the device, `rows` or the rest at a time."""
+        stored = self.stored_name(self.output_name())
+        for some in torch.arange(self.weights.shape(stored)[0]).split(rows):
+            yield self.weights.rows(stored, some).to(self.device)
+
     def _base_prefix(self) -> str:
         return f"{self._model.base_model_prefix}."
 

@@ -87,16 +87,19 @@ class Head:
         states = products.new_zeros(len(products), 1)
         return self._forward(states, lambda _: self._biased(products)[None])
 
-    def logits(self, hidden: Tensor, weight: Tensor, vectors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Logits float32 [positions, vocabulary], differentiable.
+    def logits(
+        self, hidden: Tensor, weight: Tensor, vectors: Mapping[str, Tensor] | None = None, first: int = 0
+    ) -> Tensor:
+        """Logits float32 [positions, words], differentiable.
 
         Args:
             hidden: final hidden states, float32 [positions, hidden] on the device.
-            weight: an output matrix [vocabulary, hidden]; products are made in its dtype.
+            weight: an output matrix [words, hidden], or some of its rows; products are made in its dtype.
             vectors: parameters of the final norm to use in place of its own, by name within it.
+            first: the word of the first row.
         """
         return self._forward(
-            self._normed(hidden, vectors), lambda x: self._biased((x.to(weight.dtype) @ weight.T).float())
+            self._normed(hidden, vectors), lambda x: self._biased((x.to(weight.dtype) @ weight.T).float(), first)
         )
 
     def mean_loss(self, hidden: Tensor, tokens: Tensor, weight: Tensor) -> float:
@@ -195,8 +198,8 @@ class Head:
         hidden = self._walk.fed(state)
         return functional_call(self.norm, dict(vectors), (hidden,)) if vectors else self.norm(hidden)
 
-    def _biased(self, products: Tensor) -> Tensor:
-        return products if self.bias is None else products + self.bias
+    def _biased(self, products: Tensor, first: int = 0) -> Tensor:
+        return products if self.bias is None else products + self.bias[first : first + products.shape[-1]]
 
     def _forward(self, states: Tensor, multiply: Multiply) -> Tensor:
         """Logits [positions, ...] that the model makes of what its base model gives, [positions, hidden]."""

@@ -219,6 +219,16 @@ def test_the_divergence_is_that_of_all_answers(decoder):
     assert divergence(decoder, same, tokens) == pytest.approx(0, abs=1e-7)
 
 
+@pytest.mark.parametrize("words", [1, 7, 100])
+def test_the_divergence_is_added_up_over_parts_of_the_vocabulary(words, decoder, monkeypatch):
+    tokens = drawn(2, 16)
+    model = dataclasses.replace(quantised(decoder), embeddings={decoder.output_name(): decoder.output_weight().flip(1)})
+    expected = divergence(decoder, model, tokens)
+    monkeypatch.setattr("tesseraq_gguf.evaluation.divergence._LOGITS", words * tokens.numel())
+    monkeypatch.setattr(Decoder, "output_weight", None)  # nobody holds the whole of it
+    assert divergence(decoder, model, tokens) == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_divergence_feels_all_that_was_learned(decoder):
     tokens = drawn(2, 16)
     model = dataclasses.replace(quantised(decoder), blocks=lambda _: {})
