@@ -27,11 +27,12 @@ from tesseraq_gguf.compute.activations import ActivationRounding
 from tesseraq_gguf.compute.kernel_arithmetic import BLOCK, codebook_blocks, fp4_blocks
 from tesseraq_gguf.compute.schemes import scheme_of
 from tesseraq_gguf.evaluation.perplexity import TOOL, PerplexityRun, vocabulary_size
-from tesseraq_gguf.evaluation.simulation import chunks_of, final_states, measure
+from tesseraq_gguf.evaluation.simulation import chunks_of, measure
 from tesseraq_gguf.learning.calibration import load_calibration, tokens_of
 from tesseraq_gguf.learning.codebooks import best_design, draw
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.types.bcq.packer import shape_of
 from tesseraq_gguf.types.grids import grid_of

@@ -1,16 +1,21 @@
-"""The head for speculation: rounded once, in the types of the blocks, and kept."""
+"""The head for speculation: learned once, after the blocks and in their types, and kept."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from tesseraq_gguf.arguments import spelled
-from tesseraq_gguf.conversion.identity import SENSITIVITY_TOKENS
+from tesseraq_gguf.conversion.measure import quantised_of
+from tesseraq_gguf.conversion.quantise import walk_of
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import HEAD
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.learning.draft_head import round_draft_head
+from tesseraq_gguf.learning.draft_head import learn_draft_head, round_draft_head
 from tesseraq_gguf.models import ModelSource
 from tesseraq_gguf.models.speculation import has_head
 from tesseraq_gguf.recipe.recipe import Recipe
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 
 def check_head(recipe: Recipe, source: ModelSource) -> None:
@@ -28,16 +33,23 @@ def check_head(recipe: Recipe, source: ModelSource) -> None:
         raise UsageError(f"{source.name} has no head for speculation: {option} has no meaning there")
 
 
-def round_head(run: Run, model: Model) -> None:
-    """Round the matrices of the head, as far as no earlier run has rounded them to the same types."""
+def finish_head(run: Run, model: Model) -> None:
+    """Learn the matrices of the head, as far as no earlier run has learned them in the same types."""
     types = model.plan.head
     stored = run.work.tensors(HEAD)
-    if {name: tensor.type for name, tensor in (stored[0] if stored else {}).items()} == types:
+    if {name: tensor.type for name, tensor in (stored[0] if stored else {}).items() if tensor.is_matrix} == types:
         return
     run.work.forget(HEAD)
     if types:
-        run.progress.stage(f"Rounding {len(types)} matrices of the head for speculation")
-        tokens = run.calibration.first(SENSITIVITY_TOKENS) if run.calibration else None
         with run.memory_explained():
-            rounded = round_draft_head(model.decoder, types, tokens, run.progress.advance, model.codebooks)
-        run.work.keep_tensors(HEAD, rounded)
+            run.work.keep_tensors(HEAD, _learned(run, model, types))
+
+
+def _learned(run: Run, model: Model, types: Mapping[str, str]) -> dict[str, QuantizedTensor]:
+    what = f"{len(types)} matrices of the head for speculation"
+    if run.calibration is None:
+        run.progress.stage(f"Rounding {what}")
+        return round_draft_head(model.decoder, types, run.progress.advance, model.codebooks)
+    run.progress.stage(f"Learning {what}")
+    steps = replace(walk_of(run, model, run.calibration), report=lambda _, *done: run.progress.advance(*done))
+    return learn_draft_head(steps, quantised_of(run, model, {}), types, run.calibration)

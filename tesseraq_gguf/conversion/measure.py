@@ -25,13 +25,19 @@ def measure(run: Run, model: Model, ranges: Mapping[str, Range]) -> float | None
     if run.calibration is None:
         return None
     run.progress.stage("Measuring the model's answers on sequences held out")
-    quantised = _quantised(run, model, ranges)
+    quantised = quantised_of(run, model, ranges)
     with run.memory_explained():
         return divergence(run.original, quantised, run.calibration.held_out, run.progress.advance)
 
 
-def _quantised(run: Run, model: Model, ranges: Mapping[str, Range]) -> Quantised:
-    """The model as the file will have it."""
+def quantised_of(run: Run, model: Model, ranges: Mapping[str, Range]) -> Quantised:
+    """Return the model as the file will have it.
+
+    Args:
+        run: the run.
+        model: what was quantised.
+        ranges: static ranges of what matrices are fed, by checkpoint name, where the scheme has them.
+    """
     scheme = run.recipe.scheme
     final = run.work.tensors(FINAL) if run.finishes else None
 

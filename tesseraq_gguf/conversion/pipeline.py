@@ -9,7 +9,7 @@ from tesseraq_gguf.compute.devices import resolve_device
 from tesseraq_gguf.compute.parallel import joined
 from tesseraq_gguf.conversion.budget import choose_types, keep_choice
 from tesseraq_gguf.conversion.codebooks import design_codebooks
-from tesseraq_gguf.conversion.draft_head import check_head, round_head
+from tesseraq_gguf.conversion.draft_head import check_head, finish_head
 from tesseraq_gguf.conversion.finish import finish
 from tesseraq_gguf.conversion.measure import measure
 from tesseraq_gguf.conversion.preprocess import carry, preprocess
@@ -72,7 +72,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
                 finish(run, model)
                 carry(run, model)
                 distance = measure(run, model, told.ranges)
-                round_head(run, model)
+                finish_head(run, model)
                 write(run, model, told.ranges)
                 write_projector(recipe, source, tree, progress)
                 keep_choice(run, model.plan)

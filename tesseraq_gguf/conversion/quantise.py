@@ -75,7 +75,7 @@ def _rounded(run: Run, model: Model) -> Iterator[BlockResult]:
 def _learned(run: Run, model: Model, calibration: Calibration, finished: bool) -> Iterator[BlockResult]:
     """Learn; where all blocks are `finished`, only matrices outside have other types than before."""
     recipe, decoder, types = run.recipe, model.decoder, model.plan.types
-    walk = _walk(run, model, calibration)
+    walk = walk_of(run, model, calibration)
     with run.memory_explained():
         run.progress.stage("Measuring which channels the model's answer depends on")
         few = calibration.first(SENSITIVITY_TOKENS)
@@ -96,7 +96,8 @@ def _learned(run: Run, model: Model, calibration: Calibration, finished: bool) -
         )
 
 
-def _walk(run: Run, model: Model, calibration: Calibration) -> Reconstruction:
+def walk_of(run: Run, model: Model, calibration: Calibration) -> Reconstruction:
+    """Return what walks over the blocks, as the recipe says."""
     recipe, decoder = run.recipe, model.decoder
     return Reconstruction(
         decoder=decoder,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import NotFiniteError
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.quantised import Quantised
 
@@ -36,16 +35,9 @@ def divergence(
         NotFiniteError: it is not finite.
     """
     steps = 2 * len(original)
-    wanted = final_states(original, tokens, lambda done, _: report(done, steps))
-    got = final_states(
-        model.decoder,
-        tokens,
-        lambda done, _: report(len(original) + done, steps),
-        model.rounding,
-        lambda block: block.adopt(model.blocks(block.index)),
-        model.embeddings,
-    )
     teacher = Quantised(original, lambda _: {}, autocast=model.autocast)
+    wanted = teacher.states(tokens, lambda done, _: report(done, steps))
+    got = model.states(tokens, lambda done, _: report(len(original) + done, steps))
     rows = max(1, _LOGITS // tokens.numel())
     gathered = _Gathered(tokens.numel(), original.device)
     for p, q in zip(_logits(teacher, wanted, rows), _logits(model, got, rows), strict=True):

@@ -7,7 +7,7 @@ are the file's, dequantised to 16 bits; what its matrices are fed, and keys and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from tesseraq_gguf.gguf_files.inspection import open_gguf
 from tesseraq_gguf.learning.calibration import tokens_of
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.models.source import gguf_source
 
 _POSITIONS = 128
@@ -127,36 +128,6 @@ def chunks_of(ids: Sequence[int], begin: int | None, ctx: int, chunks: int | Non
     if begin is not None:
         found[:, 0] = begin
     return found
-
-
-@torch.no_grad()
-def final_states(
-    decoder: Decoder,
-    tokens: Tensor,
-    report: Callable[[int, int], None] = lambda *_: None,
-    rounding: Callable[[LoadedBlock], ActivationRounding | None] = lambda _: None,
-    weights: Callable[[LoadedBlock], Mapping[str, Tensor]] = lambda _: {},
-    embeddings: Mapping[str, Tensor] | None = None,
-) -> Tensor:
-    """Return the hidden states before the final norm, float32 [chunks, ctx, hidden] on the CPU.
-
-    Args:
-        decoder: the model.
-        tokens: int64 [chunks, ctx].
-        report: called with (blocks done, blocks in all).
-        rounding: gives what rounds a block's activations, or None.
-        weights: gives matrices to use in place of a block's own, by module name.
-        embeddings: matrices outside the blocks to use in place of the model's own, by checkpoint name.
-    """
-    hidden, recorded = decoder.stem(tokens, embeddings)
-    for index in range(len(decoder)):
-        block = decoder.load_block(index)
-        rounds, given = rounding(block), weights(block)
-        for chunk in range(len(hidden)):
-            states = hidden[chunk : chunk + 1].to(decoder.device)
-            hidden[chunk] = block.run(states, recorded.arguments[index], given, rounding=rounds)[0].float().cpu()
-        report(index + 1, len(decoder))
-    return hidden
 
 
 def measure(

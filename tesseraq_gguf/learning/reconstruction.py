@@ -36,7 +36,7 @@ from tesseraq_gguf.methods.problem import BlockProblem, Method, Weights
 from tesseraq_gguf.methods.rare_experts import Visits, counted, in_all, on_both_chains, rarely, round_rare
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite, origin
-from tesseraq_gguf.models.handed import BlockInputs
+from tesseraq_gguf.models.handed import Arguments
 from tesseraq_gguf.types.grids import Grid, OwnCodebooks, grid_for
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, column_order, plain_vector
 
@@ -147,51 +147,81 @@ class Reconstruction:
         )
         del outside
         for index in range(len(self.decoder)):
-            started = time.monotonic()
-            problem = self._problem(index, full[:here], quantised[:here], sensitivity[index], recorded)
+            block = self.decoder.load_block(index)
+            problem = self._problem(block, full[:here], quantised[:here], sensitivity[index], recorded.arguments[index])
             problem.samples = samples
             if apart:
                 problem.held_out = HeldOut(quantised[here:], full[here:], apart)
-            # the target replaces the full-precision input in place: two activation caches, whatever the depth
-            result = finished(index)
-            ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
-            watch = InputWatch()
-            with watch.watching(problem.block, ordered), counted(problem) as visits:
-                _run_in_place(full[:here], problem.forward, problem, TAKE_ANOTHER)
-            visits = in_all(visits, self.team)
-            _run_in_place(full[here:], problem.forward, problem, TAKE_ANOTHER)
-            if result is None:
-                if ordered:
-                    self._reorder(problem, watch)
-                ranges = problem.input_ranges() if self.activations.static else {}
-                self._round(problem, ranges)
-                if problem.block.mixtures:
-                    before, (learned, rare) = None, self._learn_in_parts(problem, visits)
-                else:
-                    before = _mean_loss(problem, dequantized(problem, _round_to_nearest(problem)))
-                    visits = on_both_chains(problem, visits)
-                    # processes have the same variables in every step; what leaves is the first one's to the bit
-                    learned, rare = of_the_first(problem, self._learn(problem, visits)), rarely(visits)
-                weights = dequantized(problem, learned)
-                after = _mean_loss(problem, weights)
-                if not math.isfinite(after):
-                    raise _overflow(problem, partial(problem.quantised, weights=weights), problem.inputs, _MORE_BITS)
-                named = {problem.full_name(name): r for name, r in ranges.items()}
-                tensors = leaving(problem.block, problem.grids, learned)
-                rare = tuple(map(problem.full_name, rare))
-                seconds = time.monotonic() - started
-                result = BlockResult(
-                    index, tensors, before, after, seconds, ranges=named, rare=rare, verdict=problem.verdict
-                )
-                del learned, tensors
-            else:
-                weights = problem.block.adopt(result.tensors)
-                self._round(problem, problem.block.by_module(result.ranges))
+            result, weights = self._settle(problem, finished(index))
             _run_in_place(quantised, partial(problem.quantised, weights=weights), problem, _MORE_BITS)
             # what the caller has kept does not wait in memory for the next block's
-            del problem, weights
+            del block, problem, weights
             yield result
             del result
+
+    def beside(
+        self, block: LoadedBlock, full: Tensor, quantised: Tensor, held_out: int, arguments: Arguments
+    ) -> BlockResult:
+        """Learn a block that stands beside the model's own, for its own output.
+
+        Args:
+            block: with its full-precision weights.
+            full: what enters it in the model, float32 [sequences, length, hidden]; what leaves it takes its place.
+            quantised: what enters it in the quantised model, of the same shape.
+            held_out: how many of the sequences, the last, nothing is learned on.
+            arguments: what it is handed besides.
+        """
+        here = len(full) - held_out
+        sensitivity = torch.ones(2, full.shape[-1])
+        problem = self._problem(block, full[:here], quantised[:here], sensitivity, arguments)
+        if held_out:
+            problem.held_out = HeldOut(quantised[here:], full[here:], held_out)
+        return self._settle(problem, None)[0]
+
+    def _settle(self, problem: BlockProblem, result: BlockResult | None) -> tuple[BlockResult, Weights]:
+        """Learn a block, or take over what was learned before; give the weights that it is run with as well.
+
+        The targets, which are full-precision inputs until here, are replaced in place: two activation caches, whatever
+        the depth.
+        """
+        started = time.monotonic()
+        ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
+        watch = InputWatch()
+        with watch.watching(problem.block, ordered), counted(problem) as visits:
+            _run_in_place(problem.targets, problem.forward, problem, TAKE_ANOTHER)
+        visits = in_all(visits, self.team)
+        if problem.held_out:
+            _run_in_place(problem.held_out.targets, problem.forward, problem, TAKE_ANOTHER)
+        if result is not None:
+            weights = problem.block.adopt(result.tensors)
+            self._round(problem, problem.block.by_module(result.ranges))
+            return result, weights
+        if ordered:
+            self._reorder(problem, watch)
+        ranges = problem.input_ranges() if self.activations.static else {}
+        self._round(problem, ranges)
+        if problem.block.mixtures:
+            before, (learned, rare) = None, self._learn_in_parts(problem, visits)
+        else:
+            before = _mean_loss(problem, dequantized(problem, _round_to_nearest(problem)))
+            visits = on_both_chains(problem, visits)
+            # processes have the same variables in every step; what leaves is the first one's to the bit
+            learned, rare = of_the_first(problem, self._learn(problem, visits)), rarely(visits)
+        weights = dequantized(problem, learned)
+        after = _mean_loss(problem, weights)
+        if not math.isfinite(after):
+            raise _overflow(problem, partial(problem.quantised, weights=weights), problem.inputs, _MORE_BITS)
+        result = BlockResult(
+            problem.block.index,
+            leaving(problem.block, problem.grids, learned),
+            before,
+            after,
+            time.monotonic() - started,
+            ranges={problem.full_name(name): r for name, r in ranges.items()},
+            rare=tuple(map(problem.full_name, rare)),
+            verdict=problem.verdict,
+        )
+        return result, weights
 
     def _learn(self, problem: BlockProblem, visits: Visits) -> dict[str, QuantizedTensor]:
         """Let the method learn what calibration says enough about; the rest is rounded before."""
@@ -222,10 +252,9 @@ class Reconstruction:
             problem.rounding = ActivationRounding(self.activations, ranges, self.codebooks)
 
     def _problem(
-        self, index: int, full: Tensor, quantised: Tensor, sensitivity: Tensor, recorded: BlockInputs
+        self, block: LoadedBlock, full: Tensor, quantised: Tensor, sensitivity: Tensor, arguments: Arguments
     ) -> BlockProblem:
-        block = self.decoder.load_block(index)
-        matrices = block.matrices()
+        index, matrices = block.index, block.matrices()
         named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in matrices}
         made = self.decoder.walk.state.made(index)
         if made is not None:  # what only passes through is not the block's to answer for
@@ -241,7 +270,7 @@ class Reconstruction:
             inputs=quantised,
             targets=full,
             sensitivity=sensitivity.to(self.decoder.device),
-            arguments=recorded.arguments[index],
+            arguments=arguments,
             device=self.decoder.device,
             autocast=self.autocast,
             generator=torch.Generator().manual_seed(seed),

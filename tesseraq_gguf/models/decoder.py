@@ -337,7 +337,7 @@ class Decoder:
         self._fill(module, own, {own + name.removeprefix(prefix) for name in hollow if name.startswith(prefix)})
         return LoadedBlock(index, prefix, module.to(self.device).eval().requires_grad_(False))
 
-    def load_alike(self, prefix: str) -> nn.Module:
+    def load_alike(self, prefix: str) -> LoadedBlock:
         """Give a block as the last one is the weights that the checkpoint has under another prefix.
 
         Args:
@@ -347,9 +347,10 @@ class Decoder:
             ModelError: it has others there than such a block has.
         """
         module = copy.deepcopy(self._blocks[-1])
-        unroll(module, self._forms.within(self._own_prefix(len(self) - 1)))
+        forms = self._forms.within(self._own_prefix(len(self) - 1))
+        unroll(module, forms, lambda name: self._read(prefix + name).float().to(self.device))
         self._fill(module, prefix)
-        return module.to(self.device).eval().requires_grad_(False)
+        return LoadedBlock(len(self), prefix, module.to(self.device).eval().requires_grad_(False))
 
     @torch.no_grad()
     def stem(

@@ -33,3 +33,44 @@ class Quantised:
     final: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     rounding: Callable[[LoadedBlock], ActivationRounding | None] = lambda _: None
     autocast: torch.dtype = torch.float32
+
+    def states(self, tokens: Tensor, report: Callable[[int, int], None] = lambda *_: None) -> Tensor:
+        """Return the hidden states before the final norm, as `final_states` does."""
+        return final_states(
+            self.decoder,
+            tokens,
+            report,
+            self.rounding,
+            lambda block: block.adopt(self.blocks(block.index)),
+            self.embeddings,
+        )
+
+
+@torch.no_grad()
+def final_states(
+    decoder: Decoder,
+    tokens: Tensor,
+    report: Callable[[int, int], None] = lambda *_: None,
+    rounding: Callable[[LoadedBlock], ActivationRounding | None] = lambda _: None,
+    weights: Callable[[LoadedBlock], Mapping[str, Tensor]] = lambda _: {},
+    embeddings: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """Return the hidden states before the final norm, float32 [sequences, length, hidden] on the CPU.
+
+    Args:
+        decoder: the model.
+        tokens: int64 [sequences, length].
+        report: called with (blocks done, blocks in all).
+        rounding: gives what rounds a block's activations, or None.
+        weights: gives matrices to use in place of a block's own, by module name.
+        embeddings: matrices outside the blocks to use in place of the model's own, by checkpoint name.
+    """
+    hidden, recorded = decoder.stem(tokens, embeddings)
+    for index in range(len(decoder)):
+        block = decoder.load_block(index)
+        rounds, given = rounding(block), weights(block)
+        for sequence in range(len(hidden)):
+            states = hidden[sequence : sequence + 1].to(decoder.device)
+            hidden[sequence] = block.run(states, recorded.arguments[index], given, rounding=rounds)[0].float().cpu()
+        report(index + 1, len(decoder))
+    return hidden

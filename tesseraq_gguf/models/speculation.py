@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, open_gguf
-from tesseraq_gguf.models.handed import Arguments, run
 from tesseraq_gguf.models.source import ModelSource
 
 if TYPE_CHECKING:
@@ -60,34 +59,33 @@ def head_matrices(decoder: Decoder) -> dict[str, tuple[int, int]]:
     return {name: (shape[0], shape[1]) for name, shape in found.items() if len(shape) == 2}
 
 
-class DraftBlock(nn.Module):
-    """A head: a block fed with what joins the model's last states and the embeddings of the tokens that followed."""
+class DraftHead:
+    """A head: a block fed with what joins the model's last states and the embeddings of the tokens that followed.
+
+    Attributes:
+        join: the matrix that joins them.
+        join_name: what the checkpoint calls it.
+        block: what follows.
+    """
 
     def __init__(self, decoder: Decoder, prefix: str, names: tuple[str, str, str]) -> None:
-        super().__init__()
-        join, of_embedding, of_hidden = names
+        self.join_name, of_embedding, of_hidden = names
         norm = decoder.final_norm()[1]
         self.enorm, self.hnorm = _like(norm, decoder, of_embedding), _like(norm, decoder, of_hidden)
-        weight = decoder.matrix(join).to(decoder.device)
-        self.join = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-        self.join.weight = nn.Parameter(weight, requires_grad=False)
+        self.join = decoder.matrix(self.join_name).to(decoder.device)
         self.block = decoder.load_alike(prefix)
-        self.names = {self.join: join} | {
-            m: f"{prefix}{name}.weight" for name, m in self.block.named_modules() if isinstance(m, nn.Linear)
-        }
 
-    def forward(self, hidden: Tensor, embeddings: Tensor, arguments: Arguments) -> Tensor:
-        """What the head makes of a sequence.
+    def joined(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """What the matrix that joins is fed, float32 [..., 2·hidden].
 
         Args:
-            hidden: what the output matrix is fed, float32 [1, length, hidden].
+            hidden: what the output matrix is fed, float32 [..., hidden].
             embeddings: of the tokens that follow, of the same shape.
-            arguments: what the model hands to its last block.
         """
-        return run(self.block, self.join(torch.cat([self.enorm(embeddings), self.hnorm(hidden)], -1)), arguments)
+        return torch.cat([self.enorm(embeddings), self.hnorm(hidden)], -1)
 
 
-def load_head(decoder: Decoder) -> DraftBlock | None:
+def load_head(decoder: Decoder) -> DraftHead | None:
     """Return the first block of a model's head, with its weights; None where it is of another build than the model's.
 
     Its names are those of Qwen's (`mtp.fc`), or of DeepSeek's and GLM's (`eh_proj` in one more block).
@@ -103,7 +101,7 @@ def load_head(decoder: Decoder) -> DraftBlock | None:
     if not decoder.walk.alone or any(name not in decoder.weights for name in names):
         return None
     try:
-        return DraftBlock(decoder, prefix, names)
+        return DraftHead(decoder, prefix, names)
     except ModelError:
         return None
 

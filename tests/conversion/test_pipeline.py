@@ -22,13 +22,13 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import FileFormatError, ModelError, UsageError
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.column_orders import orders_of
 from tesseraq_gguf.gguf_files.dequantize import own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.learning.calibration import load_calibration
 from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.recipe.presets import PRESETS
 from tesseraq_gguf.types.bcq.packer import universal
 from tesseraq_gguf.types.facts import LAYOUTS

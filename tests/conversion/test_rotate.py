@@ -13,9 +13,9 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models.quantised import final_states
 
 pytestmark = pytest.mark.slow
 

@@ -21,8 +21,8 @@ from tesseraq_gguf.conversion.type_plan import TypePlan, rule_types
 from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.converter.writer import FileMatrix, write_plain
 from tesseraq_gguf.errors import UsageError, VerificationError
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.models.quantised import final_states
 
 INSIDE = [f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
 ENDS = ["model.embed_tokens.weight", "lm_head.weight"]

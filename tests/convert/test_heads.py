@@ -9,9 +9,9 @@ from saved_logits import answered, logit_error, saved_logits
 from tiny_models import TEXT, VOCABULARY, save_model
 
 from tesseraq_gguf import Recipe, convert
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.types.grids import grid_of
 
 

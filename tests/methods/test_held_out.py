@@ -21,7 +21,6 @@ from tesseraq_gguf.conversion.texts import Texts
 from tesseraq_gguf.conversion.work_directory import WorkDirectory
 from tesseraq_gguf.errors import NotFiniteError
 from tesseraq_gguf.evaluation.divergence import divergence
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.learning.reconstruction import Reconstruction
 from tesseraq_gguf.methods.flexround import flexround
@@ -33,7 +32,7 @@ from tesseraq_gguf.methods.ptq161 import Ptq161
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
-from tesseraq_gguf.models.quantised import Quantised
+from tesseraq_gguf.models.quantised import Quantised, final_states
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.types.grids import grid_of

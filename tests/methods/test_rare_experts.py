@@ -14,7 +14,6 @@ from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.compute.schemes import ActivationScheme, scheme_of
 from tesseraq_gguf.conversion.progress import SilentProgress
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.learning.bit_budget import CostMeter
 from tesseraq_gguf.learning.reconstruction import Reconstruction
@@ -30,6 +29,7 @@ from tesseraq_gguf.methods.start import AsItStarts
 from tesseraq_gguf.methods.tesseraq import TesseraQ
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.experts import stack_of
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.quantized import QuantizedTensor
 

@@ -23,10 +23,10 @@ from split_files import split, write_gguf_file
 from tiny_models import MIXTURE, TEXT, VOCABULARY, tokenizer
 
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.gguf_config import describe
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.models.weights import open_checkpoint
 from tesseraq_gguf.models.whole import whole_model
 from tesseraq_gguf.runtime import ensure_source

@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_models import KINDS, MIXTURES, make_model  # noqa: F401  (a fixture)
 
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.models.residual_rotation import rotated_model
 
 CPU = torch.device("cpu")

@@ -27,9 +27,9 @@ from tesseraq_gguf.conversion.run import Run, begin
 from tesseraq_gguf.conversion.write import write
 from tesseraq_gguf.converter import writer
 from tesseraq_gguf.errors import TesseraqError
-from tesseraq_gguf.evaluation.simulation import final_states
 from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.pieces import Piece
+from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import ensure_source
 from tesseraq_gguf.types.grids import grid_of
