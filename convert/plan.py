@@ -82,6 +82,11 @@ class Plan:
                 found[name] = min(next(sizes), found.get(name, _GROUPS[0]))
         return found
 
+    def columns(self) -> dict[str, list[int]]:
+        """Return for each column in the file that of the matrix, where columns are moved, by checkpoint name."""
+        moved = {name: next((p.columns for p in places), None) for name, places in self.by_matrix.items()}
+        return {name: columns.tolist() for name, columns in moved.items() if columns is not None}
+
     def tensors(self) -> Iterator[Stored]:
         """Yield the tensors of the checkpoint that learned matrices are written from."""
         return (tensor for tensor in self._tensors if tensor.pieces.keys() <= self.by_matrix.keys())

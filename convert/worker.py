@@ -47,7 +47,7 @@ def check(job: dict[str, Any], emit: Emit) -> None:
     if job["compared"]:
         compare(job, Converter(job, "f16"))
     file = matrices_of_folder(job, converter, plan)
-    emit({"event": "done", "dropped": plan.dropped, "file": file, "groups": plan.groups()})
+    emit({"event": "done", "dropped": plan.dropped, "file": file, "groups": plan.groups(), "columns": plan.columns()})
 
 
 def write(job: dict[str, Any], emit: Emit) -> None:

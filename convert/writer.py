@@ -246,11 +246,13 @@ class SourceCheck:
         dropped: matrices that cannot be written as learned, each with the reason.
         file: the matrices that the file will have, by their names there.
         groups: how many columns stay together, of matrices whose columns have another order there, by checkpoint name.
+        columns: for each column there that of the matrix, of the same matrices.
     """
 
     dropped: dict[str, str]
     file: dict[str, FileMatrix]
     groups: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, list[int]] = field(default_factory=dict)
 
 
 def check_source(
@@ -288,7 +290,7 @@ def check_source(
         }
         answer, _ = _run(job, source, SilentReporter(), tree)
     file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}
-    return SourceCheck(dict(answer["dropped"]), file, dict(answer["groups"]))
+    return SourceCheck(dict(answer["dropped"]), file, dict(answer["groups"]), dict(answer["columns"]))
 
 
 def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:

@@ -52,6 +52,8 @@ GIVEN: Mapping[str, Mapping[str, Any]] = {
     "calibration": {"calibration": "text.txt"},
     "samples": {"samples": 7},
     "seqlen": {"seqlen": 64},
+    "imatrix": {"imatrix": "imatrix.gguf"},
+    "write_imatrix": {"write_imatrix": "imatrix.gguf"},
     "token": {"token": "hf_token"},
     "device": {"device": "cuda"},
     "memory_budget": {"memory_budget": "1G"},

@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 
 from tesseraq_gguf.compute.schemes import ACTIVATIONS_KEY, Range, to_metadata
+from tesseraq_gguf.conversion.importance import Importance
 from tesseraq_gguf.conversion.program import learning_program
 from tesseraq_gguf.conversion.type_plan import TypePlan
 from tesseraq_gguf.converter.writer import Metadata
@@ -42,9 +43,13 @@ def identity_of(
 
 
 def metadata_of(
-    recipe: Recipe, file_type: int, calibration: Calibration | None, ranges: Mapping[str, Range]
+    recipe: Recipe,
+    file_type: int,
+    calibration: Calibration | None,
+    ranges: Mapping[str, Range],
+    importance: Importance | None = None,
 ) -> Metadata:
-    """Return what a file says of how it was made: general type, method, settings, rounding and calibration."""
+    """Return what a file says of how it was made: general type, method, settings, rounding, calibration, importance."""
     entries: dict[str, str | int] = {
         "general.file_type": file_type,
         "tesseraq.method": options.said_of(recipe),
@@ -54,7 +59,7 @@ def metadata_of(
         entries[ACTIVATIONS_KEY] = to_metadata(recipe.scheme, ranges)
     if calibration:
         entries["tesseraq.calibration"] = f"{calibration.name} {calibration.fingerprint()}"
-    return entries
+    return entries | (importance.metadata() if importance else {})
 
 
 def schedule_of(recipe: Recipe) -> Preprocessing:

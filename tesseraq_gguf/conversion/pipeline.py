@@ -20,7 +20,7 @@ from tesseraq_gguf.conversion.report import ConversionReport, report_on
 from tesseraq_gguf.conversion.rotate import leave, rotate
 from tesseraq_gguf.conversion.run import begin
 from tesseraq_gguf.conversion.type_plan import check_types
-from tesseraq_gguf.conversion.write import write, write_unlearned
+from tesseraq_gguf.conversion.write import write, write_squares, write_unlearned
 from tesseraq_gguf.converter.writer import check_output
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.models import Decoder, resolve_model
@@ -45,6 +45,8 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     started = time.monotonic()
     check_types(recipe)
     check_output(recipe.out)
+    if recipe.write_imatrix:
+        check_output(recipe.write_imatrix)
     # tensors are copied by their names in a GGUF file; rules name them as the learner does
     hub = Hub(recipe.token, progress.advance)
     source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)
@@ -73,6 +75,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
                 carry(run, model)
                 distance = measure(run, model, told.ranges)
                 finish_head(run, model)
+                write_squares(run, model)
                 write(run, model, told.ranges)
                 write_projector(recipe, source, tree, progress)
                 keep_choice(run, model.plan)

@@ -69,7 +69,7 @@ def _rounded(run: Run, model: Model) -> Iterator[BlockResult]:
     types, decoder = model.plan.types, model.decoder
     round_outside(run, model, None)
     run.progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
-    yield from round_blocks(decoder, types, run.work.finished, run.recipe.granularity, model.codebooks)
+    yield from round_blocks(decoder, types, run.work.finished, run.recipe.granularity, model.codebooks, run.weighed)
 
 
 def _learned(run: Run, model: Model, calibration: Calibration, finished: bool) -> Iterator[BlockResult]:
@@ -111,12 +111,13 @@ def walk_of(run: Run, model: Model, calibration: Calibration) -> Reconstruction:
         codebooks=model.codebooks,
         salient=recipe.method_row.salient,
         team=run.team,
-        empty=_place(run, calibration).empty,
+        empty=place_of(run, calibration).empty,
+        importance=run.weighed,
     )
 
 
-def _place(run: Run, calibration: Calibration) -> Place:
-    """Where the hidden states of the two chains are kept."""
+def place_of(run: Run, calibration: Calibration) -> Place:
+    """Return where the hidden states of the two chains are kept."""
     recipe, decoder = run.recipe, run.original
     tokens = sum(run.team.share(sequences).numel() for sequences in (calibration.tokens, calibration.held_out))
     size = 2 * tokens * decoder.width * torch.float32.itemsize

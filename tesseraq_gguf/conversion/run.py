@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from tesseraq_gguf.compute.devices import learning_dtype
 from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.conversion.identity import identity_of, preprocessing_of
+from tesseraq_gguf.conversion.importance import Importance, read_importance
 from tesseraq_gguf.conversion.progress import Progress
 from tesseraq_gguf.conversion.texts import Texts, read_texts
 from tesseraq_gguf.conversion.type_plan import TypePlan, plan_types
@@ -36,6 +38,7 @@ class Run:
         work: where all that is finished is kept.
         tree: the patched llama.cpp.
         progress: told what happens.
+        importance: the importance matrix that rounding to nearest goes by, if there is one.
     """
 
     recipe: Recipe
@@ -45,6 +48,7 @@ class Run:
     work: WorkDirectory
     tree: SourceTree
     progress: Progress
+    importance: Importance | None = None
 
     @property
     def autocast(self) -> torch.dtype:
@@ -60,6 +64,11 @@ class Run:
     def held_out(self) -> int:
         """Tokens that nothing is learned on."""
         return self.calibration.held_out.numel() if self.calibration else 0
+
+    @property
+    def weighed(self) -> Mapping[str, Tensor]:
+        """What the importance matrix says of matrices, float32 [in] by checkpoint name."""
+        return self.importance.by_matrix if self.importance else {}
 
     @property
     def finishes(self) -> bool:
@@ -125,7 +134,9 @@ def begin(
     """Read the texts, plan the types and open the work directory: a run begins, and ends with its work directory.
 
     Raises:
-        UsageError: the recipe cannot be meant for this model, or the work directory belongs to another run.
+        UsageError: the recipe cannot be meant for this model, the importance matrix is of another one, or the work
+            directory belongs to another run.
+        FileFormatError: the importance matrix cannot be read.
         ModelError: llama.cpp's converter, or the learner, cannot read the model.
         CalibrationError: a text cannot be used.
     """
@@ -133,13 +144,16 @@ def begin(
     texts = read_texts(recipe, decoder, team, progress)
     progress.stage("Asking llama.cpp's converter about the model")
     plan = plan_types(recipe, decoder, tree)
-    for note in counted(plan.fallbacks):
-        progress.note(note)
+    importance = read_importance(recipe.imatrix, plan, decoder.source.name) if recipe.imatrix else None
+    for said in (plan.fallbacks, importance.said if importance else {}):
+        for note in counted(said):
+            progress.note(note)
     source, autocast = decoder.source, learning_dtype(decoder.device)
     identity = identity_of(recipe, source.fingerprint(), texts.calibration, autocast, plan, decoder.embedding_name())
     identity |= preprocessing_of(recipe, texts.preprocessing)
+    identity |= {"imatrix": importance.fingerprint() if importance else None}
     with shared_work(team, lambda: WorkDirectory(work_folder(recipe), identity, recipe.fresh)) as work:
-        yield Run(recipe, decoder, texts, team, work, tree, progress), Model(source, decoder, plan)
+        yield Run(recipe, decoder, texts, team, work, tree, progress, importance), Model(source, decoder, plan)
 
 
 def counted(said: Mapping[str, str]) -> Iterator[str]:

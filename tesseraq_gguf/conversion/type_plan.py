@@ -47,6 +47,7 @@ class TypePlan:
         fallbacks: what is said of matrices that do not get the type that was asked for.
         chosen: what was chosen within a budget.
         head: of matrices of a head for speculation, which are rounded.
+        columns: for each column in the file that of the matrix, where the converter moves columns.
     """
 
     types: dict[str, str]
@@ -56,6 +57,7 @@ class TypePlan:
     fallbacks: dict[str, str] = field(default_factory=dict)
     chosen: dict[str, str] = field(default_factory=dict)
     head: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, list[int]] = field(default_factory=dict)
 
     def all(self) -> dict[str, str]:
         """Types of all matrices."""
@@ -184,7 +186,7 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
     # what the converter merges with others is known by the name of the last of them
     plain |= {name: fitting_type(_FALLBACK, shapes[name][1]) for name in shapes if name not in known | plain}
     said_of = {name: said.replace(_ITS_TYPE, (types | outside | plain)[name]) for name, said in fallbacks.items()}
-    plan = TypePlan(types, outside, plain, check.file, said_of, head=head)
+    plan = TypePlan(types, outside, plain, check.file, said_of, head=head, columns=check.columns)
     _check_file(plan, ruled)
     return plan
 

@@ -1,4 +1,5 @@
-"""The file: written by llama.cpp's converter, verified, and only then under its name."""
+"""What is left: the file, written by llama.cpp's converter, verified, and only then under its name; and what goes
+beside it."""
 
 from __future__ import annotations
 
@@ -6,10 +7,14 @@ from collections.abc import Mapping
 
 from tesseraq_gguf.compute.schemes import Range
 from tesseraq_gguf.conversion.identity import metadata_of
+from tesseraq_gguf.conversion.importance import entries_of
 from tesseraq_gguf.conversion.progress import Progress
+from tesseraq_gguf.conversion.quantise import place_of
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.type_plan import plan_plain
 from tesseraq_gguf.converter.writer import Contents, write_gguf, write_plain
+from tesseraq_gguf.gguf_files.imatrix import Imatrix, write_imatrix
+from tesseraq_gguf.learning.input_squares import input_squares
 from tesseraq_gguf.models import ModelSource
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
@@ -26,13 +31,28 @@ def write(run: Run, model: Model, ranges: Mapping[str, Range]) -> None:
     """
     recipe, plan, progress = run.recipe, model.plan, run.progress
     progress.stage(f"Writing and verifying {recipe.out.name}")
+    file_type = tensor_type(plan.main_type(model.decoder)).file_type
     contents = Contents(
         learned=run.work.files(len(model.decoder), run.finishes),
         pieces=model.decoder.pieces(),
         types=plan.in_file(),
-        metadata=metadata_of(recipe, tensor_type(plan.main_type(model.decoder)).file_type, run.calibration, ranges),
+        metadata=metadata_of(recipe, file_type, run.calibration, ranges, run.importance),
     )
     write_gguf(model.source, recipe.out, contents, progress, run.tree)
+
+
+def write_squares(run: Run, model: Model) -> None:
+    """Write the importance matrix that the recipe asks for, of the model as it came."""
+    out, calibration = run.recipe.write_imatrix, run.calibration
+    if out is None or calibration is None:
+        return
+    run.progress.stage(f"Summing what matrices are fed, for {out.name}")
+    with run.memory_explained():
+        empty = place_of(run, calibration).empty
+        sums = input_squares(run.original, calibration.tokens, empty, run.progress.advance)
+    sequences, length = calibration.tokens.shape
+    write_imatrix(out, Imatrix(entries_of(sums, model.plan), (calibration.name,), sequences, length))
+    run.progress.note(f"{out}: an importance matrix of {sequences} sequences of {length} tokens, for llama-quantize")
 
 
 def write_unlearned(recipe: Recipe, source: ModelSource, tree: SourceTree, progress: Progress) -> None:

@@ -142,6 +142,15 @@ class GgufFile:
         numbers = np.frombuffer(self.entries[key].raw, _LAYOUTS[value.element], value.count, _SMALLEST_ARRAY)
         return numbers.tolist()
 
+    def texts(self, key: str) -> list[str]:
+        """Return an array of strings among the metadata; empty if there is no such array."""
+        value = self.get(key)
+        if not isinstance(value, ArrayValue) or value.element != _TYPE_NAMES[_STRING]:
+            return []
+        cursor = _Cursor(self.entries[key].raw)
+        cursor.skip(_SMALLEST_ARRAY)
+        return [cursor.text() for _ in range(value.count)]
+
     def data(self, tensor: TensorInfo) -> NDArray[np.uint8]:
         """Return the bytes of a tensor, uint8 [rows, row_bytes], mapped and not read."""
         mapped = np.memmap(self.parts[tensor.part], np.uint8, "r", tensor.offset, (tensor.bytes,))

@@ -32,6 +32,7 @@ def round_embeddings(
     sensitivity: Sensitivity | None,
     report: Callable[[int, int], None] = lambda *_: None,
     codebooks: OwnCodebooks = UNIVERSAL,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Round embedding and output matrix.
 
@@ -41,6 +42,8 @@ def round_embeddings(
         sensitivity: what the model feels; None rounds to nearest.
         report: called with (weights done, weights in all) of one matrix.
         codebooks: those that the model brings.
+        importance: weights of the squared errors of columns, float32 [in] by checkpoint name, where rounding is to
+            nearest.
 
     Returns:
         The rounded matrices by checkpoint name.
@@ -49,7 +52,7 @@ def round_embeddings(
     for name, type in types.items():
         weight, moment = decoder.matrix(name), _moment(decoder, name, sensitivity)
         grid = grid_for(type, weight.shape[1], "group", codebooks)
-        rounded[name] = round_matrix(weight, grid, moment, decoder.device, report)
+        rounded[name] = round_matrix(weight, grid, moment, decoder.device, report, (importance or {}).get(name))
     return rounded
 
 
@@ -70,6 +73,7 @@ def round_matrix(
     moment: Tensor | None,
     device: torch.device,
     report: Callable[[int, int], None] = lambda *_: None,
+    importance: Tensor | None = None,
 ) -> QuantizedTensor:
     """Round a matrix outside the blocks.
 
@@ -79,12 +83,14 @@ def round_matrix(
         moment: mean x·xᵀ of what it is fed, float32 [in, in] on the device; None rounds to nearest.
         device: where to round.
         report: called with (weights done, weights in all).
+        importance: weights of the squared errors of columns, float32 [in], where it is rounded to nearest.
     """
+    importance = None if importance is None else importance.to(device)
     parts: list[QuantizedTensor] = []
     done = 0
     for rows in weight.split(max(1, _CHUNK // weight.shape[1])):
         rows = rows.to(device)
-        part = grid.quantize(rows) if moment is None else compensate(rows, moment, grid, _DAMPING).tensor
+        part = grid.quantize(rows, importance) if moment is None else compensate(rows, moment, grid, _DAMPING).tensor
         parts.append(QuantizedTensor(part.type, {key: array.cpu() for key, array in part.arrays.items()}))
         done += rows.numel()
         report(done, weight.numel())

@@ -255,7 +255,7 @@ class Mixture:
         for matrix in rare:
             weight = problem.block.matrices()[matrix].weight.detach()
             kind = last if matrix.rpartition(".")[2] == last else ""
-            rounded = problem.grids[matrix].quantize(weight, importance.get(kind))
+            rounded = problem.grids[matrix].quantize(weight, problem.importance.get(matrix, importance.get(kind)))
             learned[matrix] = kept.keep(matrix.removeprefix(f"{name}."), _on_cpu(rounded))
         self.rare += rare
         return learned
@@ -288,6 +288,7 @@ class Mixture:
             team=Team(),
             samples=len(inputs),
             held_out=None,
+            importance={n: problem.importance[f"{name}.{n}"] for n in names if f"{name}.{n}" in problem.importance},
         )
         if apart is not None and len(apart):
             given = apart[None]

@@ -94,6 +94,8 @@ class Reconstruction:
         salient: which channels come to salient places, where a type has these.
         team: the processes that learn together.
         empty: makes the tensors that hidden states are kept in.
+        importance: weights of the squared errors of columns, float32 [in] by checkpoint name, where rounding to nearest
+            goes by an importance matrix.
     """
 
     decoder: Decoder
@@ -108,6 +110,7 @@ class Reconstruction:
     salient: Score = "error"
     team: Team = field(default_factory=Team)
     empty: Empty = torch.empty
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(
         self,
@@ -276,6 +279,7 @@ class Reconstruction:
             generator=torch.Generator().manual_seed(seed),
             report=lambda done, total: self.report(index, done, total),
             team=self.team,
+            importance={n: h.to(self.decoder.device) for n, h in block.by_module(self.importance).items()},
         )
 
 

@@ -1,8 +1,8 @@
 """Round to nearest: every group gets the parameters with the least squared error of its weights.
 
-No data, no learning. With codebooks this is LO-BCQ (arXiv 2502.05376), which updates no weight, with the
-scale of every 64 weights searched. Where a type has salient places, the channels that it would cost most to binarise
-get them, by the weights alone.
+No data, but for an importance matrix that weighs the errors; no learning. With codebooks this is LO-BCQ (arXiv
+2502.05376), which updates no weight, with the scale of every 64 weights searched. Where a type has salient places, the
+channels that it would cost most to binarise get them, by the weights alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ def round_blocks(
     finished: Finished,
     granularity: str = "group",
     codebooks: OwnCodebooks = UNIVERSAL,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> Iterator[BlockResult]:
     """Round the matrices of every block: the baseline every method must beat.
 
@@ -37,6 +38,7 @@ def round_blocks(
         finished: gives what an earlier run rounded.
         granularity: what shares a scale: `group` or `channel`.
         codebooks: those that the model brings.
+        importance: weights of the squared errors of columns, float32 [in] by checkpoint name; others count alike.
 
     Yields:
         One result per block, in order, without losses: nothing is calibrated.
@@ -60,7 +62,8 @@ def round_blocks(
         if hidden is not None and recorded is not None:
             for move in plan_moves(block, recorded.arguments[index], hidden.to(decoder.device), grids, {}):
                 move.apply(block)
-        rounded = {name: grid.quantize(modules[name].weight.detach()) for name, grid in grids.items()}
+        weighed = {name: h.to(decoder.device) for name, h in block.by_module(importance or {}).items()}
+        rounded = {n: grid.quantize(modules[n].weight.detach(), weighed.get(n)) for n, grid in grids.items()}
         tensors = leaving(block, grids, rounded)
         yield BlockResult(index, tensors, None, None, time.monotonic() - started)
 

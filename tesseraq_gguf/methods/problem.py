@@ -48,6 +48,8 @@ class BlockProblem:
         samples: samples of all processes together; None means that these are all.
         held_out: sequences that nothing is learned on, for methods that learn to be judged by; None judges none.
         verdict: how learning ended on these, once a method has (`held_out.better`).
+        importance: weights of the squared errors of columns, float32 [in] by module name, of an importance matrix that
+            rounding to nearest goes by.
     """
 
     block: LoadedBlock
@@ -65,6 +67,7 @@ class BlockProblem:
     samples: int | None = None
     held_out: HeldOut | None = None
     verdict: Verdict | None = None
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     def full_name(self, name: str) -> str:
         """Return the checkpoint name of a matrix of the block, by its module name."""

@@ -101,7 +101,7 @@ def round_rare(problem: BlockProblem, visits: Visits) -> dict[str, QuantizedTens
     rounded = {}
     for name in rare:
         grid, weight = problem.grids.pop(name), problem.block.matrices()[name].weight.detach()
-        rounded[name] = grid.quantize(weight, importance.get(stack_of(name)))
+        rounded[name] = grid.quantize(weight, problem.importance.get(name, importance.get(stack_of(name))))
         problem.block.replace(f"{name}.weight", grid.dequantize(rounded[name]).to(problem.device))
     return rounded
 

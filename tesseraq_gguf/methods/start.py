@@ -43,7 +43,10 @@ class Nearest:
 
     def start(self, problem: BlockProblem) -> dict[str, Start]:
         """Return a start for every matrix of the problem, by module name."""
-        return {name: Start(problem.grids[name].quantize(w), w) for name, w in problem.matrices().items()}
+        return {
+            name: Start(problem.grids[name].quantize(w, problem.importance.get(name)), w)
+            for name, w in problem.matrices().items()
+        }
 
 
 NEAREST = Nearest()

@@ -96,6 +96,21 @@ def projector(recipe: Recipe) -> str | None:
     return f"{spelled('mmproj')} {recipe.mmproj} is the output itself: name another file"
 
 
+def imatrix(recipe: Recipe) -> str | None:
+    """An importance matrix knows channels as they are, in their own order."""
+    if recipe.rotate:
+        return f"{spelled('rotate')} mixes the channels that {spelled('imatrix')} tells apart: give one of them"
+    found = next((type for type in ORDERED_TYPES if type in _types(recipe)), None)
+    return f"{spelled('imatrix')} cannot be given with {found}, which orders columns by itself" if found else None
+
+
+def write_imatrix(recipe: Recipe) -> str | None:
+    """An importance matrix is a file of its own."""
+    if recipe.write_imatrix is None or recipe.write_imatrix.absolute() != Path(recipe.out).absolute():
+        return None
+    return f"{spelled('write_imatrix')} {recipe.write_imatrix} is the output itself: name another file"
+
+
 def without_order(type: str) -> str:
     """Say that embedding and output matrix cannot have a type."""
     return f"{type} is for matrices in the blocks: columns of the embedding have no order"
@@ -157,6 +172,13 @@ def without_calibration(recipe: Recipe) -> str | None:
     return None if recipe.calibrates else f"{_method(recipe)} uses no calibration"
 
 
+def with_calibration(recipe: Recipe) -> str | None:
+    """An importance matrix is for what looks at no text, which says more."""
+    if not recipe.method_row.calibrates:
+        return None
+    return f"{_method(recipe)} learns from calibration text, which says more (rtn rounds with an importance matrix)"
+
+
 def without_sequences(recipe: Recipe) -> str | None:
     """Preprocessing takes sequences of the same length."""
     return None if recipe.preprocess else without_calibration(recipe)
@@ -171,12 +193,16 @@ def without_preset(recipe: Recipe) -> str | None:
 
 def without_codebooks(recipe: Recipe) -> str | None:
     """Codebooks are for types that have any."""
-    types = {*(recipe.candidates if recipe.budgeted else (recipe.type,)), recipe.embedding_type, recipe.output_type}
-    found = (types | {type for _, type in recipe.rules}) & set(WITH_CODEBOOKS)
-    if found:
+    if _types(recipe) & set(WITH_CODEBOOKS):
         return None
     chosen = f"none of {', '.join(recipe.candidates)}" if recipe.budgeted else f"not {recipe.type}"
     return f"{', '.join(WITH_CODEBOOKS)} have codebooks, {chosen}"
+
+
+def _types(recipe: Recipe) -> set[str | None]:
+    """Types that a recipe names."""
+    inside = recipe.candidates if recipe.budgeted else (recipe.type,)
+    return {*inside, recipe.embedding_type, recipe.output_type, *(type for _, type in recipe.rules)}
 
 
 def of_another_method(name: str) -> Judge:

@@ -214,6 +214,16 @@ _OPTIONS = (
         CALIBRATION, kind=int, idle=conflicts.without_sequences, identity=_spent,
     ),
     Option(
+        "imatrix", optional(path),
+        "An importance matrix of llama-imatrix's, GGUF or the older .dat, to round with where nothing is calibrated.",
+        CALIBRATION, kind=Path, metavar="FILE", clash=conflicts.imatrix, idle=conflicts.with_calibration,
+    ),
+    Option(
+        "write_imatrix", optional(path),
+        "Also write an importance matrix of the calibration to this GGUF file, for llama-quantize.",
+        CALIBRATION, kind=Path, metavar="FILE", clash=conflicts.write_imatrix, idle=conflicts.without_calibration,
+    ),
+    Option(
         "token", optional(secret), "Token of the hub, for models that are gated or private.",
         MACHINE, unset="HF_TOKEN of the environment, or the one of hf auth login", always=True,
         idle=conflicts.without_hub,

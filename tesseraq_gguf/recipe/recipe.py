@@ -49,6 +49,10 @@ class Recipe:
         calibration: a text file, `wikitext2`, `c4`, or None for a small text that needs no network.
         samples: calibration sequences; None takes the preset's.
         seqlen: tokens of a sequence; None takes the preset's.
+        imatrix: an importance matrix of llama-imatrix's, which rounding to nearest weighs errors by; None weighs all
+            alike.
+        write_imatrix: the file to write an importance matrix of the calibration to, for llama-quantize; None writes
+            none.
         token: of the hub; None takes the environment's. It decides nothing, and stands nowhere in what is made.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         memory_budget: bytes of the device's memory that activations kept from block to block may take; what does not
@@ -89,6 +93,8 @@ class Recipe:
     calibration: str | None = None
     samples: int | None = None
     seqlen: int | None = None
+    imatrix: Path | None = None
+    write_imatrix: Path | None = None
     token: str | None = field(default=None, repr=False)
     device: str = "auto"
     memory_budget: int | None = None

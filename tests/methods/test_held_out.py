@@ -286,5 +286,5 @@ def test_the_caches_have_room_for_what_is_held_out(decoder, monkeypatch, tmp_pat
         recipe = Recipe("m", tmp_path / "out.gguf")
         work = WorkDirectory(tmp_path / "work", {}, fresh=False)
         run = Run(recipe, decoder, Texts(calibration), team, work, ensure_source(), SilentProgress())
-        quantise._place(run, calibration)
+        quantise.place_of(run, calibration)
     assert sizes == [2 * sequences * 16 * decoder.hidden_size * 4 for sequences in (12, 6)]

@@ -61,6 +61,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "calibration": {"calibration": "text.txt"},
     "samples": {"samples": 8},
     "seqlen": {"seqlen": 64},
+    "imatrix": {"method": "rtn", "imatrix": "imatrix.gguf"},
+    "write_imatrix": {"write_imatrix": "imatrix.gguf"},
     "token": {"token": "hf_secret"},
     "device": {"device": "cuda"},
     "memory_budget": {"memory_budget": "1G"},
@@ -99,7 +101,7 @@ def test_options_that_decide_what_blocks_learn_say_so():
     """A new option joins one of both: what decides nothing in the blocks, or what makes another run."""
     silent = {
         "model", "out", "type", "calibration", "preprocess", "preprocess_steps",  # what is read, and what becomes of it
-        "mmproj", "mmproj_type", "no_mtp",
+        "mmproj", "mmproj_type", "no_mtp", "imatrix", "write_imatrix",
         "token", "device", "memory_budget", "work_dir", "fresh",
         "finish", "finish_steps",
     }  # fmt: skip
