@@ -230,7 +230,7 @@ def _methods() -> str:
 
 
 def _starts() -> str:
-    rows = [(f"`{row.name}`", row.summary, _GRIDS[row.needs]) for row in table.STARTS.values()]
+    rows = [(f"`{row.name}`", row.summary, _GRIDS[row.needs]) for row in (*table.STARTS.values(), table.FILE)]
     return f"## What learning begins at\n\n{_table(('`init`', 'does', 'types'), rows)}\n"
 
 

@@ -19,6 +19,7 @@ from tesseraq_gguf.conversion.quantise import quantise
 from tesseraq_gguf.conversion.report import ConversionReport, report_on
 from tesseraq_gguf.conversion.rotate import leave, rotate
 from tesseraq_gguf.conversion.run import begin
+from tesseraq_gguf.conversion.start_file import check_start_file
 from tesseraq_gguf.conversion.type_plan import check_types
 from tesseraq_gguf.conversion.write import write, write_squares, write_unlearned
 from tesseraq_gguf.converter.writer import check_output
@@ -47,6 +48,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     check_output(recipe.out)
     if recipe.write_imatrix:
         check_output(recipe.write_imatrix)
+    check_start_file(recipe)
     # tensors are copied by their names in a GGUF file; rules name them as the learner does
     hub = Hub(recipe.token, progress.advance)
     source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)

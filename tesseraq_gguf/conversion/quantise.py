@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -99,9 +99,10 @@ def _learned(run: Run, model: Model, calibration: Calibration, finished: bool) -
 def walk_of(run: Run, model: Model, calibration: Calibration) -> Reconstruction:
     """Return what walks over the blocks, as the recipe says."""
     recipe, decoder = run.recipe, model.decoder
+    settings = replace(recipe.method_settings(decoder.hidden_size), given=run.start.__getitem__ if run.start else None)
     return Reconstruction(
         decoder=decoder,
-        method=method_of(recipe.method, recipe.start, recipe.method_settings(decoder.hidden_size)),
+        method=method_of(recipe.method, recipe.start, settings),
         types=model.plan.types,
         seed=recipe.seed,
         autocast=run.autocast,

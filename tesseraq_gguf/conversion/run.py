@@ -15,6 +15,7 @@ from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.conversion.identity import identity_of, preprocessing_of
 from tesseraq_gguf.conversion.importance import Importance, read_importance
 from tesseraq_gguf.conversion.progress import Progress
+from tesseraq_gguf.conversion.start_file import StartFile
 from tesseraq_gguf.conversion.texts import Texts, read_texts
 from tesseraq_gguf.conversion.type_plan import TypePlan, plan_types
 from tesseraq_gguf.conversion.work_directory import CHECKED, WorkDirectory, shared_work, work_folder
@@ -39,6 +40,7 @@ class Run:
         tree: the patched llama.cpp.
         progress: told what happens.
         importance: the importance matrix that rounding to nearest goes by, if there is one.
+        start: the file that learning begins at, if it begins at one.
     """
 
     recipe: Recipe
@@ -49,6 +51,7 @@ class Run:
     tree: SourceTree
     progress: Progress
     importance: Importance | None = None
+    start: StartFile | None = None
 
     @property
     def autocast(self) -> torch.dtype:
@@ -143,17 +146,19 @@ def begin(
     recipe = replace(recipe, processes=team.size)
     texts = read_texts(recipe, decoder, team, progress)
     progress.stage("Asking llama.cpp's converter about the model")
-    plan = plan_types(recipe, decoder, tree)
+    start = StartFile(recipe.start_file, decoder) if recipe.start_file else None
+    plan = plan_types(recipe, decoder, tree, start.types if start else {})
     importance = read_importance(recipe.imatrix, plan, decoder.source.name) if recipe.imatrix else None
     for said in (plan.fallbacks, importance.said if importance else {}):
         for note in counted(said):
             progress.note(note)
     source, autocast = decoder.source, learning_dtype(decoder.device)
     identity = identity_of(recipe, source.fingerprint(), texts.calibration, autocast, plan, decoder.embedding_name())
-    identity |= preprocessing_of(recipe, texts.preprocessing)
+    identity |= preprocessing_of(recipe, texts.preprocessing) | ({"start": start.fingerprint} if start else {})
     identity |= {"imatrix": importance.fingerprint() if importance else None}
     with shared_work(team, lambda: WorkDirectory(work_folder(recipe), identity, recipe.fresh)) as work:
-        yield Run(recipe, decoder, texts, team, work, tree, progress, importance), Model(source, decoder, plan)
+        run = Run(recipe, decoder, texts, team, work, tree, progress, importance, start)
+        yield run, Model(source, decoder, plan)
 
 
 def counted(said: Mapping[str, str]) -> Iterator[str]:

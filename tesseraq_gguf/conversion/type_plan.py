@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type, matrix_of_gguf
@@ -14,7 +15,7 @@ from tesseraq_gguf.converter.writer import FileMatrix, check_source
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.learning.bit_budget import bytes_of
-from tesseraq_gguf.methods.table import STARTS
+from tesseraq_gguf.methods.table import start_row
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.models.speculation import head_matrices
@@ -118,8 +119,16 @@ class TypePlan:
         return {n: _possible(recipe, n, shapes[n][1]) for n in self.types if n not in ruled}
 
 
-def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
+def plan_types(
+    recipe: Recipe, decoder: Decoder, tree: SourceTree, settled: Mapping[str, str] = MappingProxyType({})
+) -> TypePlan:
     """Choose the tensor type of each matrix of a model that is to be learned, budgets apart.
+
+    Args:
+        recipe: what to make.
+        decoder: the model.
+        tree: the patched llama.cpp.
+        settled: types that are known, by checkpoint name.
 
     Raises:
         UsageError: types that cannot be meant, or a rule that matches nothing or what it cannot change.
@@ -128,7 +137,7 @@ def plan_types(recipe: Recipe, decoder: Decoder, tree: SourceTree) -> TypePlan:
     types, plain, fallbacks = {}, {}, dict[str, str]()
     shapes, ends = decoder.matrix_shapes(), ends_of(decoder)
     drafting = head_matrices(decoder)
-    ruled = rule_types(recipe.rules, [*shapes, *drafting], ends)
+    ruled = {**settled} | rule_types(recipe.rules, [*shapes, *drafting], ends)
     for name, (_, columns) in shapes.items():
         asked = ruled.get(name) or _first(recipe, name, columns)
         if tensor_type(asked).is_float:
@@ -265,7 +274,7 @@ def check_grid(recipe: Recipe, grid: Grid) -> None:
             f"{spelled('rotate')} mixes the channels that stand out, which {grid.type} keeps apart: leave it out"
         )
     if recipe.method_row.begins:
-        STARTS[recipe.start].check(grid)
+        start_row(recipe.start).check(grid)
 
 
 def rule_types(rules: Sequence[tuple[str, str]], inside: Iterable[str], ends: Sequence[str]) -> dict[str, str]:
@@ -426,6 +435,6 @@ def _asked_outside(recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str]
         raise UsageError(
             f"{spelled('output_type')} {recipe.output_type} and a rule for {output} are two: give one of them"
         )
-    first = "q8_0" if recipe.embedding_type == AUTO else recipe.embedding_type
+    first = "q8_0" if recipe.embedding_type in (None, AUTO) else recipe.embedding_type
     asked = {output: recipe.output_type or first} | {embedding: first}
     return asked | {name: ruled[name] for name in asked if name in ruled}

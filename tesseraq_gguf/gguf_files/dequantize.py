@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +41,16 @@ def dequantized(tensor: TensorInfo, rows: NDArray[np.uint8], codebooks: FileCode
 
 def unpacked(type: str, data: NDArray[np.uint8], codebooks: FileCodebooks) -> NDArray[np.float32]:
     """Weights of rows of bytes in a type that can be learned, as `dequantized` gives them."""
-    packer = packer_of(type)
-    arrays = packer.unpack(data)
+    return packer_of(type).dequantize(arrays_of(type, data, codebooks))
+
+
+def arrays_of(type: str, data: NDArray[np.uint8], codebooks: FileCodebooks) -> dict[str, NDArray[Any]]:
+    """Codes and parameters of rows of bytes, uint8 [rows, row_bytes], in a type that can be learned."""
+    arrays = packer_of(type).unpack(data)
     shape = tensor_type(type).codebooks
     if shape is not None and shape.layout in codebooks:
         arrays["c"] = repeated(codebooks[shape.layout], len(data))
-    return packer.dequantize(arrays)
+    return arrays
 
 
 def own_codebooks(file: GgufFile) -> dict[str, NDArray[np.int8]]:

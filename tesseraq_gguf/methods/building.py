@@ -6,7 +6,7 @@ from tesseraq_gguf.methods.awq import AWQ
 from tesseraq_gguf.methods.problem import Method
 from tesseraq_gguf.methods.rotated import Rotated
 from tesseraq_gguf.methods.start import AsItStarts, Initialisation
-from tesseraq_gguf.methods.table import METHODS, STARTS, Settings
+from tesseraq_gguf.methods.table import METHODS, Settings, start_row
 
 
 def method_of(name: str, start: str, settings: Settings) -> Method:
@@ -14,7 +14,7 @@ def method_of(name: str, start: str, settings: Settings) -> Method:
 
     Args:
         name: one of `METHODS`.
-        start: what it begins at, one of `STARTS`, if it learns from a start.
+        start: what it begins at, the name of a `start_row`, if it learns from a start.
         settings: what it is built from.
     """
     method = _named(name, start, settings)
@@ -26,7 +26,7 @@ def _named(name: str, start: str, settings: Settings) -> Method:
     if not (row.begins or row.start):
         built: Method = row.builder()(settings)
         return built
-    begun = STARTS[row.start or start]
+    begun = start_row(row.start or start)
     found: Initialisation = begun.builder()(settings)
     method: Method = AsItStarts(found) if row.start else row.builder()(settings, found)
     return AWQ(method) if begun.scaled else method

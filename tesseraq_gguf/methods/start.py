@@ -1,17 +1,20 @@
 """Starts: the parameters and weights that learning begins at. Each is a method of its own too.
 
-`--init` chooses among them: `none` is `Nearest`, the others have a file of their own.
+`--init` chooses among them: `none` is `Nearest`, `file` is `AsGiven`, the others have a file of their own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.table import Settings
+from tesseraq_gguf.types.grids import Grid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 
@@ -51,6 +54,9 @@ class Nearest:
 
 NEAREST = Nearest()
 
+_SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Shares of the way from what a code stands for to a weight, ascending."""
+
 
 @dataclass(frozen=True)
 class AsItStarts:
@@ -65,6 +71,47 @@ class AsItStarts:
     def learn(self, problem: BlockProblem) -> dict[str, QuantizedTensor]:
         """Return the learned matrices by module name."""
         return {name: start.tensor for name, start in self.initialisation.start(problem).items()}
+
+
+@dataclass(frozen=True)
+class AsGiven:
+    """Begin at codes and parameters that are there already.
+
+    Attributes:
+        given: gives them, by checkpoint name.
+    """
+
+    given: Callable[[str], QuantizedTensor]
+
+    def start(self, problem: BlockProblem) -> dict[str, Start]:
+        """Return a start for every matrix of the problem, by module name."""
+        starts = {}
+        for name, w in problem.matrices().items():
+            tensor = self.given(problem.full_name(name))
+            tensor = QuantizedTensor(tensor.type, {key: a.to(w.device) for key, a in tensor.arrays.items()})
+            starts[name] = Start(tensor, within_codes(w, tensor, problem.grids[name]))
+        return starts
+
+
+@torch.no_grad()
+def within_codes(weight: Tensor, tensor: QuantizedTensor, grid: Grid) -> Tensor:
+    """Weights as near to `weight` as they can be while `tensor` has their nearest codes, float32 [out, in].
+
+    Those whose code is another than the nearest are moved towards the value that their code stands for.
+    """
+    value, arrays = grid.dequantize(tensor), {key: a for key, a in tensor.arrays.items() if key != "q"}
+    moved = value.clone()
+    for share in _SHARES:
+        nearer = torch.lerp(value, weight, share)
+        rounded = grid.dequantize(grid.assemble(grid.encode(nearer, arrays), arrays))
+        moved = torch.where(rounded == value, nearer, moved)
+    return moved
+
+
+def build_given(settings: Settings) -> AsGiven:
+    """Return the start at a file for its row of the table."""
+    assert settings.given, "whoever begins at a file opens it"
+    return AsGiven(settings.given)
 
 
 def build(_: Settings) -> Nearest:

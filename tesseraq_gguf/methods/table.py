@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +12,7 @@ from tesseraq_gguf.errors import UsageError
 
 if TYPE_CHECKING:
     from tesseraq_gguf.types.grid import Grid
+    from tesseraq_gguf.types.quantized import QuantizedTensor
 
 PARTS = ("mask", "scales", "cosine")
 """Parts of PTQ1.61, each with all before it: the mask alone, learned scales, the cosine in their loss."""
@@ -32,6 +33,7 @@ class Settings:
         width: channels of the model.
         rotate: whether channels are mixed by Hadamard matrices first.
         own: the method's own options, by name.
+        given: gives codes and parameters to begin at, by checkpoint name, where a file has them.
     """
 
     steps: int
@@ -41,6 +43,7 @@ class Settings:
     width: int
     rotate: bool = False
     own: Mapping[str, Any] = field(default_factory=dict)
+    given: Callable[[str], QuantizedTensor] | None = None
 
     @property
     def all_steps(self) -> int:
@@ -130,6 +133,14 @@ _STARTS = (
 
 STARTS = {row.name: row for row in _STARTS}
 """What learning can begin at, by name; LRQ's and FlexRound's papers have `none`."""
+
+FILE = StartRow("file", "a file", "takes types, codes and scales of a GGUF file", "start:build_given")
+"""What begins at a file, which a recipe names."""
+
+
+def start_row(name: str) -> StartRow:
+    """Return the row of a start, `FILE` among them, by its name."""
+    return FILE if name == FILE.name else STARTS[name]
 
 
 def _as_it_starts(start: str, name: str = "", calibrates: bool = True) -> MethodRow:

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of
-from tesseraq_gguf.gguf_files.dequantize import dequantized, own_codebooks
+from tesseraq_gguf.gguf_files.dequantize import arrays_of, dequantized, own_codebooks
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo
 from tesseraq_gguf.models.checkpoint import Checkpoint
 from tesseraq_gguf.models.experts import Forms, expert_of, unroll
 from tesseraq_gguf.models.gguf_config import Described, Header, Rotary, describe
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _CHUNK = 1 << 20
 """Weights dequantised at a time: so few that what comes between codes and weights stays in a processor's caches."""
@@ -261,6 +262,26 @@ class GgufCheckpoint(Checkpoint):
         there = which if place.rows is None else place.rows[which]
         weights = self._numbers(place.tensor, self._data(name)[there])
         return self._restored(place, weights.reshape(len(which), *self.shape(name)[1:]))
+
+    def type_of(self, name: str) -> str:
+        """Return the name of a parameter's tensor type, lower case."""
+        return self._places[name].tensor.type
+
+    def codes(self, name: str) -> QuantizedTensor:
+        """Read a matrix as its type keeps it: codes and parameters, on the CPU.
+
+        Args:
+            name: of a matrix whose type can be learned.
+        """
+        place, data = self._places[name], self._data(name)
+        rows = np.array(data) if place.rows is None else data[place.rows]
+        arrays = arrays_of(place.tensor.type, rows, self._codebooks)
+        return QuantizedTensor(place.tensor.type, {key: torch.from_numpy(array) for key, array in arrays.items()})
+
+    @property
+    def ordered(self) -> bool:
+        """Whether matrices have columns in an order of their own."""
+        return bool(self._orders)
 
     def _data(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a parameter's rows, uint8 [rows, row_bytes], mapped and not read."""

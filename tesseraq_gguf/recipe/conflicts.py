@@ -162,6 +162,16 @@ def without_start(recipe: Recipe) -> str | None:
     return f"{_method(recipe)} knows one way" if row.calibrates else _learns_nothing(recipe)
 
 
+def beside_file(recipe: Recipe) -> str | None:
+    """A file to begin at has its types, its scales and its columns as they are."""
+    return f"a file to begin at ({spelled('init')}) has types and scales" if recipe.start_file else None
+
+
+def first(*judges: Judge) -> Judge:
+    """Return what says the first thing that one of some judges finds wrong."""
+    return lambda recipe: next((said for judge in judges if (said := judge(recipe))), None)
+
+
 def without_learning(recipe: Recipe) -> str | None:
     """The last pass is for what was learned."""
     return None if recipe.method_row.calibrates else _learns_nothing(recipe)

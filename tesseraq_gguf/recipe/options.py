@@ -141,6 +141,7 @@ _OPTIONS = (
         f"{_listed(names(lambda t: t.family and not t.custom))} for any llama.cpp. "
         f"With {_listed(names(lambda t: t.is_float))} nothing is learned.",
         MAKE, always=True, clash=conflicts.type_beside_budget,
+        idle=conflicts.beside_file,
     ),
     Option(
         "rules", readers.rules,
@@ -148,29 +149,34 @@ _OPTIONS = (
         "the last wins. One that matches nothing in the blocks is for embedding or output matrix.",
         MAKE, many=True, metavar="REGEX=TYPE", always=True, clash=conflicts.rules,
         identity=lambda recipe: {"rules": [list(rule) for rule in recipe.rules] if recipe.budgeted else None},
+        idle=conflicts.beside_file,
     ),
     Option(
         "target_bpw", optional(number),
         "Choose each matrix's type so that the blocks take so many bits per weight; OUT.types tells which.",
         MAKE, kind=float, clash=conflicts.two_budgets, identity=_budget,
+        idle=conflicts.beside_file,
     ),
     Option(
         "target_size", optional(readers.size),
         "Choose types, the embedding's too unless it is given, so that the file is no larger (200M, 1.5G, …).",
         MAKE, metavar="SIZE", clash=conflicts.two_budgets, identity=_budget,
+        idle=conflicts.beside_file,
     ),
     Option(
         "candidates", readers.candidates, "Types that a target chooses from.", MAKE, metavar="TYPES",
-        idle=conflicts.without_target, identity=_budget,
+        idle=conflicts.first(conflicts.without_target, conflicts.beside_file), identity=_budget,
     ),
     Option(
         "embedding_type", optional(readers.embedding_type), "Tensor type of the embedding, any that --type takes.",
         MAKE, unset="q8_0; --type itself where nothing is learned", always=True, clash=conflicts.embedding_type,
         identity=_ends,
+        idle=conflicts.beside_file,
     ),
     Option(
         "output_type", optional(readers.type_name), "Tensor type of the output matrix.",
         MAKE, unset="that of the embedding", always=True, clash=conflicts.output_type, identity=_ends,
+        idle=conflicts.beside_file,
     ),
     Option(
         "mmproj", optional(path),
@@ -195,8 +201,9 @@ _OPTIONS = (
         LEARN, identity=lambda recipe: {"method": recipe.method}, said=lambda recipe: recipe.method,
     ),
     Option(
-        "init", choice("initialisation", INITIALISATIONS),
-        f"What learned rounding begins at: {_listed(INITIALISATIONS)}.",
+        "init", readers.initialisation(INITIALISATIONS),
+        f"What learned rounding begins at: {_listed(INITIALISATIONS)}, or file:GGUF, a quantised file whose types, "
+        "codes and scales are taken and improved.",
         LEARN, idle=conflicts.without_start, identity=lambda recipe: {"init": recipe.start},
         said=lambda recipe: f" from {recipe.start}" if recipe.method_row.begins else "",
     ),
@@ -252,6 +259,7 @@ _OPTIONS = (
         "fewer.",
         EXPERIMENTS, kind=bool, identity=lambda recipe: {"rotate": recipe.rotate or None},
         said=lambda recipe: " rotated" if recipe.rotate else "",
+        idle=conflicts.beside_file,
     ),
     Option(
         "granularity", choice("granularity", GRANULARITIES),
@@ -259,6 +267,7 @@ _OPTIONS = (
         EXPERIMENTS,
         identity=lambda recipe: {"granularity": None if recipe.granularity == "group" else recipe.granularity},
         said=lambda recipe: " per channel" if recipe.granularity == "channel" else "",
+        idle=conflicts.beside_file,
     ),
     Option(
         "activations", choice("rounding of activations", SCHEMES),
@@ -290,6 +299,7 @@ _OPTIONS = (
         EXPERIMENTS, metavar=_WORDS,
         metadata=lambda recipe: {"preprocess": Path(recipe.preprocess).name if recipe.preprocess else None},
         said=lambda recipe: ", preprocessed" if recipe.preprocess else "",
+        idle=conflicts.beside_file,
     ),
     Option(
         "preprocess_steps", optional(at_least(1)), "Steps of that, in place of the preset's.",
@@ -299,7 +309,7 @@ _OPTIONS = (
     Option(
         "codebooks", choice("kind of codebooks", CODEBOOKS),
         f"Codebooks of {_listed(WITH_CODEBOOKS)}: universal, or model, designed from this model and put into the file.",
-        LEARN, idle=conflicts.without_codebooks,
+        LEARN, idle=conflicts.first(conflicts.without_codebooks, conflicts.beside_file),
         identity=lambda recipe: {"codebooks": None if recipe.codebooks == "universal" else recipe.codebooks},
         said=lambda recipe: ", codebooks of its own" if recipe.codebooks == "model" else "",
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tesseraq_gguf.arguments import Reader, integer, refused, spelled
+from tesseraq_gguf.arguments import Reader, choice, integer, path, refused, spelled
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.recipe.rules import read_rules, size_of
@@ -16,6 +16,9 @@ from tesseraq_gguf.types.facts import tensor_type
 
 AUTO = "auto"
 """Type of an embedding that is chosen within `target_size`."""
+
+FROM_FILE = "file:"
+"""Stands before the path of a file to begin at."""
 
 
 def size(name: str, value: Any) -> int:
@@ -88,6 +91,18 @@ def embedding_type(name: str, value: Any) -> str:
         UsageError: there is no such type.
     """
     return AUTO if isinstance(value, str) and value.strip().lower() == AUTO else type_name(name, value)
+
+
+def initialisation(known: tuple[str, ...]) -> Reader:
+    """Return what reads one of the names, or `FROM_FILE` and the path of a file."""
+    named = choice("initialisation", (*known, f"{FROM_FILE}GGUF"))
+
+    def read(name: str, value: Any) -> str:
+        if isinstance(value, str) and value.startswith(FROM_FILE) and value != FROM_FILE:
+            return f"{FROM_FILE}{path(name, value.removeprefix(FROM_FILE))}"
+        return str(named(name, value))
+
+    return read
 
 
 def key_value_bits(name: str, value: Any) -> int:

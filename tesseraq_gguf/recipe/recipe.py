@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from tesseraq_gguf.compute.schemes import ActivationScheme, scheme_of
-from tesseraq_gguf.methods.table import METHODS, MethodRow, Settings
+from tesseraq_gguf.methods.table import FILE, METHODS, MethodRow, Settings
 from tesseraq_gguf.recipe.options import OPTIONS, refuse_conflicts
 from tesseraq_gguf.recipe.presets import PREPROCESSING_STEPS, PRESETS, Preset
-from tesseraq_gguf.recipe.readers import AUTO
+from tesseraq_gguf.recipe.readers import AUTO, FROM_FILE
 from tesseraq_gguf.types.facts import tensor_type
 
 
@@ -33,7 +33,7 @@ class Recipe:
         target_size: bytes that the file may have; types of the blocks' matrices and the embedding are then chosen.
         candidates: types to choose from.
         method: how codes are learned, one of `table.METHODS`.
-        init: what learned rounding begins at, one of `options.INITIALISATIONS`.
+        init: what learned rounding begins at, one of `options.INITIALISATIONS`, or `file:` and a GGUF file.
         rotate: mix channels by Hadamard matrices before anything is learned, where that folds into the weights.
         finish: the last pass over the whole model, one of `options.FINISHES`.
         finish_steps: its steps; None takes the preset's.
@@ -117,7 +117,7 @@ class Recipe:
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.read(name, getattr(self, name)))
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.embedding_type is None:
+        if self.embedding_type is None and self.start_file is None:
             unnamed = AUTO if self.target_size is not None else "q8_0" if self.learns else self.type
             object.__setattr__(self, "embedding_type", unnamed)
         refuse_conflicts(self, given)
@@ -146,9 +146,16 @@ class Recipe:
         From AWQ learning ends with less error than from GPTQ, although AWQ alone has more. With activations rounded its
         scales serve these as well, and GPTQ follows; that was measured for TesseraQ with activations of 4 bits alone.
         """
+        if self.start_file is not None:
+            return FILE.name
         if self.init != "auto":
             return self.init
         return "awq+gptq" if self.scheme.rounds else "awq"
+
+    @property
+    def start_file(self) -> Path | None:
+        """The GGUF file that learning begins at, where `init` names one."""
+        return Path(self.init.removeprefix(FROM_FILE)) if self.init.startswith(FROM_FILE) else None
 
     @property
     def method_row(self) -> MethodRow:
