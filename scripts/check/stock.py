@@ -5,7 +5,7 @@ Both programs are built with the same options, so every digit they print is comp
 
 The unpatched llama-perplexity is built once, into the cache.
 
-    scripts/run check stock --text FILE                    the demo model rounded to a few types
+    scripts/run check stock --text FILE                    the demo model rounded to each type
     scripts/run check stock --text FILE a.gguf b.gguf      files of your own
 """
 
@@ -26,7 +26,7 @@ from tesseraq_gguf.runtime import cache, find_runtime, pin, toolchain
 from tesseraq_gguf.runtime.source import fetch_sdist
 from tesseraq_gguf.types.facts import names
 
-TYPES = names(lambda t: t.family == "stock")
+TYPES = names(lambda t: t.family and not t.custom)
 TOOL = "llama-perplexity"
 
 
@@ -34,7 +34,10 @@ def main() -> int:
     """Print one line per file; 1 if any differs."""
     parser = argparse.ArgumentParser(prog="scripts/run check stock", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "files", type=Path, nargs="*", help=f"GGUF files; none rounds the demo model to {', '.join(TYPES)}"
+        "files",
+        type=Path,
+        nargs="*",
+        help=f"GGUF files; none rounds the demo model to {', '.join(TYPES)}, where its rows allow",
     )
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=2)

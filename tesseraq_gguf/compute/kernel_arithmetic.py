@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.types.bcq.grid import BCQ4_A4, nearest_indices
+from tesseraq_gguf.types.bcq.grid import BCQ4_A4
+from tesseraq_gguf.types.levels import nearest_indices
 
 BLOCK = 64
 """Numbers that share a scale in our kernels."""

@@ -30,7 +30,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tesseraq_gguf.types.bcq.grid import nearest_indices, select, tried
+from tesseraq_gguf.types.bcq.grid import select, tried
+from tesseraq_gguf.types.levels import nearest_indices
 
 LARGEST = 31
 """Largest magnitude of an INT6 codeword; block arrays are scaled to it."""

@@ -118,14 +118,22 @@ _ROWS = (
     TensorType("bcq4", 503, 503, 64, 36, "bcq", custom=True, codebooks=_BCQ4),
     TensorType("bcq4_a4", 504, 504, 64, 36, "bcq", custom=True, codebooks=_BCQ4),
     TensorType("ptq1_61", 505, 505, 128, 27, "ptq161", custom=True, without_order="tsq2"),
+    TensorType("q1_0", 41, 40, 128, 18, "stock", recent=True),
     TensorType("q2_0", 42, 41, 64, 18, "stock", recent=True, fallback="q4_0"),
     TensorType("q4_0", 2, 2, 32, 18, "stock"),
     TensorType("q4_1", 3, 3, 32, 20, "stock"),
     TensorType("q5_0", 6, 8, 32, 22, "stock"),
+    TensorType("q5_1", 7, 9, 32, 24, "stock"),
     TensorType("q8_0", 8, 7, 32, 34, "stock", plain=True),
+    TensorType("iq4_nl", 20, 25, 32, 18, "stock"),
+    TensorType("mxfp4", 39, 38, 32, 17, "fp4"),
+    TensorType("nvfp4", 40, 39, 64, 36, "fp4", recent=True),
     TensorType("q2_k", 10, 21, 256, 84, "kquants", fallback="q4_0"),
     TensorType("q3_k", 11, 11, 256, 110, "kquants", fallback="q4_0"),
     TensorType("q4_k", 12, 14, 256, 144, "kquants", fallback="q5_0"),
+    TensorType("q5_k", 13, 16, 256, 176, "kquants", fallback="q5_1"),
+    TensorType("q6_k", 14, 18, 256, 210, "kquants", fallback="q8_0"),
+    TensorType("iq4_xs", 23, 30, 256, 136, "kquants", fallback="iq4_nl"),
 )
 
 TENSOR_TYPES: dict[str, TensorType] = {t.name: t for t in _ROWS}

@@ -40,7 +40,8 @@ def grid_for(type: str, columns: int, granularity: str, codebooks: OwnCodebooks 
     """Return the grid of a matrix with rows of `columns` weights, with one scale per `group` or per `channel`.
 
     Raises:
-        UsageError: super-blocks, whose groups share more than a scale, and codebooks cannot have one scale per row.
+        UsageError: super-blocks, whose groups share more than a scale, codebooks and uneven levels cannot have one
+            scale per row.
     """
     grid = grid_of(type)
     shape = tensor_type(type).codebooks
@@ -54,6 +55,8 @@ def grid_for(type: str, columns: int, granularity: str, codebooks: OwnCodebooks 
         )
     if grid.span != grid.group:
         raise UsageError(f"--granularity channel is not possible in {grid.type}: its scales belong to super-blocks")
+    if not grid.uniform:
+        raise UsageError(f"--granularity channel is not possible in {grid.type}: its levels are not evenly spaced")
     return per_channel(grid, columns)
 
 

@@ -6,7 +6,7 @@ from the range of the group shrunk in several ways, then alternate nearest codes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ _ROUNDS = 3
 def shrinks(bits: int) -> tuple[float, ...]:
     """Shares of the range to start from; the fewer the levels, the more there is to gain by clipping."""
     return (1.0, 0.8, 0.6, 0.45) if bits == 2 else (1.0, 0.85, 0.7)
+
+
+def shrinks_of_both_ends(bits: int) -> tuple[float, ...]:
+    """The same for `asymmetric`: many levels want ranges that differ little, for what each does to the rounding."""
+    return (1.02, 1.0, 0.97, 0.94, 0.9) if bits >= 5 else shrinks(bits)
 
 
 def asymmetric(w: Tensor, h: Tensor, highest: int, shares: tuple[float, ...]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -48,19 +53,30 @@ def asymmetric(w: Tensor, h: Tensor, highest: int, shares: tuple[float, ...]) ->
         yield scale, zero
 
 
-def symmetric(w: Tensor, h: Tensor, highest: int, zero: int, shares: tuple[float, ...]) -> Iterator[Tensor]:
-    """Yield candidate scales [groups] of either sign for codes 0 … highest with a fixed zero-point."""
+def symmetric(
+    w: Tensor, h: Tensor, nearest: Callable[[Tensor], Tensor], ends: tuple[float, float], shares: tuple[float, ...]
+) -> Iterator[Tensor]:
+    """Yield candidate scales [groups] of either sign.
+
+    Args:
+        w: groups of weights.
+        h: weights of their squared errors.
+        nearest: gives the nearest levels, for weights in units of their scales.
+        ends: the lowest level and the highest.
+        shares: of the range, to start from.
+    """
     hw = h * w
+    low, high = ends
     for sign in (1.0, -1.0):
         signed = w * sign
         # the range reaches further on one side: the scale must serve both
-        reach = torch.maximum(signed.amax(1) / (highest - zero), -signed.amin(1) / zero).clamp_min(SMALLEST)
-        near = (signed.abs().amax(1) / max(zero, highest - zero)).clamp_min(SMALLEST)
+        reach = torch.maximum(signed.amax(1) / high, signed.amin(1) / low).clamp_min(SMALLEST)
+        near = (signed.abs().amax(1) / max(-low, high)).clamp_min(SMALLEST)
         for start in (reach, near):
             for share in shares:
                 scale = (start * share).clamp_min(SMALLEST) * sign
                 for _ in range(_ROUNDS):
-                    p = (w / scale[:, None] + zero).round_().clamp_(0, highest).sub_(zero)
+                    p = nearest(w / scale[:, None])
                     energy = (h * p * p).sum(1)
                     fit = (hw * p).sum(1) / energy.clamp_min(1e-30)
                     scale = torch.where((energy > 0) & (fit * sign > SMALLEST), fit, scale)

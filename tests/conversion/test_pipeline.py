@@ -31,7 +31,7 @@ from tesseraq_gguf.models import Decoder, resolve_model
 from tesseraq_gguf.models.quantised import final_states
 from tesseraq_gguf.recipe.presets import PRESETS
 from tesseraq_gguf.types.bcq.packer import universal
-from tesseraq_gguf.types.facts import LAYOUTS
+from tesseraq_gguf.types.facts import LAYOUTS, tensor_type
 from tesseraq_gguf.types.quantized import load_tensors
 
 pytestmark = pytest.mark.slow
@@ -248,17 +248,41 @@ def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == method
 
 
-@pytest.mark.parametrize("type", ["tsq3", "tsq4", "bcq2", "bcq4", "bcq4_a4", "q2_0", "q4_0", "q4_1", "q8_0"])
-def test_every_type_can_be_learned(type, make_model, long_text, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "type",
+    [
+        "tsq3",
+        "tsq4",
+        "bcq2",
+        "bcq4",
+        "bcq4_a4",
+        "q1_0",
+        "q2_0",
+        "q4_0",
+        "q4_1",
+        "q8_0",
+        "iq4_nl",
+        "nvfp4",
+        "q6_k",
+        "iq4_xs",
+    ],
+)
+def test_every_kind_of_type_can_be_learned(type, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
-    report = convert(recipe_of(make_model("llama-576"), tmp_path / "out.gguf", long_text, type=type), told)
+    kind = "llama-576" if tensor_type(type).fits(576) else "llama-256"
+    report = convert(recipe_of(make_model(kind), tmp_path / "out.gguf", long_text, type=type), told)
     assert all(r.loss_after < r.loss_before for r in told.results)
     seen = inspect(tmp_path / "out.gguf")
     assert {t.type for t in seen.tensors if t.name.startswith("blk.") and len(t.shape) == 2} == {type}
-    assert ("any llama.cpp" in report.runs_on) == (not type.startswith(("tsq", "bcq")))
+    assert ("any llama.cpp" in report.runs_on) == (not tensor_type(type).custom)
 
 
-@pytest.mark.parametrize(("type", "instead"), [("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0")])
+@pytest.mark.parametrize(
+    ("type", "instead"),
+    [
+        ("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0"), ("q5_k", "q5_1"), ("q6_k", "q8_0"), ("iq4_xs", "iq4_nl"),
+    ],
+)  # fmt: skip
 def test_rows_that_a_super_block_does_not_divide_fall_back_as_llama_quantize_does(
     type,
     instead,

@@ -25,9 +25,9 @@ def test_ids_and_sizes_are_those_of_gguf(t: TensorType) -> None:
 def test_file_types_are_those_of_one_type_alone(t: TensorType) -> None:
     if t.name == "q2_0" and "MOSTLY_Q2_0" not in gguf.LlamaFileType.__members__:
         pytest.skip("this gguf does not know q2_0")
-    small = "_S" if t.name.endswith("_k") else ""
-    prefix = "ALL" if t.name == "f32" else "MOSTLY"
-    assert gguf.LlamaFileType(t.file_type).name == f"{prefix}_{t.name.upper()}{small}"
+    small = "_S" if t.name.endswith("_k") and t.name != "q6_k" else ""
+    prefix, end = "ALL" if t.name == "f32" else "MOSTLY", "_MOE" if t.name == "mxfp4" else small
+    assert gguf.LlamaFileType(t.file_type).name == f"{prefix}_{t.name.upper()}{end}"
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "bf16", "q8_0"])
@@ -44,7 +44,10 @@ def test_a_fallback_can_be_learned_and_fits_where_the_type_does_not() -> None:
             assert t.fallback in GRIDS
             assert TENSOR_TYPES[t.fallback].block_weights < t.block_weights
         elif not t.custom:
-            assert t.block_weights <= 32
+            assert t.block_weights <= 32 or t.name in (
+                "q1_0",
+                "nvfp4",
+            )  # llama-quantize refuses what that does not divide
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -15,8 +15,15 @@ from tesseraq_gguf.types.ptq161.grid import BLOCK, SALIENT
 GOOD = {
     "tsq2": 0.105, "tsq3": 0.030, "tsq4": 0.0080, "q2_0": 0.130, "q4_0": 0.0080, "q4_1": 0.0060, "q5_0": 0.0020,
     "q8_0": 3e-5, "bcq2": 0.090, "bcq4": 0.0050, "bcq4_a4": 0.0050, "q2_k": 0.080, "q3_k": 0.024, "q4_k": 0.0061,
-    "ptq1_61": 0.300,
+    "ptq1_61": 0.300, "q1_0": 0.370, "q5_1": 0.0013, "iq4_nl": 0.0060,
+    "q5_k": 0.0014, "q6_k": 0.00032, "iq4_xs": 0.0062, "mxfp4": 0.0130, "nvfp4": 0.0090,
 }  # fmt: skip
+
+BINARY = ("ptq1_61", "q1_0")
+"""Types with two levels, at least for most weights: d and -d."""
+
+WITHOUT_ZERO = (*BINARY, "iq4_nl", "iq4_xs")
+"""Types that have no level of 0."""
 
 
 @pytest.fixture(params=GRIDS)
@@ -40,7 +47,7 @@ def error(grid, weight, tensor, importance=1.0):
 def test_groups_and_spans_fit_the_bytes_of_the_type(grid):
     kind = tensor_type(grid.type)
     assert grid.span % grid.group == 0
-    assert max(grid.span, grid.group) == kind.block_weights
+    assert kind.block_weights == {"nvfp4": 4}.get(grid.type, 1) * max(grid.span, grid.group)
 
 
 def test_the_search_is_good(grid, weight):
@@ -54,10 +61,13 @@ def test_importance_moves_the_error_away_from_what_matters(grid, weight):
 
 
 def test_which_grids_are_uneven():
-    assert {name for name, grid in GRIDS.items() if not grid.uniform} == {"bcq2", "bcq4", "bcq4_a4", "ptq1_61"}
+    assert {name for name, grid in GRIDS.items() if not grid.uniform} == {
+        "bcq2", "bcq4", "bcq4_a4", "ptq1_61", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4",
+    }  # fmt: skip
     assert {name for name, grid in GRIDS.items() if grid.ordered} == {"ptq1_61"}
     assert {name for name, grid in GRIDS.items() if not grid.learns_zero} == {
-        "bcq2", "bcq4", "bcq4_a4", "ptq1_61", "q2_0", "q4_0", "q5_0", "q8_0", "q3_k",
+        "bcq2", "bcq4", "bcq4_a4", "ptq1_61", "q1_0", "q2_0", "q4_0", "q5_0", "q8_0", "q3_k", "q6_k",
+        "iq4_nl", "iq4_xs", "mxfp4", "nvfp4",
     }  # fmt: skip
 
 
@@ -94,7 +104,7 @@ def test_neighbours_are_codes_around_a_weight(grid, weight):
     assert bool(((nearest == lower) | (nearest == lower + 1)).float().mean() > 0.999)
     between = (torch.minimum(*ends) - 1e-6 <= weight) & (weight <= torch.maximum(*ends) + 1e-6)
     # between d and -d are no more than 58 % of normally distributed weights
-    assert float(between.float().mean()) > (0.6 if grid.type == "ptq1_61" else 0.8)
+    assert float(between.float().mean()) > (0.55 if grid.type in BINARY else 0.8)
 
 
 def test_a_rounder_rounds_as_encode_does(grid, weight):
@@ -169,7 +179,7 @@ def test_a_group_of_zeros_stays_exactly_zero(grid, weight):
     weight[:, 256 : 256 + grid.group] = 0
     got = grid.dequantize(grid.quantize(weight))
     zeros = got[:, 256 : 256 + grid.group]
-    if grid.type == "ptq1_61":  # has no zero: signs and half steps of the other weights' scale
+    if grid.type in WITHOUT_ZERO:  # the least step of a scale that its super-block or other weights need
         assert float(zeros.abs().max()) < float(grid.scale(parameters(grid.quantize(weight))).max())
     else:
         assert torch.equal(zeros, torch.zeros(64, grid.group))

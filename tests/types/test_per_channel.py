@@ -42,10 +42,15 @@ def test_groups_are_the_types_own():
     assert grid_of("tsq2").stored(tensor := grid_of("tsq2").quantize(torch.randn(2, 64))) is tensor
 
 
-@pytest.mark.parametrize("tensor_type", ["q2_k", "q3_k", "q4_k"])
+@pytest.mark.parametrize("tensor_type", ["q2_k", "q3_k", "q4_k", "iq4_xs"])
 def test_super_blocks_have_no_scale_per_row(tensor_type):
     with pytest.raises(UsageError, match="--granularity channel is not possible"):
         grid_for(tensor_type, COLUMNS, "channel")
+
+
+def test_uneven_levels_have_no_scale_per_row():
+    with pytest.raises(UsageError, match="--granularity channel is not possible in iq4_nl: its levels are not evenly"):
+        grid_for("iq4_nl", COLUMNS, "channel")
 
 
 def test_codebooks_are_those_given_where_a_type_has_any():

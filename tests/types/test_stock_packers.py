@@ -23,15 +23,32 @@ Array = np.ndarray[Any, Any]
 
 # columns per entry, and the highest code or None for a half-precision float
 LAYOUTS: dict[str, dict[str, tuple[int, int | None]]] = {
+    "q1_0": {"q": (1, 1), "d": (128, None)},
     "q2_0": {"q": (1, 3), "d": (64, None)},
     "q4_0": {"q": (1, 15), "d": (32, None)},
     "q4_1": {"q": (1, 15), "d": (32, None), "m": (32, None)},
     "q5_0": {"q": (1, 31), "d": (32, None)},
+    "q5_1": {"q": (1, 31), "d": (32, None), "m": (32, None)},
     "q8_0": {"q": (1, 255), "d": (32, None)},
+    "iq4_nl": {"q": (1, 15), "d": (32, None)},
+    "mxfp4": {"q": (1, 15), "d": (32, 254)},
+    "nvfp4": {"q": (1, 15), "d": (16, 255)},
     "q2_k": {"q": (1, 3), "sc": (16, 15), "m": (16, 15), "d": (256, None), "dmin": (256, None)},
     "q3_k": {"q": (1, 7), "sc": (16, 63), "d": (256, None)},
     "q4_k": {"q": (1, 15), "sc": (32, 63), "m": (32, 63), "d": (256, None), "dmin": (256, None)},
+    "q5_k": {"q": (1, 31), "sc": (32, 63), "m": (32, 63), "d": (256, None), "dmin": (256, None)},
+    "q6_k": {"q": (1, 63), "sc": (16, 255), "d": (256, None)},
+    "iq4_xs": {"q": (1, 15), "sc": (32, 63), "d": (256, None)},
 }
+
+WITH_HALVES = [name for name, arrays in LAYOUTS.items() if arrays["d"][1] is None]
+"""Types whose scales are half-precision floats."""
+
+FP4 = sorted(gguf.quants.MXFP4.kvalues)
+"""Levels of 4-bit floats in units of half their least step."""
+
+MIDDLES = {"q2_0": 1, "q4_0": 8, "q5_0": 16, "q8_0": 128, "q3_k": 4, "q6_k": 32}
+"""The codes of the value 0, where one has it."""
 
 FINITE = np.array([h for h in range(1 << 16) if h >> 10 & 31 != 31], np.uint16).view(np.float16)
 """Every finite half-precision float, negative and denormal ones too."""
@@ -97,17 +114,20 @@ def test_identity(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_byte_is_read_back(name: str) -> None:
-    """No bit of a block is free: any bytes come back, but for parameters that are not finite."""
+    """No bit of a block is free: any bytes come back, but for parameters that are no number."""
     packer, kind = packer_of(name), tensor_type(name)
     data = np.random.default_rng(0).integers(0, 256, (2000, kind.block_bytes), dtype=np.uint8)
-    finite = [np.isfinite(a).all(axis=1) for a in packer.unpack(data).values() if a.dtype == np.float16]
-    data = data[np.logical_and.reduce(finite)].reshape(-1)
+    tops = {key: top for key, (_, top) in LAYOUTS[name].items()}
+    numbers = [
+        (np.isfinite(a) if tops[key] is None else a <= tops[key]).all(axis=1) for key, a in packer.unpack(data).items()
+    ]
+    data = data[np.logical_and.reduce(numbers)].reshape(-1)
     data = data[: data.size // (4 * kind.block_bytes) * 4 * kind.block_bytes].reshape(-1, 4 * kind.block_bytes)
     assert len(data) > 400
     assert_same(packer.pack(packer.unpack(data)), data)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", WITH_HALVES)
 def test_every_half_precision_float_is_kept(name: str) -> None:
     arrays = random_arrays(name, len(FINITE), 1, 1)
     arrays["d"] = FINITE[:, None]
@@ -133,19 +153,28 @@ def test_the_value_of_a_code(name: str) -> None:
     q, columns = parameters.pop("q"), arrays["q"].shape[1]
     wide = {key: np.repeat(a, columns // a.shape[1], axis=1) for key, a in parameters.items()}
     d = wide["d"]
-    if name == "q4_1":
-        want = d * q + wide["m"]
-    elif name == "q3_k":
-        want = d * (wide["sc"] - 32) * (q - 4)
-    elif name.endswith("_k"):
+    if name == "mxfp4":
+        d, q = 2.0 ** (d - 128), np.array(FP4, np.float64)[arrays["q"]]
+    elif name == "nvfp4":
+        e, m = np.divmod(d % 128, 8)
+        d = np.where(d % 256 == 127, 0, np.where(e == 0, m * 2.0**-10, (1 + m / 8) * 2.0 ** (e - 8)))
+        q = np.array(FP4, np.float64)[arrays["q"]]
+    elif name.startswith("iq4"):
+        q = np.array(gguf.quants.IQ4_NL.kvalues, np.float64)[arrays["q"]]
+    if "dmin" in wide:
         want = d * wide["sc"] * q - wide["dmin"] * wide["m"]
+    elif "m" in wide:
+        want = d * q + wide["m"]
+    elif name == "q1_0":
+        want = d * (2 * q - 1)
     else:
-        want = d * (q - {"q2_0": 1, "q4_0": 8, "q5_0": 16, "q8_0": 128}[name])
+        scale = d * (wide["sc"] - {"q3_k": 32, "q6_k": 128, "iq4_xs": 32}[name]) if "sc" in wide else d
+        want = scale * (q - MIDDLES.get(name, 0))
     # the products are exact, only a sum rounds: a double rounded to float32 is what float32 has
     np.testing.assert_array_equal(packer_of(name).dequantize(arrays), want.astype(np.float32))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "q2_0"])
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if hasattr(gguf.quants, name.upper())])
 def test_numpy_dequantises_as_gguf_does(name: str) -> None:
     arrays = random_arrays(name, 50, 3, 4)
     theirs = gguf.quants.dequantize(packer_of(name).pack(arrays), gguf.GGMLQuantizationType[name.upper()])
@@ -219,7 +248,7 @@ def test_arrays_that_do_not_fit_together(name: str) -> None:
         if top is None:
             bad += [{key: np.full_like(array, value)} for value in (np.nan, np.inf, -np.inf)]
         elif top < 255:
-            bad.append({key: np.where(np.arange(array.shape[1]) == 5, np.uint8(top + 1), array)})
+            bad.append({key: np.where(np.arange(array.shape[1]) == 1, np.uint8(top + 1), array)})
     for wrong in bad:
         with pytest.raises(ValueError, match=rf"^{name} (wants|has) "):
             packer.pack(good | wrong)

@@ -20,8 +20,8 @@ from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.bcq.packer import BLOCK, shape_of
 from tesseraq_gguf.types.bcq.packer import universal as universal_codebooks
 from tesseraq_gguf.types.facts import Codebooks
-from tesseraq_gguf.types.grid import Arrays, Grid, Rounder
-from tesseraq_gguf.types.quantized import QuantizedTensor
+from tesseraq_gguf.types.grid import Arrays, Rounder
+from tesseraq_gguf.types.levels import CodewordGrid, halves, nearest_indices
 
 FEW = 4
 """Levels of a codebook up to which outliers are left out, as clipping them serves the others."""
@@ -44,23 +44,8 @@ def universal(type: str) -> Tensor:
     return torch.from_numpy(universal_codebooks(shape_of(type)).copy())
 
 
-def nearest_indices(codebooks: Tensor) -> Tensor:
-    """Index of the codeword nearest to x by floor(2x) + 64, int64 [codebooks, 128].
-
-    Halfway between two codewords is a multiple of one half, so the floor loses nothing; there the upper one counts.
-    """
-    half = torch.arange(-64, 64, device=codebooks.device)
-    borders = codebooks[:, 1:].to(torch.int64) + codebooks[:, :-1]
-    return (half[:, None] >= borders[:, None, :]).sum(2)
-
-
-def halves(x: Tensor) -> Tensor:
-    """floor(2x) + 64 within 0 … 127, int64."""
-    return (2 * x).floor_().clamp_(-64, 63).add_(64).to(torch.int64)
-
-
 @dataclass(frozen=True)
-class CodebookGrid(Grid):
+class CodebookGrid(CodewordGrid):
     """The grid d·codebooks[s][q]. Its arrays: `d` uint8 [rows, groups], `s` uint8 [rows, selectors], and `c`.
 
     Attributes:
@@ -77,26 +62,13 @@ class CodebookGrid(Grid):
         """What the codebooks are."""
         return shape_of(self.type)
 
-    @property
-    @override
-    def uniform(self) -> bool:
-        return False
-
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
         return e5m3.decode_tensor(arrays["d"])
 
     @override
-    def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return torch.zeros_like(arrays["d"], dtype=torch.float32)
-
-    @override
     def settle_scale(self, scale: Tensor) -> Arrays:
         return {"d": e5m3.encode_tensor(scale)}
-
-    @override
-    def settle_zero(self, zero: Tensor, scale: Tensor) -> Arrays:
-        return {}
 
     @override
     def fixed(self, arrays: Mapping[str, Tensor]) -> Arrays:
@@ -106,14 +78,6 @@ class CodebookGrid(Grid):
     @override
     def shared(self) -> frozenset[str]:
         return frozenset({"c"})
-
-    @override
-    def levels(self, tensor: QuantizedTensor) -> Tensor:
-        return self.grouped(self._codewords(tensor.arrays))
-
-    @override
-    def dequantize(self, tensor: QuantizedTensor) -> Tensor:
-        return (self.levels(tensor) * self.scale(tensor.arrays)[..., None]).flatten(-2)
 
     @override
     def encode(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -181,8 +145,8 @@ class CodebookGrid(Grid):
         """Codebooks of a matrix: what is stored with it, for a tensor explains itself."""
         return arrays["c"][0].view(self.shape.shape) if "c" in arrays else universal(self.type).to(arrays["d"].device)
 
-    def _codewords(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Codewords float32 [rows, columns]."""
+    @override
+    def codewords(self, arrays: Mapping[str, Tensor]) -> Tensor:
         selector = arrays["s"].to(torch.int64).repeat_interleave(self.shape.group, -1)
         table = self._of(arrays).to(selector.device).flatten().float()
         return table[selector * self.shape.levels + arrays["q"]]

@@ -1,6 +1,7 @@
 """Grids of llama.cpp's k-quants: super-blocks of 256 weights with one or two half floats, small integers for groups.
 
-Q2_K, Q4_K: d·sc·q - dmin·m, sc and m of 4 or 6 bits. Q3_K: d·(sc - 32)·(q - 4), sc of 6 bits.
+Q2_K, Q4_K, Q5_K: d·sc·q - dmin·m, sc and m of 4 or 6 bits. Q3_K: d·(sc - 32)·(q - 4), sc of 6 bits. Q6_K:
+d·(sc - 128)·(q - 32), sc of 8 bits. IQ4_XS: d·(sc - 32)·level, with levels out of a table.
 In the terms of every grid: scale = d·sc and zero = dmin·m / scale, or scale = d·(sc - 32) and zero = 4.
 """
 
@@ -16,8 +17,10 @@ from typing_extensions import override
 
 from tesseraq_gguf.types import search
 from tesseraq_gguf.types.grid import Arrays, Grid, through
+from tesseraq_gguf.types.levels import EvenGrid, SignedLevelsGrid, TableGrid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 from tesseraq_gguf.types.stock.grid import half
+from tesseraq_gguf.types.stock.packer import IQ4_LEVELS
 
 SUPER_BLOCK = 256
 """Weights of a super-block."""
@@ -72,14 +75,9 @@ class _SuperBlockGrid(Grid):
             best_error = torch.where(better[:, 0], error, best_error)
         return best
 
-    def _codes(self, arrays: Arrays, w: Tensor) -> Tensor:
-        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
-        return (w / scale + zero).round_().clamp_(0, self.highest)
-
+    @abstractmethod
     def _error(self, arrays: Arrays, w: Tensor, h: Tensor) -> Tensor:
-        """Weighted squared error of each super-block, [super-blocks]."""
-        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
-        return (h * (scale * (self._codes(arrays, w) - zero) - w) ** 2).sum((1, 2))
+        """Weighted squared error of each super-block, [super-blocks], of the codes that `arrays` give."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ class MinGrid(_SuperBlockGrid):
         flat_w, flat_h = w.flatten(0, 1), h.flatten(0, 1)
         best_error = torch.full_like(flat_w[:, 0], torch.inf)
         best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
-        for scale, zero in search.asymmetric(flat_w, flat_h, self.highest, search.shrinks(self.bits)):
+        for scale, zero in search.asymmetric(flat_w, flat_h, self.highest, search.shrinks_of_both_ends(self.bits)):
             zero = zero.clamp_min(0)
             q = (flat_w / scale[:, None] + zero[:, None]).round_().clamp_(0, self.highest)
             # the zero-point cannot be negative, so a group of one sign gets the best scale through 0
@@ -146,6 +144,15 @@ class MinGrid(_SuperBlockGrid):
             best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         scale, offset = best_scale.view(w.shape[:2]), (best_scale * best_zero).view(w.shape[:2])
         return self._refined(self.settle_scale(scale) | self.settle_zero(offset, torch.ones_like(offset)), w, h)
+
+    def _codes(self, arrays: Arrays, w: Tensor) -> Tensor:
+        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
+        return (w / scale + zero).round_().clamp_(0, self.highest)
+
+    @override
+    def _error(self, arrays: Arrays, w: Tensor, h: Tensor) -> Tensor:
+        scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
+        return (h * (scale * (self._codes(arrays, w) - zero) - w) ** 2).sum((1, 2))
 
     @override
     def _refit(self, arrays: Arrays, w: Tensor, h: Tensor) -> Arrays:
@@ -176,12 +183,11 @@ class MinGrid(_SuperBlockGrid):
 
 
 @dataclass(frozen=True)
-class SignedGrid(_SuperBlockGrid):
-    """The grid d·(sc - 32)·(q - 4). Its arrays: `d`, float16 [rows, super-blocks], `sc`, uint8 [rows, groups]."""
+class SignedScalesGrid(_SuperBlockGrid, SignedLevelsGrid):
+    """Scales d·(sc - shift), whatever the levels, with a shift of half of the integers that `sc` can be.
 
-    @property
-    def _middle(self) -> int:
-        return 1 << (self.bits - 1)
+    Its arrays: `d`, float16 [rows, super-blocks], `sc`, uint8 [rows, groups].
+    """
 
     @property
     def _shift(self) -> int:
@@ -192,10 +198,6 @@ class SignedGrid(_SuperBlockGrid):
         return self._spread(arrays["d"]) * (arrays["sc"].float() - self._shift)
 
     @override
-    def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return torch.full_like(arrays["sc"], self._middle, dtype=torch.float32)
-
-    @override
     def settle_scale(self, scale: Tensor) -> Arrays:
         blocks = self._by_super_block(scale)
         # integers reach to -32 but only to 31: the largest scale takes the long side
@@ -204,15 +206,6 @@ class SignedGrid(_SuperBlockGrid):
         d, sc = _settle(blocks * sign, -self._shift, self._shift - 1)
         sc = torch.where(sc == 0, torch.where(blocks * sign < 0, -1.0, 1.0), sc)  # scale 0 has no codes
         return {"d": (d * sign[..., 0]).half(), "sc": (sc + self._shift).flatten(-2).to(torch.uint8)}
-
-    @override
-    def settle_zero(self, zero: Tensor, scale: Tensor) -> Arrays:
-        return {}
-
-    @override
-    def dequantize(self, tensor: QuantizedTensor) -> Tensor:
-        q = self.grouped(tensor.arrays["q"]).float() - self._middle
-        return (self.scale(tensor.arrays)[..., None] * q).flatten(-2)
 
     @override
     def relax(self, arrays: Mapping[str, Tensor]) -> Arrays:
@@ -236,17 +229,21 @@ class SignedGrid(_SuperBlockGrid):
         flat_w, flat_h = w.flatten(0, 1), h.flatten(0, 1)
         best_error = torch.full_like(flat_w[:, 0], torch.inf)
         best_scale = torch.ones_like(best_error)
-        for scale in search.symmetric(flat_w, flat_h, self.highest, self._middle, search.shrinks(self.bits)):
-            p = (flat_w / scale[:, None] + self._middle).round_().clamp_(0, self.highest).sub_(self._middle)
-            error = (flat_h * (scale[:, None] * p - flat_w) ** 2).sum(1)
+        for scale in search.symmetric(flat_w, flat_h, self.nearest, self.ends, search.shrinks(self.bits)):
+            error = (flat_h * (scale[:, None] * self.nearest(flat_w / scale[:, None]) - flat_w) ** 2).sum(1)
             better = error < best_error
             best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
         return self._refined(self.settle_scale(best_scale.view(w.shape[:2])), w, h)
 
     @override
+    def _error(self, arrays: Arrays, w: Tensor, h: Tensor) -> Tensor:
+        scale = self.scale(arrays)[..., None]
+        return (h * (scale * self.nearest(w / scale) - w) ** 2).sum((1, 2))
+
+    @override
     def _refit(self, arrays: Arrays, w: Tensor, h: Tensor) -> Arrays:
         """For the codes that the parameters give: the best half float, then the best integer of every group."""
-        p = self._codes(arrays, w) - self._middle
+        p = self.nearest(w / self.scale(arrays)[..., None])
         a = (arrays["sc"].float() - self._shift)[..., None] * p
         fit = (h * a * w).sum((1, 2)) / (h * a * a).sum((1, 2)).clamp_min(1e-30)
         usable = fit.abs() > search.SMALLEST
@@ -256,6 +253,16 @@ class SignedGrid(_SuperBlockGrid):
         sc = (slope / d.float()).round().clamp(-self._shift, self._shift - 1)
         sc = torch.where(sc == 0, torch.where(slope * d.float() < 0, -1.0, 1.0), sc)
         return {"d": d, "sc": (sc + self._shift).to(torch.uint8)}
+
+
+@dataclass(frozen=True)
+class SignedGrid(EvenGrid, SignedScalesGrid):
+    """The grid d·(sc - shift)·(q - middle)."""
+
+
+@dataclass(frozen=True)
+class SignedTableGrid(TableGrid, SignedScalesGrid):
+    """The grid d·(sc - shift)·table[q]."""
 
 
 def _moved(stored: Tensor, relaxed: Tensor) -> Tensor:
@@ -284,15 +291,28 @@ def _settle(values: Tensor, lowest: int, largest: int) -> tuple[Tensor, Tensor]:
 
 
 def with_minimum(type: str, bits: int, group: int, scale_bits: int) -> MinGrid:
-    """Return the grid of Q2_K or Q4_K."""
+    """Return the grid of Q2_K, Q4_K or Q5_K."""
     return MinGrid(type=type, bits=bits, group=group, span=SUPER_BLOCK, learns_zero=True, scale_bits=scale_bits)
 
 
 def signed(type: str, bits: int, group: int, scale_bits: int) -> SignedGrid:
-    """Return the grid of Q3_K."""
-    return SignedGrid(type=type, bits=bits, group=group, span=SUPER_BLOCK, learns_zero=False, scale_bits=scale_bits)
+    """Return the grid of Q3_K or Q6_K."""
+    return SignedGrid(
+        type=type,
+        bits=bits,
+        group=group,
+        span=SUPER_BLOCK,
+        learns_zero=False,
+        scale_bits=scale_bits,
+        middle=1 << (bits - 1),
+    )
 
 
 Q2_K = with_minimum("q2_k", bits=2, group=16, scale_bits=4)
 Q3_K = signed("q3_k", bits=3, group=16, scale_bits=6)
 Q4_K = with_minimum("q4_k", bits=4, group=32, scale_bits=6)
+Q5_K = with_minimum("q5_k", bits=5, group=32, scale_bits=6)
+Q6_K = signed("q6_k", bits=6, group=16, scale_bits=8)
+IQ4_XS = SignedTableGrid(
+    type="iq4_xs", bits=4, group=32, span=SUPER_BLOCK, learns_zero=False, scale_bits=6, table=IQ4_LEVELS
+)

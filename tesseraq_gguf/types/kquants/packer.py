@@ -1,15 +1,16 @@
-"""Stock super-block types: Q2_K, Q3_K, Q4_K, 256 weights in groups of 16 or 32 whose scales are integers too.
+"""Stock super-block types: Q2_K … Q6_K and IQ4_XS, 256 weights in groups of 16 or 32 whose scales are integers too.
 
 A group's scale is d·sc, its minimum dmin·m: `d` and `dmin` are half-precision floats of the super-block, `sc` and `m`
-integers of 4 or 6 bits. Value d·sc·q - dmin·m (Q2_K, Q4_K) or d·(sc - 32)·(q - 4) (Q3_K). No bit is left over.
+integers of 4 to 8 bits. Value d·sc·q - dmin·m (Q2_K, Q4_K, Q5_K), or d·(sc - 32)·(q - 4) (Q3_K), d·(sc - 128)·(q - 32)
+(Q6_K) and d·(sc - 32)·level (IQ4_XS). No bit is left over.
 
-d·sc·q has at most 21 significant bits and dmin·m 17: float32 holds both exactly, only the subtraction rounds. So a
-compiler may fuse it with the product, as some do, and the weights are the same.
+Products with d have at most 24 significant bits and dmin·m 17: float32 holds all exactly, only the subtraction rounds.
+So a compiler may fuse it with the product, as some do, and the weights are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.types.stock.packer import (
+    IQ4_LEVELS,
     Codes,
     check_codes,
     check_columns,
     check_halves,
+    flip_sign,
     half_bytes,
     halves,
     join_nibbles,
@@ -107,17 +110,59 @@ def _split_q3_k(fields: Fields) -> Fields:
     return {"q": q, "sc": _split_six_bits(fields["scales"])}
 
 
+def _join_nibbles_of(q: Codes, together: int) -> Codes:
+    """Four-bit codes [..., 256] to 128 bytes, `together` weights after the others: first half low, second half high."""
+    return join_nibbles(q.reshape(*q.shape[:-1], -1, together)).reshape(*q.shape[:-1], SUPER_BLOCK // 2)
+
+
+def _split_nibbles_of(data: Codes, together: int) -> Codes:
+    return split_nibbles(data.reshape(*data.shape[:-1], -1, together // 2)).reshape(*data.shape[:-1], SUPER_BLOCK)
+
+
 def _join_q4_k(codes: Fields) -> Fields:
-    q = codes["q"]
-    nibbles = join_nibbles(q.reshape(*q.shape[:-1], 4, 64)).reshape(*q.shape[:-1], 128)
-    return {"scales": _join_scales_and_minima(codes["sc"], codes["m"]), "low": nibbles}
+    return {"scales": _join_scales_and_minima(codes["sc"], codes["m"]), "low": _join_nibbles_of(codes["q"], 64)}
 
 
 def _split_q4_k(fields: Fields) -> Fields:
-    low = fields["low"]
-    q = split_nibbles(low.reshape(*low.shape[:-1], 4, 32)).reshape(*low.shape[:-1], SUPER_BLOCK)
     sc, m = _split_scales_and_minima(fields["scales"])
-    return {"q": q, "sc": sc, "m": m}
+    return {"q": _split_nibbles_of(fields["low"], 64), "sc": sc, "m": m}
+
+
+def _join_q5_k(codes: Fields) -> Fields:
+    q = codes["q"]
+    return _join_q4_k(codes | {"q": q & 15}) | {"high": _join_high_bits(q >> 4)}
+
+
+def _split_q5_k(fields: Fields) -> Fields:
+    codes = _split_q4_k(fields)
+    return codes | {"q": codes["q"] | _split_high_bits(fields["high"]) << 4}
+
+
+def _join_q6_k(codes: Fields) -> Fields:
+    q = codes["q"]
+    return {"low": _join_nibbles_of(q & 15, 128), "high": _join_planes(q >> 4), "scales": flip_sign(codes["sc"])}
+
+
+def _split_q6_k(fields: Fields) -> Fields:
+    q = _split_nibbles_of(fields["low"], 128) | _split_planes(fields["high"]) << 4
+    return {"q": q, "sc": flip_sign(fields["scales"])}
+
+
+def _join_iq4_xs(codes: Fields) -> Fields:
+    """Eight six-bit scales to two bytes, the high bits of four in each, and four bytes, the nibbles of two in each."""
+    pairs, fours = (codes["sc"].reshape(*codes["sc"].shape[:-1], -1, n) for n in (2, 4))
+    return {
+        "scales_high": join_quarters((fours >> 4)[..., None])[..., 0],
+        "scales_low": join_nibbles(pairs & 15)[..., 0],
+        "low": _join_nibbles_of(codes["q"], 32),
+    }
+
+
+def _split_iq4_xs(fields: Fields) -> Fields:
+    high, low = fields["scales_high"], fields["scales_low"]
+    sc = split_nibbles(low[..., None]).reshape(*low.shape[:-1], 8)
+    sc |= split_quarters(high[..., None]).reshape(*high.shape[:-1], 8) << 4
+    return {"q": _split_nibbles_of(fields["low"], 32), "sc": sc}
 
 
 @dataclass(frozen=True)
@@ -136,6 +181,7 @@ class SuperblockPacker:
             are what `join` makes.
         join: `q` [rows, blocks, 256], `sc` and `m` [rows, blocks, 256 / group] to fields [rows, blocks, bytes].
         split: inverts `join`.
+        levels: what scales multiply, a whole number for every code; None where codes count from a minimum.
     """
 
     type: str
@@ -145,14 +191,15 @@ class SuperblockPacker:
     layout: Mapping[str, int]
     join: Callable[[Fields], Fields]
     split: Callable[[Fields], Fields]
+    levels: Sequence[int] | None = None
 
     @property
     def _halves(self) -> tuple[str, ...]:
-        return ("d", "dmin") if "dmin" in self.layout else ("d",)
+        return ("d", "dmin") if self.levels is None else ("d",)
 
     @property
     def _scales(self) -> tuple[str, ...]:
-        return ("sc", "m") if "dmin" in self.layout else ("sc",)
+        return ("sc", "m") if self.levels is None else ("sc",)
 
     def pack(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
         """Make the bytes of the rows, uint8 [rows, row_bytes].
@@ -185,14 +232,14 @@ class SuperblockPacker:
     def dequantize(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Weights float32 [rows, columns], in the order of operations of the C reference."""
         rows, columns = arrays["q"].shape
-        q = arrays["q"].reshape(rows, columns // self.group, self.group).astype(np.float32)
+        q = arrays["q"].reshape(rows, columns // self.group, self.group)
         sc, d = arrays["sc"].astype(np.float32), self._per_group(arrays["d"])
-        if "dmin" in self.layout:
+        if self.levels is None:
             minimum = self._per_group(arrays["dmin"]) * arrays["m"].astype(np.float32)
-            weights = (d * sc)[..., None] * q - minimum[..., None]
+            weights = (d * sc)[..., None] * q.astype(np.float32) - minimum[..., None]
         else:
             scale = d * (sc - np.float32(1 << (self.scale_bits - 1)))
-            weights = scale[..., None] * (q - np.float32(1 << (self.bits - 1)))
+            weights = scale[..., None] * np.asarray(self.levels, np.float32)[q]
         return weights.reshape(rows, columns)
 
     def _per_group(self, values: NDArray[np.float16]) -> NDArray[np.float32]:
@@ -200,6 +247,16 @@ class SuperblockPacker:
         return np.repeat(values.astype(np.float32), SUPER_BLOCK // self.group, axis=1)
 
 
+_MIN4 = {"d": 2, "dmin": 2, "scales": 12}
+_XS = {"d": 2, "scales_high": 2, "scales_low": 4, "low": 128}
+
 Q2_K = SuperblockPacker("q2_k", 2, 16, 4, {"scales": 16, "low": 64, "d": 2, "dmin": 2}, _join_q2_k, _split_q2_k)
-Q3_K = SuperblockPacker("q3_k", 3, 16, 6, {"high": 32, "low": 64, "scales": 12, "d": 2}, _join_q3_k, _split_q3_k)
-Q4_K = SuperblockPacker("q4_k", 4, 32, 6, {"d": 2, "dmin": 2, "scales": 12, "low": 128}, _join_q4_k, _split_q4_k)
+Q3_K = SuperblockPacker(
+    "q3_k", 3, 16, 6, {"high": 32, "low": 64, "scales": 12, "d": 2}, _join_q3_k, _split_q3_k, range(-4, 4)
+)
+Q4_K = SuperblockPacker("q4_k", 4, 32, 6, _MIN4 | {"low": 128}, _join_q4_k, _split_q4_k)
+Q5_K = SuperblockPacker("q5_k", 5, 32, 6, _MIN4 | {"high": 32, "low": 128}, _join_q5_k, _split_q5_k)
+Q6_K = SuperblockPacker(
+    "q6_k", 6, 16, 8, {"low": 128, "high": 64, "scales": 16, "d": 2}, _join_q6_k, _split_q6_k, range(-32, 32)
+)
+IQ4_XS = SuperblockPacker("iq4_xs", 4, 32, 6, _XS, _join_iq4_xs, _split_iq4_xs, IQ4_LEVELS)

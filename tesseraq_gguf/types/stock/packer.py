@@ -1,12 +1,13 @@
-"""Stock block types: Q2_0, Q4_0, Q4_1, Q5_0, Q8_0, blocks of 32 or 64 weights, parameters in half precision.
+"""Stock block types: Q1_0, Q2_0, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, blocks of 32, 64 or 128 weights, parameters
+in half precision.
 
-A block is its parameters, two bytes each, then the bytes of its codes. Value d·(q - z) with a fixed integer z, or
-d·q + m (Q4_1). No bit is left over: every pattern of bytes is somebody's codes.
+A block is its parameters, two bytes each, then the bytes of its codes. Value d·level, where codes count the levels
+from the lowest, or d·q + m (Q4_1, Q5_1). No bit is left over: every pattern of bytes is somebody's codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +95,16 @@ def _split_five_bits(data: Codes) -> Codes:
     return split_nibbles(data[..., 4:]) | high << 4
 
 
-def _flip_sign(q: Codes) -> Codes:
+def _join_bits(q: Codes) -> Codes:
+    """One-bit codes [..., 8·n] to bytes [..., n], the first in the lowest bit."""
+    return np.packbits(q, axis=-1, bitorder="little")
+
+
+def _split_bits(data: Codes) -> Codes:
+    return np.unpackbits(data, axis=-1, bitorder="little")
+
+
+def flip_sign(q: Codes) -> Codes:
     """Codes to the bytes of int8, q - 128 in two's complement, and back."""
     return q ^ 0x80
 
@@ -103,13 +113,13 @@ def _flip_sign(q: Codes) -> Codes:
 class BlockPacker:
     """Packer of one stock block type.
 
-    Its arrays: `q` uint8 [rows, columns], `d` and, where there is no `zero`, `m` float16 [rows, columns / block].
+    Its arrays: `q` uint8 [rows, columns], `d` and, where there are no `levels`, `m` float16 [rows, columns / block].
 
     Attributes:
         type: name of the type.
         block: weights per block.
         bits: bits of a code.
-        zero: the code of the value 0; None if the block has its own minimum m instead.
+        levels: what d multiplies, a whole number for every code; None if a code counts from the block's own minimum m.
         join: codes of blocks, uint8 [rows, blocks, block], to their bytes.
         split: inverts `join`.
     """
@@ -117,13 +127,13 @@ class BlockPacker:
     type: str
     block: int
     bits: int
-    zero: int | None
+    levels: Sequence[int] | None
     join: Callable[[Codes], Codes]
     split: Callable[[Codes], Codes]
 
     @property
     def _parameters(self) -> tuple[str, ...]:
-        return ("d",) if self.zero is not None else ("d", "m")
+        return ("d",) if self.levels is not None else ("d", "m")
 
     def pack(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
         """Make the bytes of the rows, uint8 [rows, row_bytes].
@@ -152,17 +162,23 @@ class BlockPacker:
     def dequantize(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         """Weights float32 [rows, columns], in the order of operations of the C reference."""
         rows, columns = arrays["q"].shape
-        q = arrays["q"].reshape(rows, columns // self.block, self.block).astype(np.float32)
+        q = arrays["q"].reshape(rows, columns // self.block, self.block)
         d = arrays["d"].astype(np.float32)[..., None]
-        if self.zero is not None:
-            weights = (q - np.float32(self.zero)) * d
+        if self.levels is not None:
+            weights = np.asarray(self.levels, np.float32)[q] * d
         else:
-            weights = q * d + arrays["m"].astype(np.float32)[..., None]
+            weights = q.astype(np.float32) * d + arrays["m"].astype(np.float32)[..., None]
         return weights.reshape(rows, columns)
 
 
-Q2_0 = BlockPacker("q2_0", 64, 2, 1, _join_neighbours, _split_neighbours)
-Q4_0 = BlockPacker("q4_0", 32, 4, 8, join_nibbles, split_nibbles)
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""Levels of IQ4_NL and IQ4_XS."""
+
+Q1_0 = BlockPacker("q1_0", 128, 1, (-1, 1), _join_bits, _split_bits)
+Q2_0 = BlockPacker("q2_0", 64, 2, range(-1, 3), _join_neighbours, _split_neighbours)
+Q4_0 = BlockPacker("q4_0", 32, 4, range(-8, 8), join_nibbles, split_nibbles)
 Q4_1 = BlockPacker("q4_1", 32, 4, None, join_nibbles, split_nibbles)
-Q5_0 = BlockPacker("q5_0", 32, 5, 16, _join_five_bits, _split_five_bits)
-Q8_0 = BlockPacker("q8_0", 32, 8, 128, _flip_sign, _flip_sign)
+Q5_0 = BlockPacker("q5_0", 32, 5, range(-16, 16), _join_five_bits, _split_five_bits)
+Q5_1 = BlockPacker("q5_1", 32, 5, None, _join_five_bits, _split_five_bits)
+Q8_0 = BlockPacker("q8_0", 32, 8, range(-128, 128), flip_sign, flip_sign)
+IQ4_NL = BlockPacker("iq4_nl", 32, 4, IQ4_LEVELS, join_nibbles, split_nibbles)

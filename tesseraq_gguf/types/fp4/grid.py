@@ -1,0 +1,81 @@
+"""Grids of MXFP4 and NVFP4: levels of 4-bit floats, and scales of 8 bits that are never negative.
+
+The steps between such scales are coarse, and those that could serve a group are few: the search tries them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tesseraq_gguf.types.fp4 import packer
+from tesseraq_gguf.types.grid import Arrays
+from tesseraq_gguf.types.levels import TableGrid
+
+
+@dataclass(frozen=True)
+class CodedScalesGrid(TableGrid):
+    """The grid d·table[q] with coded scales. Its array: `d` uint8 [rows, groups].
+
+    Attributes:
+        chosen: the codes that scales get, ascending.
+        tried: what a search tries, counted from the code that brings the largest weight to the largest level.
+    """
+
+    chosen: range
+    tried: tuple[int, ...]
+
+    @override
+    def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return _scales(self.type, arrays["d"].device)[arrays["d"].to(torch.int64)]
+
+    @override
+    def settle_scale(self, scale: Tensor) -> Arrays:
+        scales = _scales(self.type, scale.device)[self.chosen.start : self.chosen.stop]
+        borders = (scales[1:] + scales[:-1]) / 2
+        return {"d": (torch.bucketize(scale, borders) + self.chosen.start).to(torch.uint8)}
+
+    @override
+    def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
+        w, h = weight, importance
+        middle = self.settle_scale(w.abs().amax(1) / self.ends[1])["d"].to(torch.int16)
+        best_error = torch.full_like(w[:, 0], torch.inf)
+        best = torch.zeros_like(middle, dtype=torch.uint8)
+        for step in self.tried:
+            code = (middle + step).clamp(self.chosen[0], self.chosen[-1]).to(torch.uint8)
+            scale = self.scale({"d": code})[:, None]
+            error = (h * (scale * self.nearest(w / scale) - w) ** 2).sum(1)
+            better = error < best_error
+            best_error, best = torch.where(better, error, best_error), torch.where(better, code, best)
+        return {"d": best[:, None]}
+
+
+@cache
+def _scales(type: str, device: torch.device) -> Tensor:
+    """Scales by code, float32 [256]."""
+    return torch.from_numpy(packer.of(type).decode(np.arange(256, dtype=np.uint8))).to(device)
+
+
+def coded(type: str, group: int, chosen: range, tried: tuple[int, ...]) -> CodedScalesGrid:
+    """Return a grid of 4-bit floats."""
+    return CodedScalesGrid(
+        type=type,
+        bits=4,
+        group=group,
+        span=group,
+        learns_zero=False,
+        table=packer.FP4_LEVELS,
+        chosen=chosen,
+        tried=tried,
+    )
+
+
+# from 2^-24, the smallest scale of other types: nothing needs smaller ones, and quotients stay finite
+MXFP4 = coded("mxfp4", 32, range(104, packer.NO_E8M0), (0, -2, -1, 1))
+NVFP4 = coded("nvfp4", 16, range(1, packer.NO_UE4M3), (0, *range(-6, 0), 1, 2))
