@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +15,69 @@ from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.models.weights import SafetensorsCheckpoint
 
 
-def matrices_of_folder(job: dict[str, Any], namer: Converter, plan: Plan) -> dict[str, dict[str, Any]]:
-    """The matrices that the conversion class makes, by name in the file: `FileMatrix` as JSON. No weights are read."""
-    import gguf
+class Survey:
+    """What a conversion class makes of a folder when it is told to write; no weights are read.
 
-    converter = Converter(job, "bf16")  # a type that fits any rows: what has another has it by force
-    feed(job, converter, bool(job["compared"]))
-    survey = converter.model
-    force, made = survey.tensor_force_quant, {}
+    Args:
+        job: of the worker.
+        learned: whether weights are read as the learner reads them.
+    """
 
-    def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
-        forced = force(name, new_name, block, dimensions)
-        made[new_name] = name, not isinstance(forced, bool)
-        return forced
+    def __init__(self, job: dict[str, Any], learned: bool) -> None:
+        converter = Converter(job, "bf16")  # a type that fits any rows: what has another has it by force
+        feed(job, converter, learned)
+        self._model = converter.model
+        force = self._model.tensor_force_quant
+        self._made: dict[str, tuple[str, bool]] = {}
 
-    survey.tensor_force_quant = tensor_force_quant
-    survey.prepare_tensors()
-    ours = namer.names_of(job["matrices"])
-    found = {}
-    for target, info in ((target, info) for part in survey.gguf_writer.tensors for target, info in part.items()):
-        if len(info.shape) > 1 and target in made:
-            name, forced = made[target]
-            names = [name for name, _ in plan.by_target.get(target, ())] or [ours.get(name, name)]
-            type = gguf.GGMLQuantizationType(info.dtype).name.lower()
-            columns, weights = int(info.shape[-1]), int(np.prod(info.shape, dtype=object))
-            insisted = type if forced or type != "bf16" else None
-            found[target] = {"names": names, "columns": columns, "weights": weights, "forced": insisted}
-    return found
+        def tensor_force_quant(name: str, new_name: str, block: int | None, dimensions: int) -> Any:
+            forced = force(name, new_name, block, dimensions)
+            self._made[new_name] = name, not isinstance(forced, bool)
+            return forced
 
+        self._model.tensor_force_quant = tensor_force_quant
+        self._model.prepare_tensors()
+        self._model.prepare_metadata(vocab_only=False)
+
+    def _tensors(self) -> Iterator[tuple[str, Any]]:
+        for part in self._model.gguf_writer.tensors:
+            yield from part.items()
+
+    def matrices(self, job: dict[str, Any], namer: Converter, plan: Plan) -> dict[str, dict[str, Any]]:
+        """Return the matrices by name in the file: `FileMatrix` as JSON."""
+        import gguf
+
+        ours = namer.names_of(job["matrices"])
+        found = {}
+        for target, info in self._tensors():
+            if len(info.shape) > 1 and target in self._made:
+                name, forced = self._made[target]
+                names = [name for name, _ in plan.by_target.get(target, ())] or [ours.get(name, name)]
+                type = gguf.GGMLQuantizationType(info.dtype).name.lower()
+                columns, weights = int(info.shape[-1]), int(np.prod(info.shape, dtype=object))
+                insisted = type if forced or type != "bf16" else None
+                found[target] = {"names": names, "columns": columns, "weights": weights, "forced": insisted}
+        return found
+
+    def rest(self, place: Path) -> int:
+        """Return how many bytes a file has besides its matrices.
+
+        Args:
+            place: a file that can be written, and removed.
+        """
+        writer = self._model.gguf_writer
+        writer.write_header_to_file(path=place)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = place.stat().st_size
+        place.unlink()
+        vectors = (info for target, info in self._tensors() if len(info.shape) < 2 or target not in self._made)
+        return header + sum(-(-info.nbytes // _ALIGNED) * _ALIGNED for info in vectors)
+
+
+_ALIGNED = 32
+"""Bytes that a tensor's data are a multiple of in a file."""
 
 _COMPARED_ROWS = 16
 

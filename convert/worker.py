@@ -26,7 +26,7 @@ from tesseraq_gguf.converter.learned import LearnedTensors
 from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.plan import Plan
 from tesseraq_gguf.converter.ranges import keep_within_range
-from tesseraq_gguf.converter.survey import compare, matrices_of_folder
+from tesseraq_gguf.converter.survey import Survey, compare
 from tesseraq_gguf.converter.upstream import Converter, feed
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError
@@ -43,11 +43,17 @@ def check(job: dict[str, Any], emit: Emit) -> None:
     converter = Converter(job, "f16")
     shapes = {name: (rows, columns) for name, (rows, columns) in job["matrices"].items()}
     plan = Plan(converter, shapes, _pieces(job))
-    converter.model.prepare_metadata(vocab_only=False)
     if job["compared"]:
         compare(job, Converter(job, "f16"))
-    file = matrices_of_folder(job, converter, plan)
-    emit({"event": "done", "dropped": plan.dropped, "file": file, "groups": plan.groups(), "columns": plan.columns()})
+    survey = Survey(job, bool(job["compared"]))
+    emit({
+        "event": "done",
+        "dropped": plan.dropped,
+        "file": survey.matrices(job, converter, plan),
+        "groups": plan.groups(),
+        "columns": plan.columns(),
+        "rest": survey.rest(Path(job["out"])),
+    })  # fmt: skip
 
 
 def write(job: dict[str, Any], emit: Emit) -> None:

@@ -247,12 +247,14 @@ class SourceCheck:
         file: the matrices that the file will have, by their names there.
         groups: how many columns stay together, of matrices whose columns have another order there, by checkpoint name.
         columns: for each column there that of the matrix, of the same matrices.
+        rest: bytes of header, vocabulary and vectors.
     """
 
     dropped: dict[str, str]
     file: dict[str, FileMatrix]
     groups: dict[str, int] = field(default_factory=dict)
     columns: dict[str, list[int]] = field(default_factory=dict)
+    rest: int = 0
 
 
 def check_source(
@@ -290,7 +292,9 @@ def check_source(
         }
         answer, _ = _run(job, source, SilentReporter(), tree)
     file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}
-    return SourceCheck(dict(answer["dropped"]), file, dict(answer["groups"]), dict(answer["columns"]))
+    return SourceCheck(
+        dict(answer["dropped"]), file, dict(answer["groups"]), dict(answer["columns"]), int(answer["rest"])
+    )
 
 
 def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:
@@ -311,7 +315,9 @@ def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:
         for tensor in open_gguf(path).tensors
         if len(tensor.shape) > 1
     }
-    return SourceCheck(dropped, file)
+    opened = open_gguf(path)
+    rest = opened.bytes - sum(tensor.bytes for tensor in opened.tensors if len(tensor.shape) > 1)
+    return SourceCheck(dropped, file, rest=rest)
 
 
 def stock_type(name: str) -> str:

@@ -49,6 +49,7 @@ class TypePlan:
         chosen: what was chosen within a budget.
         head: of matrices of a head for speculation, which are rounded.
         columns: for each column in the file that of the matrix, where the converter moves columns.
+        rest: bytes of the file besides its matrices, and besides what it says of how it was made.
     """
 
     types: dict[str, str]
@@ -59,6 +60,7 @@ class TypePlan:
     chosen: dict[str, str] = field(default_factory=dict)
     head: dict[str, str] = field(default_factory=dict)
     columns: dict[str, list[int]] = field(default_factory=dict)
+    rest: int = 0
 
     def all(self) -> dict[str, str]:
         """Types of all matrices."""
@@ -195,7 +197,7 @@ def plan_types(
     # what the converter merges with others is known by the name of the last of them
     plain |= {name: fitting_type(_FALLBACK, shapes[name][1]) for name in shapes if name not in known | plain}
     said_of = {name: said.replace(_ITS_TYPE, (types | outside | plain)[name]) for name, said in fallbacks.items()}
-    plan = TypePlan(types, outside, plain, check.file, said_of, head=head, columns=check.columns)
+    plan = TypePlan(types, outside, plain, check.file, said_of, head=head, columns=check.columns, rest=check.rest)
     _check_file(plan, ruled)
     return plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,14 +17,55 @@ _LOGITS = 1 << 23
 """Logits of one model that are in memory at a time: words of the vocabulary, of all positions."""
 
 
-@torch.no_grad()
+class Yardstick:
+    """Tells how far answers of quantised models are from the original's, whose states are computed once.
+
+    Args:
+        original: the model.
+        tokens: int64 [sequences, length].
+        report: called with (blocks done, blocks in all).
+    """
+
+    def __init__(self, original: Decoder, tokens: Tensor, report: Callable[[int, int], None] = lambda *_: None) -> None:
+        self._tokens = tokens
+        self._original = Quantised(original, lambda _: {})
+        with torch.no_grad():
+            self._wanted = self._original.states(tokens, report)
+
+    @torch.no_grad()
+    def divergence(self, model: Quantised, report: Callable[[int, int], None] = lambda *_: None) -> float:
+        """Mean Kullback-Leibler divergence KL(p || p̂) of answers in nats per token, over all positions.
+
+        Args:
+            model: whose answers are p̂; products with both models' output matrices are in its autocast.
+            report: called with (blocks done, blocks in all).
+
+        Raises:
+            NotFiniteError: it is not finite.
+        """
+        got = model.states(self._tokens, report)
+        positions = self._tokens.numel()
+        rows = max(1, _LOGITS // positions)
+        teacher = replace(self._original, autocast=model.autocast)
+        gathered = _Gathered(positions, model.decoder.device)
+        for p, q in zip(_logits(teacher, self._wanted, rows), _logits(model, got, rows), strict=True):
+            gathered.add(p, q)
+        found = gathered.divergence()
+        if not math.isfinite(found):
+            raise NotFiniteError(
+                f"the answers of the quantised model are not finite: their divergence from the original's is {found}. "
+                "Give more bits to its matrices (--type, --tensor-type)"
+            )
+        return max(0.0, found)
+
+
 def divergence(
     original: Decoder,
     model: Quantised,
     tokens: Tensor,
     report: Callable[[int, int], None] = lambda *_: None,
 ) -> float:
-    """Mean Kullback-Leibler divergence KL(p || p̂) of answers in nats per token, over all positions.
+    """Measure one model as a `Yardstick` does.
 
     Args:
         original: whose answers are p.
@@ -35,20 +77,8 @@ def divergence(
         NotFiniteError: it is not finite.
     """
     steps = 2 * len(original)
-    teacher = Quantised(original, lambda _: {}, autocast=model.autocast)
-    wanted = teacher.states(tokens, lambda done, _: report(done, steps))
-    got = model.states(tokens, lambda done, _: report(len(original) + done, steps))
-    rows = max(1, _LOGITS // tokens.numel())
-    gathered = _Gathered(tokens.numel(), original.device)
-    for p, q in zip(_logits(teacher, wanted, rows), _logits(model, got, rows), strict=True):
-        gathered.add(p, q)
-    found = gathered.divergence()
-    if not math.isfinite(found):
-        raise NotFiniteError(
-            f"the answers of the quantised model are not finite: their divergence from the original's is {found}. "
-            "Give more bits to its matrices (--type, --tensor-type)"
-        )
-    return max(0.0, found)
+    yardstick = Yardstick(original, tokens, lambda done, _: report(done, steps))
+    return yardstick.divergence(model, lambda done, _: report(len(original) + done, steps))
 
 
 def _logits(model: Quantised, states: Tensor, rows: int) -> Iterator[Tensor]:

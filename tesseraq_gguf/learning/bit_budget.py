@@ -7,8 +7,9 @@ order:
 
 per token, with ΔW the error of rounding to nearest in that type (the squared error weighted with E[x²]). It is the
 error's length in the metric of the Fisher information (`sensitivity.py`, whose pass measures it), so costs of all
-matrices are in one unit, nats per token, and add up as long as they are small. What is learned later has less error
-than rounding to nearest, in all types alike as far as the choice goes.
+matrices are in one unit, nats per token, and add up as long as they are small. What is learned later has less error,
+in all types alike as far as the choice goes. Where a choice is checked as a whole (`palette.py`), matrices are rounded
+by GPTQ instead, and costs are of that.
 
 The choice is an exact dynamic programme over bytes: no other assignment of the types costs less and fits.
 """
@@ -25,11 +26,15 @@ from torch import Tensor
 
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.learning.column_order import InputStatistics, likeness, order_of, score
+from tesseraq_gguf.learning.palette import Palette, undominated, with_order
+from tesseraq_gguf.learning.palette import rounded as painted
 from tesseraq_gguf.learning.sensitivity import Passed
 from tesseraq_gguf.models.decoder import LoadedBlock
+from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.types.facts import tensor_type
 from tesseraq_gguf.types.grids import Grid, grid_for
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _MOST_UNITS = 200_000
 """Sizes that the dynamic programme tells apart; where there are more, sizes are rounded up."""
@@ -46,6 +51,10 @@ class Item:
 
     sizes: Mapping[str, int]
     costs: Mapping[str, float]
+
+    def scaled(self, factor: float) -> Item:
+        """Return it with its costs times a factor."""
+        return Item(self.sizes, {type: factor * cost for type, cost in self.costs.items()})
 
 
 def choose(items: Mapping[str, Item], budget: int) -> dict[str, str]:
@@ -101,37 +110,56 @@ def bytes_of(shape: Sequence[int], type: str) -> int:
     return shape[0] * (shape[1] // kind.block_weights) * kind.block_bytes
 
 
-@torch.no_grad()
-def costs_of(
-    weight: Tensor, fed: Tensor, felt: Tensor, types: Sequence[str], granularity: str = "group"
-) -> dict[str, float]:
-    """Estimate what a matrix costs in each type, in nats per token.
+@dataclass(frozen=True)
+class Watched:
+    """A matrix with what it was fed and felt.
 
-    Args:
+    Attributes:
         weight: float32 [out, in].
         fed: what it is fed, float32 [tokens, in].
         felt: δ, the gradient of the answers' log-probability with respect to what it gives, float32 [tokens, out].
+    """
+
+    weight: Tensor
+    fed: Tensor
+    felt: Tensor
+
+    @property
+    def importance(self) -> Tensor:
+        """Mean squares of what it is fed, float32 [in]."""
+        return self.fed.square().mean(0)
+
+    def cost(self, rounded: Tensor) -> float:
+        """What `rounded` [out, in] in its place costs, in nats per token."""
+        return 0.5 * float(((self.fed @ (rounded - self.weight).T) * self.felt).sum(1).square().mean())
+
+
+@torch.no_grad()
+def costs_of(matrix: Watched, types: Sequence[str], granularity: str = "group") -> dict[str, float]:
+    """Estimate what a matrix costs in each type when it is rounded to nearest, in nats per token.
+
+    Args:
+        matrix: with what it is fed and felt.
         types: which to try.
         granularity: what shares a scale.
     """
-    importance = fed.square().mean(0)
+    weight, importance = matrix.weight, matrix.importance
     costs = {}
     for type in types:
         if tensor_type(type).is_float:  # sixteen bits are taken to cost nothing
             costs[type] = 0.0
             continue
         grid = grid_for(type, weight.shape[1], granularity)
-        order = _order(weight, importance, grid)
-        off = torch.empty_like(weight)
-        off[:, order] = grid.dequantize(grid.quantize(weight[:, order], importance[order])) - weight[:, order]
-        costs[type] = 0.5 * float(((fed @ off.T) * felt).sum(1).square().mean())
+        order, rounded = order_for(weight, importance, grid), torch.empty_like(weight)
+        rounded[:, order] = grid.dequantize(grid.quantize(weight[:, order], importance[order]))
+        costs[type] = matrix.cost(rounded)
     return costs
 
 
-def _order(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor | slice:
-    """The order of columns that a matrix alone would get where its type wants one."""
+def order_for(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
+    """Return the order of columns that a matrix alone would get where its type wants one, int64 [in]."""
     if grid.places is None:
-        return slice(None)
+        return torch.arange(weight.shape[1], device=weight.device)
     scores = score([weight], InputStatistics(importance, importance), "error")
     return order_of(scores, likeness([weight]), None, *grid.places)
 
@@ -143,13 +171,15 @@ class CostMeter:
     Attributes:
         candidates: types to try for each matrix, by checkpoint name; matrices not named are not measured.
         granularity: what shares a scale.
-        costs: of the blocks' matrices, by checkpoint name.
+        palette: where matrices are kept as they were rounded; None keeps none, and costs are of rounding to nearest.
+        costs: of the blocks' matrices in types that are worth their bytes, by checkpoint name.
         final: final hidden states, float32 [samples, length, hidden].
         bottom: gradient below the first block, of the same shape.
     """
 
     candidates: Mapping[str, Sequence[str]]
     granularity: str
+    palette: Palette | None = None
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     final: Tensor = field(default_factory=lambda: torch.empty(0))
     bottom: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -160,15 +190,43 @@ class CostMeter:
         Raises:
             NotFiniteError: a cost is not finite: none could be told from another.
         """
+        rounded: dict[tuple[str, str], QuantizedTensor] = {}
         for name, module in block.matrices().items():
             full_name = f"{block.prefix}{name}.weight"
             if full_name in self.candidates and name in passed:
-                fed, felt = passed[name]
-                types = self.candidates[full_name]
-                costs = costs_of(module.weight.detach(), fed, felt, types, self.granularity)
+                matrix = Watched(module.weight.detach(), *passed[name])
+                costs = costs_of(matrix, self.candidates[full_name], self.granularity)
+                if self.palette is not None:
+                    costs = self._painted(full_name, matrix, costs, rounded)
                 numbers = torch.tensor(list(costs.values()))
                 check_finite({full_name: numbers}, "the costs of its types", TAKE_ANOTHER)
                 self.costs[full_name] = costs
+        if self.palette is not None:
+            self.palette.keep(f"block-{block.index:04d}", rounded)
+
+    def _painted(
+        self, name: str, matrix: Watched, costs: Mapping[str, float], rounded: dict[tuple[str, str], QuantizedTensor]
+    ) -> dict[str, float]:
+        """Round a matrix well in the types that are worth it, and return what these cost then."""
+        sizes = {type: tensor_type(type).bits_per_weight for type in costs}
+        # experts of a stack have one type: none is left out for some of them
+        worthy = list(costs) if stack_of(name) else undominated(costs, sizes)
+        moment = matrix.fed.T @ matrix.fed / len(matrix.fed)
+        found = {}
+        for type in worthy:
+            if tensor_type(type).is_float:
+                found[type] = costs[type]
+                continue
+            grid = grid_for(type, matrix.weight.shape[1], self.granularity)
+            order, value = order_for(matrix.weight, matrix.importance, grid), torch.empty_like(matrix.weight)
+            tensor = painted(matrix.weight[:, order], moment[order][:, order], grid)
+            value[:, order] = grid.dequantize(tensor)
+            found[type] = matrix.cost(value)
+            rounded[name, type] = QuantizedTensor(tensor.type, {key: a.cpu() for key, a in tensor.arrays.items()})
+            if grid.ordered:
+                key, kept = with_order(name, type, order.cpu())
+                rounded[key] = kept
+        return found
 
     def ends(self, final: Tensor, bottom: Tensor) -> None:
         """Keep final hidden states and the gradient below the first block."""

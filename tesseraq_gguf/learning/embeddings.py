@@ -8,14 +8,17 @@ them. A matrix that is both gets the sum of both, each in units of its mean.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tesseraq_gguf.learning.palette import Palette, undominated
 from tesseraq_gguf.learning.sensitivity import Sensitivity
 from tesseraq_gguf.methods.gptq import compensate
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.head import ANSWERS, Head
+from tesseraq_gguf.types.facts import tensor_type
 from tesseraq_gguf.types.grids import UNIVERSAL, Grid, OwnCodebooks, grid_for, grid_of
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
@@ -23,6 +26,9 @@ _CHUNK = 1 << 24
 """Weights rounded at a time."""
 
 _DAMPING = 0.01
+
+_SOME = 2048
+"""Rows that tell which types are worth trying."""
 
 
 @torch.no_grad()
@@ -98,11 +104,26 @@ def round_matrix(
     return QuantizedTensor(grid.type, {key: torch.cat([p.arrays[key] for p in parts]) for key in keys})
 
 
+@dataclass(frozen=True)
+class EndsPassed:
+    """What passes the ends of a model.
+
+    Attributes:
+        tokens: calibration tokens, int64 [samples, length].
+        final: final hidden states on them, before the final norm, float32 [samples, length, hidden].
+        bottom: gradient of the answers' log-probability below the first block, of the same shape.
+    """
+
+    tokens: Tensor
+    final: Tensor
+    bottom: Tensor
+
+
 @torch.no_grad()
 def embedding_costs(
-    decoder: Decoder, name: str, types: Sequence[str], tokens: Tensor, final: Tensor, bottom: Tensor
+    decoder: Decoder, name: str, types: Sequence[str], passed: EndsPassed, palette: Palette | None = None
 ) -> dict[str, float]:
-    """Estimate what embedding or output matrix cost in each type, in nats per token (see `bit_budget.py`).
+    """Estimate what embedding or output matrix cost, in nats per token (see `bit_budget.py`), in types worth trying.
 
     Rows of the embedding move what enters the first block; the output matrix moves the answers' logits, whose
     Kullback-Leibler divergence is half the variance of that move. A matrix that is both does both.
@@ -111,38 +132,47 @@ def embedding_costs(
         decoder: the model.
         name: checkpoint name of the matrix.
         types: which to try.
-        tokens: calibration tokens, int64 [samples, length].
-        final: final hidden states on them, before the final norm, float32 [samples, length, hidden].
-        bottom: gradient of the answers' log-probability below the first block, of the same shape.
+        passed: what passes the model's ends.
+        palette: where the matrix is kept as it was rounded; None keeps nothing.
     """
     weight = decoder.matrix(name)
-    x = decoder.head.fed(final.to(decoder.device).flatten(0, -2))
+    x = decoder.head.fed(passed.final.to(decoder.device).flatten(0, -2))
     importance = torch.zeros(weight.shape[1])
     if name == decoder.output_name():
         importance += _of_mean_one(x.square().mean(0).cpu())
     if name == decoder.embedding_name():
-        importance += _of_mean_one(bottom[..., : weight.shape[1]].square().mean((0, 1)))
-    before = decoder.stem(tokens)[0] if name == decoder.embedding_name() else None
-    costs = {}
-    for type in types:
-        rounded = _nearest(weight, grid_of(type), importance)
+        importance += _of_mean_one(passed.bottom[..., : weight.shape[1]].square().mean((0, 1)))
+    before = decoder.stem(passed.tokens)[0] if name == decoder.embedding_name() else None
+    costs, kept = {}, {}
+    for type in _worthy(weight, importance, types):
+        grid = grid_of(type)
+        tensor = round_matrix(weight, grid, None, decoder.device, importance=importance)
+        rounded = grid.dequantize(tensor)
         cost = 0.0
         if name == decoder.output_name():
             cost += 0.5 * float(_move_of_answers(weight, rounded, x, decoder.head).mean())
         if before is not None:
-            moved = decoder.stem(tokens, {name: rounded})[0] - before
-            cost += 0.5 * float((moved * bottom).sum(-1).square().mean())
+            moved = decoder.stem(passed.tokens, {name: rounded})[0] - before
+            cost += 0.5 * float((moved * passed.bottom).sum(-1).square().mean())
         costs[type] = cost
+        kept[name, type] = tensor
+    if palette is not None and kept:
+        palette.keep(name.replace("/", "_"), kept)
     return costs
+
+
+def _worthy(weight: Tensor, importance: Tensor, types: Sequence[str]) -> list[str]:
+    """Types that no smaller one is better than, by what they do to some of the rows."""
+    some = weight[torch.linspace(0, len(weight) - 1, min(_SOME, len(weight))).long()]
+    errors = {
+        type: float(((g.dequantize(g.quantize(some, importance)) - some).square() * importance).mean())
+        for type, g in ((type, grid_of(type)) for type in types)
+    }
+    return undominated(errors, {type: tensor_type(type).bits_per_weight for type in types})
 
 
 def _of_mean_one(values: Tensor) -> Tensor:
     return values / values.mean().clamp_min(1e-30)
-
-
-def _nearest(weight: Tensor, grid: Grid, importance: Tensor) -> Tensor:
-    rows = max(1, _CHUNK // weight.shape[1])
-    return torch.cat([grid.dequantize(grid.quantize(part, importance)) for part in weight.split(rows)])
 
 
 def _move_of_answers(weight: Tensor, rounded: Tensor, x: Tensor, head: Head) -> Tensor:

@@ -14,8 +14,8 @@ from tiny_models import TEXT, make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf.conversion.pipeline import convert
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.gguf_files.inspection import inspect
-from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose, costs_of
-from tesseraq_gguf.learning.embeddings import embedding_costs
+from tesseraq_gguf.learning.bit_budget import CostMeter, Item, Watched, bytes_of, choose, costs_of
+from tesseraq_gguf.learning.embeddings import EndsPassed, embedding_costs
 from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.recipe.readers import AUTO
@@ -114,7 +114,7 @@ def test_types_with_salient_places_are_tried_in_an_order():
     weight = torch.randn(32, 256, generator=random)
     fed = torch.randn(200, 256, generator=random) * torch.rand(256, generator=random) ** 4
     felt = torch.randn(200, 32, generator=random)
-    costs = costs_of(weight, fed, felt, ["ptq1_61"])
+    costs = costs_of(Watched(weight, fed, felt), ["ptq1_61"])
     grid = grid_of("ptq1_61")
     off = grid.dequantize(grid.quantize(weight, fed.square().mean(0))) - weight
     as_it_stands = 0.5 * float(((fed @ off.T) * felt).sum(1).square().mean())
@@ -133,7 +133,8 @@ def test_costs_of_the_embedding_are_in_the_same_unit(kind, make_model):  # noqa:
         for seed in range(8):
             meter = CostMeter({}, "group")
             measure_sensitivity(decoder, TOKENS, seed, witness=meter)
-            costs.append(embedding_costs(decoder, name, ["tsq4"], TOKENS, meter.final, meter.bottom)["tsq4"])
+            passed = EndsPassed(TOKENS, meter.final, meter.bottom)
+            costs.append(embedding_costs(decoder, name, ["tsq4"], passed)["tsq4"])
         grid = grid_of("tsq4")
         rounded = grid.dequantize(grid.quantize(decoder.matrix(name)))
         hidden = _states(decoder, {name: rounded} if name == decoder.embedding_name() else {})

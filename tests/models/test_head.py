@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HEAD_KINDS
 
 from tesseraq_gguf.errors import ModelError
-from tesseraq_gguf.learning.embeddings import embedding_costs
+from tesseraq_gguf.learning.embeddings import EndsPassed, embedding_costs
 from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.types.grids import grid_of
@@ -144,7 +144,8 @@ def test_what_the_output_matrix_costs_is_what_it_does_to_answers(kind, wide, who
     ends = Ends()
     measure_sensitivity(decoder, TOKENS, 0, witness=ends)
     ends.bottom = torch.zeros_like(ends.bottom)  # leaves what a tied matrix does as the embedding out
-    cost = embedding_costs(decoder, decoder.output_name(), ["tsq4"], TOKENS, ends.final, ends.bottom)["tsq4"]
+    passed = EndsPassed(TOKENS, ends.final, ends.bottom)
+    cost = embedding_costs(decoder, decoder.output_name(), ["tsq4"], passed)["tsq4"]
     x = decoder.final_norm()[1](hidden)
     grid = grid_of("tsq4")
     rounded = grid.dequantize(grid.quantize(weight, x.square().mean((0, 1))))
