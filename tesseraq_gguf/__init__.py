@@ -13,24 +13,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tesseraq_gguf.conversion.pipeline import convert
-    from tesseraq_gguf.conversion.report import ConversionReport
+    from tesseraq_gguf.conversion.pipeline import convert, plan
+    from tesseraq_gguf.conversion.report import ConversionReport, PlanReport
     from tesseraq_gguf.evaluation.perplexity import Evaluation, evaluate
     from tesseraq_gguf.gguf_files.inspection import Inspection, inspect
     from tesseraq_gguf.recipe.recipe import Recipe
 
     __version__: str
 
-__all__ = ["ConversionReport", "Evaluation", "Inspection", "Recipe", "__version__", "convert", "evaluate", "inspect"]
+__all__ = [
+    "ConversionReport", "Evaluation", "Inspection", "PlanReport", "Recipe", "__version__", "convert", "evaluate",
+    "inspect", "plan",
+]  # fmt: skip
 
 _MODULES = {
     "ConversionReport": "conversion.report",
     "Evaluation": "evaluation.perplexity",
     "Inspection": "gguf_files.inspection",
+    "PlanReport": "conversion.report",
     "Recipe": "recipe.recipe",
     "convert": "conversion.pipeline",
     "evaluate": "evaluation.perplexity",
     "inspect": "gguf_files.inspection",
+    "plan": "conversion.pipeline",
 }
 
 

@@ -17,7 +17,7 @@ from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.recipe.rules import read_rules
 
 if TYPE_CHECKING:
-    from tesseraq_gguf.conversion.report import ConversionReport
+    from tesseraq_gguf.conversion.report import ConversionReport, PlanReport
 
 
 @takes(of_a_recipe())
@@ -32,6 +32,14 @@ def convert(
             rich_help_panel=MAKE,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print types and size, and within a budget the divergence before learning; learn and write nothing.",
+            rich_help_panel=MAKE,
+        ),
+    ] = False,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -55,13 +63,17 @@ def convert(
     recipe = Recipe(**named | ({"rules": rules} if rules else {}))
     refuse_conflicts(recipe, named.keys())  # also those that were given as they are by default
     try:
-        report = _run(recipe)
+        report = _run(recipe, dry_run)
     except KeyboardInterrupt:
         raise Stopped("stopped; what is finished is kept, run the same command again to go on") from None
     if report is None:
         return  # the first process tells
+    from tesseraq_gguf.conversion.report import PlanReport
+
     if as_json:
         print_json({name: getattr(report, name) for name in report.__dataclass_fields__})
+    elif isinstance(report, PlanReport):
+        _print_plan(report)
     else:
         _print_report(report)
 
@@ -76,22 +88,31 @@ def _rules(file: Path | None, given: Sequence[str]) -> tuple[tuple[str, str], ..
     return read_rules([*lines, *given])
 
 
-def _run(recipe: Recipe) -> ConversionReport | None:
-    """Convert, and show how it goes; in all processes but the first, do so in silence and return None."""
+def _run(recipe: Recipe, dry: bool) -> ConversionReport | PlanReport | None:
+    """Convert or plan, and show how it goes; in all processes but the first, do so in silence and return None."""
     from tesseraq_gguf.cli.progress import ConvertProgress
 
     if process_rank():
-        from tesseraq_gguf.conversion.pipeline import convert as run
+        from tesseraq_gguf.conversion import pipeline
 
         quieten_transformers()
-        run(recipe)
+        (pipeline.plan if dry else pipeline.convert)(recipe)
         return None
     with ConvertProgress() as progress:
         progress.stage("Loading torch")
-        from tesseraq_gguf.conversion.pipeline import convert as run
+        from tesseraq_gguf.conversion import pipeline
 
         quieten_transformers()
-        return run(recipe, progress)
+        return (pipeline.plan if dry else pipeline.convert)(recipe, progress)
+
+
+def _print_plan(plan: PlanReport) -> None:
+    print(f"{size(plan.bytes)}, {plan.bits_per_weight:.2f} bits per weight in its matrices")
+    for type, bytes in sorted(plan.type_bytes.items(), key=lambda entry: -entry[1]):
+        count = sum(1 for t in plan.types.values() if t == type)
+        print(f"{type:>8}  {count:>4} {'matrix  ' if count == 1 else 'matrices'}  {bytes / 1e6:9.1f} MB")
+    if plan.divergence is not None:
+        print(f"Divergence before anything is learned: {plan.divergence:.4f} nats per token")
 
 
 def _print_report(report: ConversionReport) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tesseraq_gguf.conversion.identity import SENSITIVITY_TOKENS
 from tesseraq_gguf.conversion.run import Model, Run
-from tesseraq_gguf.conversion.type_plan import TypePlan, ends_of, rule_types
-from tesseraq_gguf.conversion.work_directory import TYPES
+from tesseraq_gguf.conversion.type_plan import ALIGNED, TypePlan, ends_of, rule_types
+from tesseraq_gguf.conversion.work_directory import TRIED, TYPES
 from tesseraq_gguf.evaluation.divergence import Yardstick
 from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose
 from tesseraq_gguf.learning.embeddings import EndsPassed, embedding_costs
@@ -39,9 +39,6 @@ _ORDER_BYTES = 4
 _SPARE = 1 << 13
 """Bytes left for metadata that is not known before the file is written."""
 
-_ALIGNED = 32
-"""Bytes that a tensor's data are a multiple of in a file."""
-
 _RANGE_BYTES = 160
 """Of the range of what a matrix is fed, and its name, in a file's metadata."""
 
@@ -58,10 +55,13 @@ def choose_types(run: Run, model: Model) -> Model:
         return model
     kept = run.work.note(TYPES)
     if kept is not None:
-        return replace(model, plan=model.plan.ruled(read_rules(kept.splitlines()), model.decoder))
+        plan, told = model.plan.ruled(read_rules(kept.splitlines()), model.decoder), run.work.note(TRIED)
+        return replace(model, plan=replace(plan, divergence=float(told) if told else None))
     few = run.calibration.first(SENSITIVITY_TOKENS)
     with run.memory_explained():
         chosen = run.team.from_first(lambda: _measured(run, model, few))
+    if chosen.divergence is not None:
+        run.work.keep_note(TRIED, repr(chosen.divergence))
     run.work.keep_note(TYPES, rules_of(chosen.chosen, ""))
     return replace(model, plan=chosen)
 
@@ -134,7 +134,7 @@ def _mended(run: Run, model: Model, budget: _Budget, palette: Palette) -> TypePl
         f"divergence of the types chosen, before anything is learned: {mended.before:.4f} -> {mended.after:.4f}, "
         f"{mended.tried} choices tried"
     )
-    return plans[rules_of(mended.choice, "")]
+    return replace(plans[rules_of(mended.choice, "")], divergence=mended.after)
 
 
 def _groups(decoder: Decoder, names: Iterable[str]) -> dict[str, list[str]]:
@@ -247,7 +247,7 @@ def _item(members: list[str], meter: CostMeter, shapes: Mapping[str, tuple[int, 
 def _bytes_of_the_rest(recipe: Recipe, plan: TypePlan) -> int:
     """What a file holds besides its matrices: header, vocabulary, norms."""
     ranges = len(plan.all()) * _RANGE_BYTES if recipe.scheme.static else 0
-    return plan.rest + _ALIGNED * len(plan.file) + ranges + _SPARE
+    return plan.rest + ALIGNED * len(plan.file) + ranges + _SPARE
 
 
 def _open_ends(recipe: Recipe, decoder: Decoder) -> list[str]:

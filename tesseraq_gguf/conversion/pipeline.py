@@ -16,18 +16,18 @@ from tesseraq_gguf.conversion.preprocess import carry, preprocess
 from tesseraq_gguf.conversion.progress import Progress, SilentProgress
 from tesseraq_gguf.conversion.projector import check_projector, write_projector
 from tesseraq_gguf.conversion.quantise import quantise
-from tesseraq_gguf.conversion.report import ConversionReport, report_on
+from tesseraq_gguf.conversion.report import ConversionReport, PlanReport, report_on, report_on_plan
 from tesseraq_gguf.conversion.rotate import leave, rotate
-from tesseraq_gguf.conversion.run import begin
+from tesseraq_gguf.conversion.run import begin, types_of
 from tesseraq_gguf.conversion.start_file import check_start_file
-from tesseraq_gguf.conversion.type_plan import check_types
+from tesseraq_gguf.conversion.type_plan import check_types, plan_plain
 from tesseraq_gguf.conversion.write import write, write_squares, write_unlearned
 from tesseraq_gguf.converter.writer import check_output
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.models import Decoder, resolve_model
+from tesseraq_gguf.models import Decoder, ModelSource, resolve_model
 from tesseraq_gguf.models.hub import Hub
 from tesseraq_gguf.recipe.recipe import Recipe
-from tesseraq_gguf.runtime.source import ensure_source
+from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 
 
 def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionReport:
@@ -40,23 +40,9 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         recipe: what to make.
         progress: told what happens.
     """
-    if not isinstance(recipe, Recipe):
-        raise UsageError(f"convert takes a Recipe, such as Recipe('demo', 'out.gguf'), not {type(recipe).__name__}")
     progress = progress or SilentProgress()
     started = time.monotonic()
-    check_types(recipe)
-    check_output(recipe.out)
-    if recipe.write_imatrix:
-        check_output(recipe.write_imatrix)
-    check_start_file(recipe)
-    # tensors are copied by their names in a GGUF file; rules name them as the learner does
-    hub = Hub(recipe.token, progress.advance)
-    source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)
-    check_output(recipe.out, source)
-    tree = ensure_source(progress)
-    check_projector(recipe, source, tree)
-    check_head(recipe, source)
-    source = replace(source, keeps_head=not recipe.no_mtp)
+    source, tree = _prepared("convert", recipe, progress)
     device = resolve_device(recipe.device)
     if not recipe.learns:
         write_unlearned(recipe, source, tree, progress)
@@ -94,3 +80,43 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         if not team.first:
             leave(recipe)
         return report
+
+
+def plan(recipe: Recipe, progress: Progress | None = None) -> PlanReport:
+    """Say what `convert` would make of a recipe: types and size, and within a budget what the choice of types leaves.
+
+    Nothing is learned or written, but for the choice within a budget: it is measured, and kept in the work directory,
+    where `convert` finds it.
+
+    Args:
+        recipe: what to make.
+        progress: told what happens.
+    """
+    progress = progress or SilentProgress()
+    source, tree = _prepared("plan", recipe, progress)
+    if not recipe.learns:
+        return report_on_plan(plan_plain(recipe, source, tree))
+    decoder = Decoder(source, resolve_device(recipe.device))
+    if not recipe.budgeted:
+        return report_on_plan(types_of(recipe, decoder, tree, progress)[0])
+    with joined(recipe.calibrates) as team, begin(recipe, decoder, team, tree, progress) as (run, model):
+        return report_on_plan(choose_types(run, model).plan)
+
+
+def _prepared(what: str, recipe: Recipe, progress: Progress) -> tuple[ModelSource, SourceTree]:
+    """Check what can be checked before any work is done, and find the model and the patched llama.cpp."""
+    if not isinstance(recipe, Recipe):
+        raise UsageError(f"{what} takes a Recipe, such as Recipe('demo', 'out.gguf'), not {type(recipe).__name__}")
+    check_types(recipe)
+    check_output(recipe.out)
+    if recipe.write_imatrix:
+        check_output(recipe.write_imatrix)
+    check_start_file(recipe)
+    # tensors are copied by their names in a GGUF file; rules name them as the learner does
+    hub = Hub(recipe.token, progress.advance)
+    source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)
+    check_output(recipe.out, source)
+    tree = ensure_source(progress)
+    check_projector(recipe, source, tree)
+    check_head(recipe, source)
+    return replace(source, keeps_head=not recipe.no_mtp), tree

@@ -8,6 +8,7 @@ from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from tesseraq_gguf.conversion.type_plan import TypePlan
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX
 from tesseraq_gguf.gguf_files.inspection import inspect
 
@@ -72,3 +73,35 @@ def report_on(
         fallbacks=fallbacks or {},
         runs_on=seen.runs_on,
     )
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a conversion would make.
+
+    Attributes:
+        types: tensor types of the matrices, by name in the file.
+        bytes: size of the file, but for some hundreds that say how it was made.
+        bits_per_weight: of the matrices.
+        type_bytes: bytes of all matrices of a type.
+        divergence: what the types leave before anything is learned, in nats per token; None where no budget asked for
+            it to be measured.
+        fallbacks: matrices that do not get the type that was asked for, with the reason.
+    """
+
+    types: dict[str, str]
+    bytes: int
+    bits_per_weight: float
+    type_bytes: dict[str, int]
+    divergence: float | None
+    fallbacks: dict[str, str]
+
+
+def report_on_plan(plan: TypePlan) -> PlanReport:
+    """Return what a plan comes to."""
+    types, sizes = plan.in_file(), dict[str, int]()
+    for target, matrix in plan.file.items():
+        sizes[types[target]] = sizes.get(types[target], 0) + plan.bytes_in_file(matrix)
+    weights = sum(matrix.weights for matrix in plan.file.values())
+    bits = 8 * sum(sizes.values()) / weights
+    return PlanReport(types, plan.file_bytes(), bits, sizes, plan.divergence, plan.fallbacks)

@@ -145,9 +145,7 @@ def begin(
     """
     recipe = replace(recipe, processes=team.size)
     texts = read_texts(recipe, decoder, team, progress)
-    progress.stage("Asking llama.cpp's converter about the model")
-    start = StartFile(recipe.start_file, decoder) if recipe.start_file else None
-    plan = plan_types(recipe, decoder, tree, start.types if start else {})
+    plan, start = types_of(recipe, decoder, tree, progress)
     importance = read_importance(recipe.imatrix, plan, decoder.source.name) if recipe.imatrix else None
     for said in (plan.fallbacks, importance.said if importance else {}):
         for note in counted(said):
@@ -159,6 +157,15 @@ def begin(
     with shared_work(team, lambda: WorkDirectory(work_folder(recipe), identity, recipe.fresh)) as work:
         run = Run(recipe, decoder, texts, team, work, tree, progress, importance, start)
         yield run, Model(source, decoder, plan)
+
+
+def types_of(
+    recipe: Recipe, decoder: Decoder, tree: SourceTree, progress: Progress
+) -> tuple[TypePlan, StartFile | None]:
+    """Plan the types of a model, budgets apart, and open the file that learning begins at, if it begins at one."""
+    progress.stage("Asking llama.cpp's converter about the model")
+    start = StartFile(recipe.start_file, decoder) if recipe.start_file else None
+    return plan_types(recipe, decoder, tree, start.types if start else {}), start
 
 
 def counted(said: Mapping[str, str]) -> Iterator[str]:

@@ -27,6 +27,9 @@ from tesseraq_gguf.runtime.source import SourceTree
 from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, tensor_type
 from tesseraq_gguf.types.grids import Grid, grid_for
 
+ALIGNED = 32
+"""Bytes that a tensor's data are a multiple of in a file."""
+
 _FALLBACK = "q8_0"
 """Type of matrices that are not learned, where it fits their rows."""
 
@@ -50,6 +53,8 @@ class TypePlan:
         head: of matrices of a head for speculation, which are rounded.
         columns: for each column in the file that of the matrix, where the converter moves columns.
         rest: bytes of the file besides its matrices, and besides what it says of how it was made.
+        divergence: what the types that were chosen within a budget leave before anything is learned, in nats per token;
+            None where that was not measured.
     """
 
     types: dict[str, str]
@@ -61,6 +66,7 @@ class TypePlan:
     head: dict[str, str] = field(default_factory=dict)
     columns: dict[str, list[int]] = field(default_factory=dict)
     rest: int = 0
+    divergence: float | None = None
 
     def all(self) -> dict[str, str]:
         """Types of all matrices."""
@@ -82,6 +88,10 @@ class TypePlan:
             return bytes_of(shape, type)
         matrix = next(m for m in self.file.values() if name in m.names)  # a type of the GGUF file alone
         return -(-matrix.own_bytes * shape[0] * shape[1] // matrix.weights)
+
+    def file_bytes(self) -> int:
+        """Size of the file, but for what it says of how it was made."""
+        return self.rest + sum(-(-self.bytes_in_file(m) // ALIGNED) * ALIGNED for m in self.file.values())
 
     def bytes_in_file(self, matrix: FileMatrix) -> int:
         """Size of a matrix of the file."""
@@ -239,10 +249,13 @@ def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePla
         UsageError: types that cannot be meant, or a rule that matches nothing or what it cannot change.
     """
     if source.gguf and not recipe.rules:
-        matrices = [t for t in open_gguf(source.gguf).tensors if len(t.shape) > 1]
+        opened = open_gguf(source.gguf)
+        matrices = [t for t in opened.tensors if len(t.shape) > 1]
         file = {t.name: FileMatrix((t.name,), **matrix_of_gguf(t)) for t in matrices}
+        rest = opened.bytes - sum(t.bytes for t in matrices)
     else:
-        file = check_source(source, _shapes_to_place(source), tree=tree).file
+        check = check_source(source, _shapes_to_place(source), tree=tree)
+        file, rest = check.file, check.rest
     inside = [n for target, m in file.items() if target.startswith("blk.") for n in m.names]
     places = {target: file[target].names[0] for target in (*EMBEDDINGS, OUTPUT) if target in file}
     ends = {OUTPUT: places.pop(OUTPUT)} if OUTPUT in places else {}
@@ -256,7 +269,7 @@ def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePla
         for matrix in file.values()
         for name in matrix.names
     }
-    plan = TypePlan({}, {}, plain, file)
+    plan = TypePlan({}, {}, plain, file, rest=rest)
     _check_file(plan, ruled)
     return plan
 

@@ -46,6 +46,9 @@ FINAL = "final"
 TYPES = "types"
 """Name of the note that keeps the types chosen within a budget."""
 
+TRIED = "tried"
+"""Name of the note that keeps what divergence these leave before anything is learned."""
+
 CHECKED = "checked"
 """Name of the note that says that the model's weights were looked at."""
 
@@ -60,7 +63,7 @@ PREPROCESSED = "preprocessed"
 
 _BEGUN = (
     *(f"{name}.safetensors" for name in (EMBEDDINGS, HEAD, CODEBOOKS)),
-    *(f"{name}.txt" for name in (TYPES, CHECKED)),
+    *(f"{name}.txt" for name in (TYPES, TRIED, CHECKED)),
     *(ROTATED, f"{ROTATED}.lock", BEFORE, f"{BEFORE}.lock"),
 )
 """What a run has left when it stops before its first block is finished; the rest of a user's folder is not its own."""

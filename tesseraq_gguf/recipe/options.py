@@ -164,7 +164,9 @@ _OPTIONS = (
         idle=conflicts.beside_file,
     ),
     Option(
-        "candidates", readers.candidates, "Types that a target chooses from.", MAKE, metavar="TYPES",
+        "candidates", readers.candidates,
+        "Types that a target chooses from; stock are all that are learned and that any llama.cpp reads.",
+        MAKE, metavar="TYPES",
         idle=conflicts.first(conflicts.without_target, conflicts.beside_file), identity=_budget,
     ),
     Option(

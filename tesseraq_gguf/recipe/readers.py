@@ -12,10 +12,14 @@ from tesseraq_gguf.arguments import Reader, choice, integer, path, refused, spel
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.recipe.rules import read_rules, size_of
-from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.facts import names, tensor_type
 
 AUTO = "auto"
 """Type of an embedding that is chosen within `target_size`."""
+
+STOCK_NAME = "stock"
+STOCK = names(lambda t: t.family and not t.custom and not t.recent)
+"""Types that can be learned and that any llama.cpp reads, and what they are called together."""
 
 FROM_FILE = "file:"
 """Stands before the path of a file to begin at."""
@@ -70,7 +74,7 @@ def rules(name: str, value: Any) -> tuple[tuple[str, str], ...]:
 
 
 def candidates(name: str, value: Any) -> tuple[str, ...]:
-    """Return types to choose from, given as strings, or as one with commas.
+    """Return types to choose from, given as strings, or as one with commas; `stock` is all of `STOCK`.
 
     Raises:
         UsageError: there are none, or an unknown one, or none that can be learned.
@@ -78,7 +82,8 @@ def candidates(name: str, value: Any) -> tuple[str, ...]:
     given = value.split(",") if isinstance(value, str) else value
     if not isinstance(given, Iterable) or isinstance(given, bytes | Mapping):
         raise refused(name, value, "names of tensor types")
-    found = tuple(dict.fromkeys(type_name(name, one) for one in given))
+    meant = [STOCK if one == STOCK_NAME else (one,) for one in given]
+    found = tuple(dict.fromkeys(type_name(name, one) for types in meant for one in types))
     if all(tensor_type(type).is_float for type in found):
         raise UsageError(f"{spelled(name)} must name types to choose from, one of which at least can be learned")
     return found
