@@ -14,6 +14,8 @@ other as it does in SmoothQuant (arXiv 2211.10438):
 
     loss(α) = ‖W·X - Q(W·diag(s))·A(diag(s)⁻¹·X)‖²
 
+Before, matrices are made large where their type wants it (`enlarging.py`).
+
 Clipping: `ClipSearch`, an initialisation.
 """
 
@@ -24,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tesseraq_gguf.methods.enlarging import enlarge
 from tesseraq_gguf.methods.problem import BlockProblem, Method
 from tesseraq_gguf.methods.rare_experts import RARE
 from tesseraq_gguf.methods.start import Start
@@ -70,6 +73,7 @@ class AWQ:
             NotFiniteError: errors overflow, so none could be told from another.
         """
         found = problem.folds()
+        enlarge(problem, found)
         # no fold changes what a later fold's matrices read, so all can be measured at once
         moments = problem.second_moments(self.samples)
         means = _mean_magnitudes(problem, self.samples)

@@ -56,6 +56,11 @@ class Grid(ABC):
         return True
 
     @property
+    def wanted(self) -> tuple[float, float] | None:
+        """Magnitudes between which the largest weight of a group has a fine scale; None if it has one wherever."""
+        return None
+
+    @property
     def places(self) -> tuple[int, int] | None:
         """Places of a block, and how many of them, the first, are for salient weights; None if all are alike."""
         return None

@@ -23,9 +23,9 @@ def shrinks(bits: int) -> tuple[float, ...]:
     return (1.0, 0.8, 0.6, 0.45) if bits == 2 else (1.0, 0.85, 0.7)
 
 
-def shrinks_of_both_ends(bits: int) -> tuple[float, ...]:
-    """The same for `asymmetric`: many levels want ranges that differ little, for what each does to the rounding."""
-    return (1.02, 1.0, 0.97, 0.94, 0.9) if bits >= 5 else shrinks(bits)
+def fine_shrinks(bits: int) -> tuple[float, ...]:
+    """The same, but many levels want ranges that differ little, for what each does to the rounding."""
+    return (1.03, 1.015, 1.0, 0.98, 0.955, 0.92) if bits >= 5 else shrinks(bits)
 
 
 def asymmetric(w: Tensor, h: Tensor, highest: int, shares: tuple[float, ...]) -> Iterator[tuple[Tensor, Tensor]]:

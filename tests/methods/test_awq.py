@@ -14,6 +14,7 @@ from tesseraq_gguf.compute.activations import ActivationRounding
 from tesseraq_gguf.compute.schemes import scheme_of
 from tesseraq_gguf.learning.reconstruction import Reconstruction
 from tesseraq_gguf.methods.awq import AWQ, ClipSearch, scales
+from tesseraq_gguf.methods.enlarging import enlarge
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.models.decoder import LoadedBlock
@@ -195,3 +196,27 @@ def test_with_rounded_activations_scales_share_the_error(problem_on):
         losses.append(loss_of(problem, method.then.learn(problem)))
     assert any(alphas[1][name] > alpha for name, alpha in alphas[0].items())  # loud channels are made smaller
     assert losses[1] < 0.47 * losses[0]
+
+
+def test_small_weights_are_enlarged_where_scales_would_be_coarse(problem_on):
+    """The block computes what it did, and rounding errs as little as it does with large weights."""
+    small, large, even = problem_on("nvfp4"), problem_on("nvfp4"), problem_on("q4_0")
+    for problem, size in ((small, 2.0**-5), (large, 16.0), (even, 2.0**-5)):
+        for name in ("v", "o", "gate", "up", "down"):
+            problem.block.replace(f"{name}.weight", problem.block.matrices()[name].weight * size)
+
+    def errors(problem):
+        grid = problem.grids["v"]
+        weights = {name: m.weight for name, m in problem.block.matrices().items()}
+        off = {name: grid.dequantize(grid.quantize(w)) - w for name, w in weights.items()}
+        return {name: float(off[name].square().sum() / w.square().sum()) for name, w in weights.items()}
+
+    before, targets = errors(small), small.forward(small.inputs)
+    for problem in (small, even):
+        enlarge(problem, problem.folds())
+    after = errors(small)
+    torch.testing.assert_close(small.forward(small.inputs), targets, rtol=1e-6, atol=1e-6)
+    assert after == pytest.approx(errors(large), rel=0.02)
+    assert all(before[name] > 1.3 * left for name, left in after.items())
+    assert set(small.block.replaced) >= {"first.weight", "second.weight"}
+    assert "first.weight" not in even.block.replaced

@@ -236,6 +236,25 @@ def test_what_c_quantised_comes_back(ggml: ctypes.CDLL, name: str) -> None:
     assert np.abs(weights - x).mean() < 0.8 * np.abs(x).mean()  # Q2_0 is rounded that coarsely
 
 
+@pytest.mark.runtime
+@pytest.mark.parametrize("kind", ["even", "weighted", "heavy tails"])
+@pytest.mark.parametrize("name", ["q1_0", "q5_1", "iq4_nl", "mxfp4", "nvfp4", "q5_k", "q6_k", "iq4_xs"])
+def test_a_search_leaves_no_more_than_c_does(ggml: ctypes.CDLL, name: str, kind: str) -> None:
+    random = torch.Generator().manual_seed(9)
+    weight = 0.02 * torch.randn(32, 512, generator=random)
+    weight = 1e3 * weight**3 if kind == "heavy tails" else weight
+    importance = torch.ones(512) if kind == "even" else torch.rand(512, generator=random) ** 4 + 0.001
+    data = np.empty((32, 512 // tensor_type(name).block_weights * tensor_type(name).block_bytes), np.uint8)
+    where = [pointer(weight.numpy()), pointer(data), ctypes.c_int64(0), ctypes.c_int64(32), ctypes.c_int64(512)]
+    ggml.ggml_quantize_chunk(tensor_type(name).id, *where, pointer(importance.numpy()))
+    theirs, grid = torch.from_numpy(dequantize_in_c(ggml, name, data)), grid_of(name)
+    left = [
+        float((importance * (found - weight).double() ** 2).sum())
+        for found in (grid.dequantize(grid.quantize(weight, importance)), theirs)
+    ]
+    assert left[0] < 1.001 * left[1]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_arrays_that_do_not_fit_together(name: str) -> None:
     packer, good = packer_of(name), random_arrays(name, 2, 2, 7)

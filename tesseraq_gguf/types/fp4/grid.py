@@ -26,10 +26,19 @@ class CodedScalesGrid(TableGrid):
     Attributes:
         chosen: the codes that scales get, ascending.
         tried: what a search tries, counted from the code that brings the largest weight to the largest level.
+        finest: the first code from which on steps between scales are as fine as they get; 0 if all are.
     """
 
     chosen: range
     tried: tuple[int, ...]
+    finest: int = 0
+
+    @property
+    @override
+    def wanted(self) -> tuple[float, float] | None:
+        scales = _scales(self.type, torch.device("cpu"))
+        ends = (float(scales[code]) * self.ends[1] for code in (self.finest, self.chosen[-1]))
+        return (next(ends), next(ends)) if self.finest else None
 
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
@@ -62,7 +71,7 @@ def _scales(type: str, device: torch.device) -> Tensor:
     return torch.from_numpy(packer.of(type).decode(np.arange(256, dtype=np.uint8))).to(device)
 
 
-def coded(type: str, group: int, chosen: range, tried: tuple[int, ...]) -> CodedScalesGrid:
+def coded(type: str, group: int, chosen: range, tried: tuple[int, ...], finest: int = 0) -> CodedScalesGrid:
     """Return a grid of 4-bit floats."""
     return CodedScalesGrid(
         type=type,
@@ -73,9 +82,10 @@ def coded(type: str, group: int, chosen: range, tried: tuple[int, ...]) -> Coded
         table=packer.FP4_LEVELS,
         chosen=chosen,
         tried=tried,
+        finest=finest,
     )
 
 
 # from 2^-24, the smallest scale of other types: nothing needs smaller ones, and quotients stay finite
 MXFP4 = coded("mxfp4", 32, range(104, packer.NO_E8M0), (0, -2, -1, 1))
-NVFP4 = coded("nvfp4", 16, range(1, packer.NO_UE4M3), (0, *range(-6, 0), 1, 2))
+NVFP4 = coded("nvfp4", 16, range(1, packer.NO_UE4M3), (0, *range(-6, 0), 1, 2), finest=8)

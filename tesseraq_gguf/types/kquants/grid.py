@@ -134,7 +134,7 @@ class MinGrid(_SuperBlockGrid):
         flat_w, flat_h = w.flatten(0, 1), h.flatten(0, 1)
         best_error = torch.full_like(flat_w[:, 0], torch.inf)
         best_scale, best_zero = torch.ones_like(best_error), torch.zeros_like(best_error)
-        for scale, zero in search.asymmetric(flat_w, flat_h, self.highest, search.shrinks_of_both_ends(self.bits)):
+        for scale, zero in search.asymmetric(flat_w, flat_h, self.highest, search.fine_shrinks(self.bits)):
             zero = zero.clamp_min(0)
             q = (flat_w / scale[:, None] + zero[:, None]).round_().clamp_(0, self.highest)
             # the zero-point cannot be negative, so a group of one sign gets the best scale through 0
@@ -229,7 +229,7 @@ class SignedScalesGrid(_SuperBlockGrid, SignedLevelsGrid):
         flat_w, flat_h = w.flatten(0, 1), h.flatten(0, 1)
         best_error = torch.full_like(flat_w[:, 0], torch.inf)
         best_scale = torch.ones_like(best_error)
-        for scale in search.symmetric(flat_w, flat_h, self.nearest, self.ends, search.shrinks(self.bits)):
+        for scale in search.symmetric(flat_w, flat_h, self.nearest, self.ends, search.fine_shrinks(self.bits)):
             error = (flat_h * (scale[:, None] * self.nearest(flat_w / scale[:, None]) - flat_w) ** 2).sum(1)
             better = error < best_error
             best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)

@@ -109,7 +109,7 @@ class OffsetGrid(Grid):
         best_error = torch.full_like(w[:, 0], torch.inf)
         best_d = torch.zeros_like(best_error, dtype=torch.float16)
         best_m = torch.zeros_like(best_d)
-        for scale, zero in search.asymmetric(w, h, self.highest, search.shrinks_of_both_ends(self.bits)):
+        for scale, zero in search.asymmetric(w, h, self.highest, search.fine_shrinks(self.bits)):
             d = half(scale)
             m = self.settle_zero(zero, d.float())["m"]
             s, offset = d.float()[:, None], m.float()[:, None]
