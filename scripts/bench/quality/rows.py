@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tesseraq_gguf.methods.table import METHODS, STARTS
 from tesseraq_gguf.types.facts import ORDERED_TYPES, names
+from tesseraq_gguf.types.grids import grid_of
 
 OURS, LLAMA_CPP, AUTOROUND, REFERENCE = "ours", "llama-quantize", "AutoRound", "16 bits"
 FAMILIES = (REFERENCE, OURS, LLAMA_CPP, AUTOROUND)
@@ -64,8 +65,10 @@ class Row:
 
 
 CUSTOM_TYPES = names(lambda t: t.custom and not t.ordered)
-STOCK_TYPES = names(lambda t: t.family == "stock" and t.name != "q5_0")  # which only stands in for q4_k
-K_TYPES = names(lambda t: t.family == "kquants")
+STAND_INS = ("q5_0", "q5_1")
+"""Types that rows get which q4_k and q5_k do not divide, and that nobody asks for."""
+
+STOCK_TYPES = names(lambda t: t.family and not t.custom and t.name not in STAND_INS)
 (ONE_BIT_TYPE,) = ORDERED_TYPES
 METHOD_NAMES = {name: row.title for name, row in METHODS.items()}
 SEEDED_TYPES = ("tsq2", "bcq2")
@@ -79,6 +82,7 @@ RANKS = (16, 8, 4, 2)
 
 # what `--pure` is told, by the type that comes of it: the file type IQ2_S is made of iq2_xs, IQ2_M of iq2_s
 LLAMA_TYPES = {
+    "q1_0": "Q1_0",
     "iq1_s": "IQ1_S",
     "tq1_0": "TQ1_0",
     "iq1_m": "IQ1_M",
@@ -93,6 +97,8 @@ LLAMA_TYPES = {
     "iq4_xs": "IQ4_XS",
     "iq4_nl": "IQ4_NL",
     "mxfp4": "MXFP4_MOE",
+    "q5_k": "Q5_K",
+    "q6_k": "Q6_K",
     "q8_0": "Q8_0",
 }
 LLAMA_MIXES = (
@@ -196,8 +202,8 @@ def _autoround_rows() -> Iterator[Row]:
 
 
 def _our_rows() -> Iterator[Row]:
-    for type in (*CUSTOM_TYPES, *STOCK_TYPES, *K_TYPES):
-        padded = type in K_TYPES
+    for type in (*CUSTOM_TYPES, *STOCK_TYPES):
+        padded = type.endswith("_k") or type.startswith("iq")  # as llama-quantize's are, most of whose blocks need it
 
         def row(name: str, method: str, *options: str, type: str = type, padded: bool = padded, note: str = "") -> Row:
             model = "{padded_f16}" if padded else "{plain_model}"
@@ -209,7 +215,7 @@ def _our_rows() -> Iterator[Row]:
         yield row("rtn", "LO-BCQ" if codebooks else "RTN", "--method", "rtn")
         if codebooks:
             yield row("rtn-model", "LO-BCQ, the model's own codebooks", "--method", "rtn", "--codebooks", "model")
-        starts = [start for start in STARTS.values() if not (codebooks and start.needs == "uniform")]
+        starts = [start for start in STARTS.values() if start.needs != "uniform" or grid_of(type).uniform]
         for start in (start for start in starts if start.name != "none"):
             yield row(start.name.replace("+", "-"), start.title, "--method", start.name, *learning)
         for start in starts:
