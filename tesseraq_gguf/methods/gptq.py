@@ -80,7 +80,7 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float, name:
     w, moved = weight[:, visited], len(grid.parts) > 1
     upper = _inverse_factor(moment[visited][:, visited] if moved else moment, damping)
     importance = 1.0 / upper.diagonal().square()
-    codes = torch.empty_like(w, dtype=torch.uint8)
+    codes = torch.empty_like(w, dtype=grid.dtype)
     found: dict[str, list[Tensor]] = {}
     stop = 0
     for part, _ in grid.parts:
@@ -99,7 +99,7 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float, name:
             for key, array in rounder.arrays.items():
                 found.setdefault(key, []).append(array)
             w[:, columns] = block.T
-            codes[:, columns] = q.T.to(torch.uint8)
+            codes[:, columns] = q.T.to(grid.dtype)
             w[:, columns.stop :].addmm_(errors.T, upper[columns, columns.stop :], alpha=-1)
             stop = columns.stop
     arrays = {key: a[0] if key in grid.shared else torch.cat(a, 1) for key, a in found.items()}

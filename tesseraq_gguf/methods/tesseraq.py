@@ -10,6 +10,8 @@ On codebooks, rounding is between the two nearest codewords, lower and upper:
 
     Ŵ = 2σ(v)·d·(lower + σr(ν)·(upper - lower))
 
+On lattices, a few neighbours have one ν. It moves them from the point that they start at to the nearest other one.
+
 ν starts where Ŵ = W (as far as the range allows), v at 0. Lifecycle of a block:
 
 1. Start: an initialisation gives d, z and the weights to round. From AWQ, as in the paper, these are the block's own
@@ -125,7 +127,7 @@ class SoftMatrix:
     """One matrix while it is learned. Variables stand group by group: [groups of all rows, weights or 1].
 
     Attributes:
-        rounding: ν, float32 [groups, weights of a group], learned.
+        rounding: ν, float32 [groups, weights of a group that can be rounded alone], learned.
         tuning: v, float32 [groups, or those of their scales that are stored, 1], learned until the scale settles.
         zero: z, float32 [groups, 1], learned until it settles; never if the grid fixes it.
         parameter_share: of the rates of v and z, and its root of ν's (the function of this name).
@@ -147,17 +149,15 @@ class SoftMatrix:
             self._code, lower, gap = grid.neighbours(start.weight, start.tensor.arrays)
             self._base = lower.view_as(position)
             self._gap = None if gap is None else gap.view_as(position)
-            fraction = position - self._base
-            if self._gap is not None:
-                fraction /= self._gap.clamp_min(1)  # equal codewords leave no choice
-            fraction.clamp_(1e-4, 1 - 1e-4)
+            fraction = _share(position - self._base, self._gap, grid.vector).clamp_(1e-4, 1 - 1e-4)
         self.rounding = inverse_soft_step(fraction).requires_grad_()
         self.tuning = torch.zeros_like(grid.gather(self._of_rows(self._scale)).view(-1, 1)).requires_grad_()
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Ŵ, [out, in], differentiable in ν, v and z; in the dtype that it will be multiplied in."""
         scale = self._tuned()
-        weight = _SoftWeight.apply(self.rounding, self._base, self._gap, scale, self.zero, dtype)
+        soft = _SoftWeight.apply
+        weight = soft(self.rounding, self._base, self._gap, scale, self.zero, self._grid.vector, dtype)
         return weight.view(self._shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -191,14 +191,41 @@ class SoftMatrix:
     @torch.no_grad()
     def finish(self) -> QuantizedTensor:
         """Fix what is still soft and return codes and parameters."""
-        q = self._code + (self.rounding > 0).view(self._shape)
-        return self._grid.assemble(q, self._arrays)
+        up = _spread(self.rounding > 0, self._grid.vector).view(self._shape)
+        gap = None if self._gap is None else self._gap.view(self._shape)
+        return self._grid.assemble(self._grid.pick(self._code, gap, up), self._arrays)
 
     def _tuned(self) -> Tensor:
         return self._scale * 2 * torch.sigmoid(self._grid.spread(self._of_rows(self.tuning)).view_as(self._scale))
 
     def _of_rows(self, parameter: Tensor) -> Tensor:
         return parameter.view(self._shape[0], -1)
+
+
+def _share(offset: Tensor, gap: Tensor | None, vector: int) -> Tensor:
+    """How far weights are on the way from their lower level to the other one, of a vector nearest to where they are.
+
+    Args:
+        offset: from the lower level, float32 [groups, weights].
+        gap: of the other level, or None where it is 1.
+        vector: weights that go together.
+    """
+    if gap is None:
+        return offset
+    if vector == 1:
+        return offset / gap.clamp_min(1)  # equal codewords leave no choice
+    gap = gap.float()
+    return _gathered(offset * gap, vector) / _gathered(gap.square(), vector).clamp_min(1)
+
+
+def _spread(of_vectors: Tensor, vector: int) -> Tensor:
+    """Give the weights of vectors what these have: [groups, vectors] to [groups, weights]."""
+    return of_vectors if vector == 1 else of_vectors[..., None].expand(-1, -1, vector).flatten(1)
+
+
+def _gathered(of_weights: Tensor, vector: int) -> Tensor:
+    """Add up what the weights of vectors have: [groups, weights] to [groups, vectors]."""
+    return of_weights if vector == 1 else of_weights.unflatten(1, (-1, vector)).sum(2)
 
 
 def parameter_share(grid: Grid) -> float:
@@ -234,7 +261,7 @@ def inverse_soft_step(y: Tensor) -> Tensor:
 class _SoftWeight(torch.autograd.Function):
     """scale·(base + gap·σr(ν) - z). Backward computes σr again: to keep it would cost more than it does.
 
-    A gap of None is 1.
+    A gap of None is 1. ν is that of `vector` weights.
     """
 
     @staticmethod
@@ -245,40 +272,43 @@ class _SoftWeight(torch.autograd.Function):
         gap: Tensor | None,
         scale: Tensor,
         zero: Tensor,
+        vector: int,
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(rounding, base, gap, scale, zero)
-        return _soft_weight(rounding, base, gap, scale, zero, dtype)
+        ctx.vector = vector
+        return _soft_weight(rounding, base, gap, scale, zero, vector, dtype)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor, None]:
-        to_rounding, to_scale, to_zero = _soft_weight_backward(gradient, *ctx.saved_tensors)
-        return to_rounding, None, None, to_scale, to_zero, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, Tensor, Tensor, None, None]:
+        to_rounding, to_scale, to_zero = _soft_weight_backward(gradient, *ctx.saved_tensors, ctx.vector)
+        return to_rounding, None, None, to_scale, to_zero, None, None
 
 
 @fused
-def _soft_weight(
-    rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor, dtype: torch.dtype
+def _soft_weight(  # noqa: PLR0913
+    rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor, vector: int, dtype: torch.dtype
 ) -> Tensor:
-    step = soft_step(rounding)
+    step = _spread(soft_step(rounding), vector)
     return (((step if gap is None else step * gap) + base - zero) * scale).to(dtype)
 
 
 @fused
-def _soft_weight_backward(
-    gradient: Tensor, rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor
+def _soft_weight_backward(  # noqa: PLR0913
+    gradient: Tensor, rounding: Tensor, base: Tensor, gap: Tensor | None, scale: Tensor, zero: Tensor, vector: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient = gradient.float()
     sigmoid = torch.sigmoid(rounding)
     stretched = sigmoid * STRETCH - SHIFT
     inside = (stretched > 0) & (stretched < 1)
     step, slope = stretched.clamp(0, 1), torch.where(inside, sigmoid * (1 - sigmoid) * STRETCH, 0.0)
+    step, slope = _spread(step, vector), _spread(slope, vector)
     if gap is not None:
         step, slope = step * gap, slope * gap
     to_offset = gradient * scale
     to_scale = (gradient * (step + base - zero)).sum(1, keepdim=True)
-    return to_offset * slope, to_scale, -to_offset.sum(1, keepdim=True)
+    return _gathered(to_offset * slope, vector), to_scale, -to_offset.sum(1, keepdim=True)
 
 
 def build(settings: Settings, start: Initialisation) -> TesseraQ:

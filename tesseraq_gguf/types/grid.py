@@ -3,7 +3,8 @@
 Nearly all our grids are affine: value = scale·(q - zero), with integer codes q from 0 to 2^bits - 1 and one scale and
 one zero-point for each group of neighbouring weights of a row. They differ in how scales and zero-points are stored: as
 small floats, as half floats, or as small integers that share a half float with a super-block. Where codes name
-codewords instead (`uniform` is False), value = scale·level, and a zero-point is always 0.
+codewords instead (`uniform` is False), value = scale·level, and a zero-point is always 0. Of a lattice, neighbouring
+weights have levels that go together (`vector`).
 
 Matrices are [rows, columns]; grouped matrices [rows, groups, group]; scales and zero-points [rows, groups]. What a
 type stores is named `arrays`: codes under `q`, parameters under the names of the type. Arithmetic is float32.
@@ -59,6 +60,16 @@ class Grid(ABC):
     def wanted(self) -> tuple[float, float] | None:
         """Magnitudes between which the largest weight of a group has a fine scale; None if it has one wherever."""
         return None
+
+    @property
+    def vector(self) -> int:
+        """Neighbouring weights that are rounded together, and that one variable of learning moves."""
+        return 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of codes: uint8, or int8 where codes are signed levels."""
+        return torch.uint8
 
     @property
     def places(self) -> tuple[int, int] | None:
@@ -133,33 +144,52 @@ class Grid(ABC):
 
         Args:
             weight: float32 [rows, columns].
-            arrays: stored parameters.
+            arrays: stored parameters, and codes `q` if there are any: the first of the two where weights are rounded
+                together.
 
         Returns:
-            The lower code, uint8 [rows, columns]; its level, a whole number of 8 bits; and the distance of the upper
-            code's level, also one, or None where it is always 1.
+            The lower code [rows, columns]; its level, a whole number of 8 bits; and the distance of the upper code's
+            level, also one, or None where it is always 1. Of weights that are rounded together, the first code and the
+            second, whose distance may be negative.
         """
         scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
         lower = (self.grouped(weight) / scale + zero).floor_().clamp_(0, self.highest - 1).flatten(-2)
         code = lower.to(torch.uint8)
         return code, code, None
 
+    def pick(self, code: Tensor, gap: Tensor | None, up: Tensor) -> Tensor:
+        """Pick one of the two codes of every weight.
+
+        Args:
+            code: the lower ones, [rows, columns].
+            gap: the distances that `neighbours` gives with them.
+            up: where the upper one is picked, bool of the same shape.
+        """
+        return code + up
+
     def rounder(self, arrays: Arrays) -> Rounder:
         """Return what rounds the columns of a span, whose parameters are given, one after the other."""
         return _AffineRounder(self, arrays)
 
-    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Nearest codes, uint8 [rows, columns], of weights [rows, columns] for stored parameters."""
+    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor], importance: Tensor | None = None) -> Tensor:
+        """Nearest codes [rows, columns] of weights [rows, columns] for stored parameters.
+
+        Args:
+            weight: float32.
+            arrays: the parameters.
+            importance: weights of the squared errors, float32 [columns], which count where weights are rounded
+                together; None means all equal.
+        """
         scale, zero = self.scale(arrays)[..., None], self.zero(arrays)[..., None]
         return (self.grouped(weight) / scale + zero).round().clamp(0, self.highest).to(torch.uint8).flatten(-2)
 
     def quantize(self, weight: Tensor, importance: Tensor | None = None) -> QuantizedTensor:
         """Round to nearest, with parameters from `search`."""
         arrays = self.search(weight, importance)
-        return self.assemble(self.encode(weight, arrays), arrays)
+        return self.assemble(self.encode(weight, arrays, importance), arrays)
 
     def assemble(self, q: Tensor, arrays: Mapping[str, Tensor]) -> QuantizedTensor:
-        """Put codes, uint8 [rows, columns], and stored parameters together."""
+        """Put codes [rows, columns] and stored parameters together."""
         return QuantizedTensor(self.type, {"q": q, **arrays})
 
     @torch.no_grad()

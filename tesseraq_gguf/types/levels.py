@@ -139,7 +139,7 @@ class TableGrid(CodewordGrid, SignedLevelsGrid):
         return _lookup(self.table, arrays["q"].device).levels[arrays["q"].to(torch.int64)]
 
     @override
-    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor], importance: Tensor | None = None) -> Tensor:
         lookup = _lookup(self.table, weight.device)
         position = self.grouped(weight) / self.scale(arrays)[..., None]
         return lookup.index.take(halves(position, lookup.reach)).to(torch.uint8).flatten(-2)

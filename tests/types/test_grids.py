@@ -17,12 +17,16 @@ GOOD = {
     "q8_0": 3e-5, "bcq2": 0.090, "bcq4": 0.0050, "bcq4_a4": 0.0050, "q2_k": 0.080, "q3_k": 0.024, "q4_k": 0.0061,
     "ptq1_61": 0.300, "q1_0": 0.370, "q5_1": 0.0013, "iq4_nl": 0.0060,
     "q5_k": 0.0014, "q6_k": 0.00032, "iq4_xs": 0.0062, "mxfp4": 0.0130, "nvfp4": 0.0090,
+    "iq2_xxs": 0.108, "iq2_xs": 0.082, "iq2_s": 0.058, "iq3_xxs": 0.032, "iq3_s": 0.017,
 }  # fmt: skip
 
 BINARY = ("ptq1_61", "q1_0")
 """Types with two levels, at least for most weights: d and -d."""
 
-WITHOUT_ZERO = (*BINARY, "iq4_nl", "iq4_xs")
+LATTICES = {"iq2_xxs": 8, "iq2_xs": 8, "iq2_s": 8, "iq3_xxs": 4, "iq3_s": 4}
+"""Weights that are rounded together."""
+
+WITHOUT_ZERO = (*BINARY, *LATTICES, "iq4_nl", "iq4_xs")
 """Types that have no level of 0."""
 
 
@@ -62,12 +66,14 @@ def test_importance_moves_the_error_away_from_what_matters(grid, weight):
 
 def test_which_grids_are_uneven():
     assert {name for name, grid in GRIDS.items() if not grid.uniform} == {
-        "bcq2", "bcq4", "bcq4_a4", "ptq1_61", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4",
+        "bcq2", "bcq4", "bcq4_a4", "ptq1_61", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", *LATTICES,
     }  # fmt: skip
+    assert {name: grid.vector for name, grid in GRIDS.items() if grid.vector > 1} == LATTICES
+    assert {name for name, grid in GRIDS.items() if grid.dtype != torch.uint8} == set(LATTICES)
     assert {name for name, grid in GRIDS.items() if grid.ordered} == {"ptq1_61"}
     assert {name for name, grid in GRIDS.items() if not grid.learns_zero} == {
         "bcq2", "bcq4", "bcq4_a4", "ptq1_61", "q1_0", "q2_0", "q4_0", "q5_0", "q8_0", "q3_k", "q6_k",
-        "iq4_nl", "iq4_xs", "mxfp4", "nvfp4",
+        "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", *LATTICES,
     }  # fmt: skip
 
 
@@ -81,6 +87,8 @@ def test_values_are_scale_times_level_minus_zero(grid, weight):
 
 
 def test_every_code_is_the_nearest(grid, weight):
+    if grid.vector > 1:  # test_lattice.py
+        return
     tensor = grid.quantize(weight)
     got = (grid.dequantize(tensor) - weight).abs()
     for step in (-1, 1):
@@ -94,14 +102,17 @@ def test_every_code_is_the_nearest(grid, weight):
 def test_neighbours_are_codes_around_a_weight(grid, weight):
     arrays = parameters(grid.quantize(weight))
     lower, level, gap = grid.neighbours(weight, arrays)
-    ends = [grid.dequantize(grid.assemble(lower + step, arrays)) for step in (0, 1)]
+    codes = [grid.pick(lower, gap, torch.full_like(lower, up, dtype=torch.bool)) for up in (False, True)]
+    ends = [grid.dequantize(grid.assemble(q, arrays)) for q in codes]
     scale = grid.scale(arrays).repeat_interleave(grid.group, 1)
     zero = grid.zero(arrays).repeat_interleave(grid.group, 1)
     torch.testing.assert_close(ends[0], scale * (level - zero), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(ends[1], scale * (level + (1 if gap is None else gap) - zero), rtol=1e-4, atol=1e-6)
     # the nearest code is one of them
     nearest = grid.encode(weight, arrays)
-    assert bool(((nearest == lower) | (nearest == lower + 1)).float().mean() > 0.999)
+    assert bool(((nearest == codes[0]) | (nearest == codes[1])).float().mean() > 0.999)
+    if grid.vector > 1:
+        return
     between = (torch.minimum(*ends) - 1e-6 <= weight) & (weight <= torch.maximum(*ends) + 1e-6)
     # between d and -d are no more than 58 % of normally distributed weights
     assert float(between.float().mean()) > (0.55 if grid.type in BINARY else 0.8)
@@ -110,13 +121,13 @@ def test_neighbours_are_codes_around_a_weight(grid, weight):
 def test_a_rounder_rounds_as_encode_does(grid, weight):
     span = weight[:, : grid.span]
     arrays: dict[str, torch.Tensor] = {}
-    q, value = torch.empty_like(span, dtype=torch.uint8), torch.empty_like(span)
+    q, value = torch.empty_like(span, dtype=grid.dtype), torch.empty_like(span)
     for part, columns in grid.parts:
         inside = slice(columns.start, columns.stop)
         rounder = part.rounder(part.search(span[:, inside]))
         block = span[:, inside].T.contiguous()
         rounded = [rounder(j, block, torch.ones(part.span)) for j in range(part.span)]
-        q[:, inside] = torch.stack([q for q, _ in rounded], 1).to(torch.uint8)
+        q[:, inside] = torch.stack([q for q, _ in rounded], 1).to(grid.dtype)
         value[:, inside] = torch.stack([v for _, v in rounded], 1)
         arrays |= rounder.arrays
     torch.testing.assert_close(value, grid.dequantize(grid.assemble(q, arrays)), rtol=1e-4, atol=1e-6)
@@ -179,7 +190,9 @@ def test_a_group_of_zeros_stays_exactly_zero(grid, weight):
     weight[:, 256 : 256 + grid.group] = 0
     got = grid.dequantize(grid.quantize(weight))
     zeros = got[:, 256 : 256 + grid.group]
-    if grid.type in WITHOUT_ZERO:  # the least step of a scale that its super-block or other weights need
+    if (
+        grid.type in WITHOUT_ZERO or grid.vector > 1
+    ):  # the least step of a scale that its super-block or other weights need
         assert float(zeros.abs().max()) < float(grid.scale(parameters(grid.quantize(weight))).max())
     else:
         assert torch.equal(zeros, torch.zeros(64, grid.group))

@@ -80,7 +80,7 @@ class CodebookGrid(CodewordGrid):
         return frozenset({"c"})
 
     @override
-    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor], importance: Tensor | None = None) -> Tensor:
         scale = self.scale(arrays)[..., None]
         half = halves(self.grouped(weight) / scale).flatten(-2)
         selector = arrays["s"].to(torch.int64).repeat_interleave(self.shape.group, -1)

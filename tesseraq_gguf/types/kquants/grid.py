@@ -119,14 +119,14 @@ class MinGrid(_SuperBlockGrid):
 
     @override
     def realise(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        d, dmin = (_moved(arrays[key], relaxed[key]) for key in ("d", "dmin"))
+        d, dmin = (moved(arrays[key], relaxed[key]) for key in ("d", "dmin"))
         scale = d.repeat_interleave(self.groups, -1) * arrays["sc"].float()
         return scale, dmin.repeat_interleave(self.groups, -1) * arrays["m"].float() / scale
 
     @override
     @torch.no_grad()
     def tighten(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Arrays:
-        return {**arrays, **{key: _moved(arrays[key], relaxed[key]).half() for key in ("d", "dmin")}}
+        return {**arrays, **{key: moved(arrays[key], relaxed[key]).half() for key in ("d", "dmin")}}
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
@@ -214,14 +214,14 @@ class SignedScalesGrid(_SuperBlockGrid, SignedLevelsGrid):
 
     @override
     def realise(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        d = _moved(arrays["d"], relaxed["d"])
+        d = moved(arrays["d"], relaxed["d"])
         scale = d.repeat_interleave(self.groups, -1) * (arrays["sc"].float() - self._shift)
         return scale, self.zero(arrays)
 
     @override
     @torch.no_grad()
     def tighten(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Arrays:
-        return {**arrays, "d": _moved(arrays["d"], relaxed["d"]).half()}
+        return {**arrays, "d": moved(arrays["d"], relaxed["d"]).half()}
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
@@ -265,7 +265,7 @@ class SignedTableGrid(TableGrid, SignedScalesGrid):
     """The grid d·(sc - shift)·table[q]."""
 
 
-def _moved(stored: Tensor, relaxed: Tensor) -> Tensor:
+def moved(stored: Tensor, relaxed: Tensor) -> Tensor:
     """A stored half float times exp(relaxed), as it would be stored, with a straight-through gradient."""
     wanted = stored.float() * relaxed.exp()
     return through(wanted, half(wanted.detach()).float())

@@ -187,7 +187,7 @@ class Ptq161Grid(Grid):
         return (self.grouped(weight) / scale + zero).flatten(-2)
 
     @override
-    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor], importance: Tensor | None = None) -> Tensor:
         nearest = self._position(weight, arrays).round_().clamp_(0)
         return torch.minimum(nearest, self._reach(weight.shape[-1], weight.device)).to(torch.uint8)
 

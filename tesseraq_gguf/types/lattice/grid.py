@@ -1,0 +1,284 @@
+"""Grids of the lattice types: super-blocks of 256 weights, values d·(2·sc + 1)·unit·level.
+
+A level is a signed magnitude, and four or eight neighbours have those of one point (`points.py`): they are rounded
+together, and one variable of learning moves them together. In the terms of every grid: scale = d·(2·sc + 1)·unit, and
+a zero-point of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from tesseraq_gguf.types.grid import Arrays, Rounder
+from tesseraq_gguf.types.kquants.grid import SUPER_BLOCK, moved
+from tesseraq_gguf.types.lattice import packer as packers
+from tesseraq_gguf.types.lattice.packer import SIGNED, LatticePacker
+from tesseraq_gguf.types.lattice.points import Points
+from tesseraq_gguf.types.levels import CodewordGrid
+from tesseraq_gguf.types.search import SMALLEST
+from tesseraq_gguf.types.stock.grid import half
+
+_STEPS = 15
+"""Largest `sc`."""
+
+_REACHES = tuple(1.3 * 0.87**step for step in range(7))
+"""Shares of a group's largest weight that the largest level is tried for."""
+
+_BETWEEN = (0.935, 1.07)
+"""Halfway from the best of these to the next."""
+
+_DIVISORS = (1.08, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84)
+"""Shares of the largest scale that the largest `sc` is tried for."""
+
+_REFITS = 1
+"""Alternations of points and parameters in the search."""
+
+
+@dataclass(frozen=True)
+class LatticeGrid(CodewordGrid):
+    """The grid d·(2·sc + 1)·unit·level. Its arrays: `d` float16 [rows, super-blocks], `sc` uint8 [rows, groups].
+
+    Attributes:
+        unit: what a group's scale is multiplied by.
+        points: magnitudes of neighbouring levels.
+    """
+
+    unit: float
+    points: Points = field(compare=False)
+
+    @property
+    @override
+    def vector(self) -> int:
+        return self.points.weights
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        return torch.int8
+
+    @property
+    def groups(self) -> int:
+        """Groups of a super-block."""
+        return self.span // self.group
+
+    @override
+    def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return arrays["d"].float().repeat_interleave(self.groups, -1) * self.steps(arrays)
+
+    def steps(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        """What d is multiplied by, float32 [rows, groups]."""
+        return (2 * arrays["sc"].float() + 1) * self.unit
+
+    @override
+    def settle_scale(self, scale: Tensor) -> Arrays:
+        d, sc = self.settled(scale.unflatten(-1, (-1, self.groups)), torch.ones((), device=scale.device))
+        return {"d": d, "sc": sc.flatten(-2)}
+
+    @override
+    def codewords(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return arrays["q"].float()
+
+    @override
+    def relax(self, arrays: Mapping[str, Tensor]) -> Arrays:
+        """Give a variable of the half float alone: the integers of the groups stay."""
+        return {"d": torch.zeros_like(arrays["d"], dtype=torch.float32)}
+
+    @override
+    def realise(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        d = moved(arrays["d"], relaxed["d"])
+        return d.repeat_interleave(self.groups, -1) * self.steps(arrays), self.zero(arrays)
+
+    @override
+    @torch.no_grad()
+    def tighten(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Arrays:
+        return {**arrays, "d": moved(arrays["d"], relaxed["d"]).half()}
+
+    @override
+    def encode(self, weight: Tensor, arrays: Mapping[str, Tensor], importance: Tensor | None = None) -> Tensor:
+        x = self._in_units(weight, arrays)
+        h = torch.ones_like(x) if importance is None else importance.expand_as(weight).reshape(x.shape)
+        return self._nearest(x, h).to(torch.int8).view(weight.shape)
+
+    @override
+    def neighbours(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        q = arrays["q"] if "q" in arrays else self.encode(weight, arrays)
+        x = self._in_units(weight, arrays).view(-1, self.vector)
+        levels = q.float().view(x.shape)
+        other = self._points(weight.device).other(x, torch.ones_like(x), levels)
+        return q, q, (other - levels).to(torch.int8).view(weight.shape)
+
+    @override
+    def pick(self, code: Tensor, gap: Tensor | None, up: Tensor) -> Tensor:
+        assert gap is not None
+        return code + gap * up
+
+    @override
+    def rounder(self, arrays: Arrays) -> Rounder:
+        return _LatticeRounder(self, arrays)
+
+    def _points(self, device: torch.device) -> Points:
+        return self.points.to(device)
+
+    def _in_units(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """Weights [rows, columns] in units of their scales, by those whose signs stand together: [n, 8]."""
+        return (self.grouped(weight) / self.scale(arrays)[..., None]).view(-1, SIGNED)
+
+    def _nearest(self, x: Tensor, h: Tensor) -> Tensor:
+        """Levels of weights whose signs stand together, in units of the scale: [n, 8] to the same."""
+        points = self._points(x.device)
+        s = points.signs(x, h)
+        x, h = ((a).view(-1, self.vector) for a in (s * x, h))
+        return s * points.nearest(x, h).view(s.shape)
+
+    @override
+    def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
+        return _Search(self, self.grouped(weight), self.grouped(importance)).found()
+
+    def settled(self, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Write scales [rows, super-blocks, groups] as a half float and integers, errors squared and weighted.
+
+        Returns:
+            The half floats [rows, super-blocks] and the integers, uint8 of the scales' shape.
+        """
+        reach = scale.amax(-1) / (self.unit * (2 * _STEPS + 1))
+        best = torch.full_like(reach, torch.inf)
+        best_d, best_sc = half(reach), torch.zeros_like(scale, dtype=torch.uint8)
+        for share in _DIVISORS:
+            d = half(reach * share)
+            step = d.float()[..., None] * self.unit
+            sc = ((scale / step - 1) / 2).round().clamp(0, _STEPS)
+            error = (weight * (step * (2 * sc + 1) - scale).square()).sum(-1)
+            better = error < best
+            best, best_d = torch.where(better, error, best), torch.where(better, d, best_d)
+            best_sc = torch.where(better[..., None], sc.to(torch.uint8), best_sc)
+        return best_d, best_sc
+
+
+class _Search:
+    """The search of parameters.
+
+    Each group finds the scale that suits it best, these are written as the type has them, and points, half floats and
+    integers are fitted to each other in turn.
+
+    Args:
+        grid: of the type.
+        w: weights float32 [spans, groups, group].
+        h: importances of the same shape.
+    """
+
+    def __init__(self, grid: LatticeGrid, w: Tensor, h: Tensor) -> None:
+        self._grid, self._points = grid, grid.points.to(w.device)
+        self._w, self._h = w, h
+        self._energy = (h * w * w).sum(-1)
+
+    def found(self) -> Arrays:
+        """The parameters, each [spans, …]."""
+        scale = self._ladder()
+        hq, hqq = self._fits(scale)
+        scale = torch.where(hq > 0, hq / hqq, scale)
+        d, sc = self._grid.settled(scale[:, None], hqq[:, None])
+        arrays = {"d": d, "sc": sc[:, 0]}
+        best, best_error = arrays, torch.full_like(scale[:, 0], torch.inf)
+        for last in range(_REFITS, -1, -1):
+            arrays, error = self._integers(arrays)
+            better = (error < best_error)[:, None]
+            best = {key: torch.where(better, array, best[key]) for key, array in arrays.items()}
+            best_error = torch.where(better[:, 0], error, best_error)
+            if last:
+                arrays = self._half_float(arrays)
+        return best
+
+    def _ladder(self) -> Tensor:
+        """The scale of each group with the least error among a few, [spans, groups]."""
+        reach = (self._w.abs().amax(-1) / self._points.largest).clamp_min(SMALLEST)
+        one_size = self._points.largest / self._points.lowest  # all weights alike: that point is there for sure
+        worst = torch.full_like(reach, torch.inf)
+        scale, least = self._better(reach, worst, (reach * share for share in (*_REACHES, one_size)))
+        return self._better(scale, least, [scale * share for share in _BETWEEN])[0]
+
+    def _better(self, scale: Tensor, least: Tensor, others: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """The best of some scales, each [spans, groups], and its error; `least` is that of the first."""
+        for other in others:
+            error = self._error(other)
+            scale, least = torch.where(error < least, other, scale), torch.minimum(error, least)
+        return scale, least
+
+    def _half_float(self, arrays: Arrays) -> Arrays:
+        """The arrays with the best half floats for their points."""
+        hq, hqq = self._fits(self._grid.scale(arrays))
+        steps = self._grid.steps(arrays)
+        d = (hq * steps).sum(-1) / (hqq * steps.square()).sum(-1)
+        return {"d": half(d)[:, None], "sc": arrays["sc"]}
+
+    def _integers(self, arrays: Arrays) -> tuple[Arrays, Tensor]:
+        """The best integers near those of the arrays, and the error of each span."""
+        best_sc, best = arrays["sc"], self._error(self._grid.scale(arrays))
+        for move in (-1, 1):
+            sc = (arrays["sc"].int() + move).clamp(0, _STEPS).to(torch.uint8)
+            error = self._error(self._grid.scale({"d": arrays["d"], "sc": sc}))
+            better = error < best
+            best, best_sc = torch.where(better, error, best), torch.where(better, sc, best_sc)
+        return {"d": arrays["d"], "sc": best_sc}, best.sum(-1)
+
+    def _error(self, scale: Tensor) -> Tensor:
+        """Weighted squared error of each group, [spans, groups], for scales of this shape."""
+        x, _ = self._unsigned(scale)
+        least = self._points.least(x, self._h.view(x.shape)).view(*scale.shape, -1).sum(-1)
+        return self._energy + least * scale.square()
+
+    def _fits(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ h·w·q and Σ h·q² of each group, [spans, groups], for the points that scales of this shape give."""
+        x, _ = self._unsigned(scale)
+        q = self._points.nearest(x, self._h.view(x.shape)).view(self._w.shape)
+        hq = self._h * q
+        return (hq * x.view(q.shape)).sum(-1) * scale, (hq * q).sum(-1)
+
+    def _unsigned(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in units of scales [spans, groups] with their signs taken off, [n, weights of a point], and signs."""
+        x = self._w / scale[..., None]
+        together = x.view(-1, SIGNED)
+        s = self._points.signs(together, self._h.view(together.shape))
+        return (s * together).view(-1, self._points.weights), s
+
+
+class _LatticeRounder(Rounder):
+    """Rounds the weights of a point when the first of them comes up, as the block is then.
+
+    Where signs hold a parity over more than a point, the second point takes what the first has left.
+    """
+
+    def __init__(self, grid: LatticeGrid, arrays: Arrays) -> None:
+        self.arrays = arrays
+        self._grid, self._points = grid, grid.points.to(arrays["d"].device)
+        self._scale = grid.scale(arrays).T.contiguous()  # [groups, rows]
+        self._q = torch.zeros(grid.vector, self._scale.shape[1], device=self._scale.device)
+        self._odd = torch.zeros_like(self._q[0], dtype=torch.bool)
+
+    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        vector, scale = self._grid.vector, self._scale[column // self._grid.group]
+        if column % SIGNED == 0:
+            self._odd = torch.zeros_like(self._odd)
+        if column % vector == 0:
+            ahead = slice(column, column + SIGNED - column % SIGNED)
+            x = (block[ahead] / scale).T
+            h = importance[ahead].expand_as(x)
+            s = self._points.signs(x, h, self._odd)[:, :vector]
+            self._q = (s * self._points.nearest(s * x[:, :vector], h[:, :vector])).T
+            self._odd = self._odd ^ ((s < 0).sum(-1) % 2 == 1)
+        q = self._q[column % vector]
+        return q, scale * q
+
+
+def _of(packer: LatticePacker, bits: int) -> LatticeGrid:
+    """Return the grid that goes with a packer; bits are those of a weight, about."""
+    points = Points(torch.from_numpy(packer.points).float(), packer.even)
+    return LatticeGrid(packer.type, bits, packer.group, SUPER_BLOCK, False, packer.unit, points)
+
+
+IQ2_XXS, IQ2_XS, IQ2_S = (_of(packer, 2) for packer in (packers.IQ2_XXS, packers.IQ2_XS, packers.IQ2_S))
+IQ3_XXS, IQ3_S = (_of(packer, 3) for packer in (packers.IQ3_XXS, packers.IQ3_S))
