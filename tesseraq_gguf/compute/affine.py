@@ -16,7 +16,7 @@ class Affine(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Compute weights, float32 [rows, groups, group]."""
         ctx.save_for_backward(q, scale, zero)
-        return q.float().sub_(zero[..., None]).mul_(scale[..., None])
+        return torch.sub(q, zero[..., None]).mul_(scale[..., None])  # a new tensor: levels may be float32 themselves
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
