@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,6 +18,9 @@ from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
 from tesseraq_gguf.types.grids import GRIDS
 from tesseraq_gguf.types.quantized import QuantizedTensor
+
+_PIECE = 1 << 24
+"""Bytes read at a time."""
 
 
 def check_start_file(recipe: Recipe) -> None:
@@ -51,8 +56,8 @@ class StartFile:
     def __init__(self, path: Path, decoder: Decoder) -> None:
         self._path = path
         source = gguf_source(path, path.stem)
-        self.fingerprint = source.fingerprint()
-        """Of what is in it."""
+        self.fingerprint = _digest(source.gguf_parts())
+        """Of what is in it, wherever it is."""
         file = Decoder(source, torch.device("cpu"))
         assert isinstance(file.weights, GgufCheckpoint)
         self._weights = file.weights
@@ -103,3 +108,12 @@ class StartFile:
 
 def _listed() -> str:
     return ", ".join(GRIDS)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for part in files:
+        with part.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    return digest.hexdigest()[:16]

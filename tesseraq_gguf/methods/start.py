@@ -104,7 +104,8 @@ def within_codes(weight: Tensor, tensor: QuantizedTensor, grid: Grid) -> Tensor:
     for share in _SHARES:
         nearer = torch.lerp(value, weight, share)
         rounded = grid.dequantize(grid.assemble(grid.encode(nearer, arrays), arrays))
-        moved = torch.where(rounded == value, nearer, moved)
+        same = (rounded == value).unflatten(-1, (-1, grid.coupled)).all(-1)
+        moved = torch.where(same.repeat_interleave(grid.coupled, -1), nearer, moved)
     return moved
 
 

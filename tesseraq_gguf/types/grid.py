@@ -67,6 +67,11 @@ class Grid(ABC):
         return 1
 
     @property
+    def coupled(self) -> int:
+        """Neighbouring weights whose nearest codes depend on each other: one vector, or some."""
+        return self.vector
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of codes: uint8, or int8 where codes are signed levels."""
         return torch.uint8

@@ -71,6 +71,9 @@ STAND_INS = ("q5_0", "q5_1")
 STOCK_TYPES = names(lambda t: t.family and not t.custom and t.name not in STAND_INS)
 (ONE_BIT_TYPE,) = ORDERED_TYPES
 METHOD_NAMES = {name: row.title for name, row in METHODS.items()}
+REFINED_TYPES = ("q2_k", "iq3_xxs")
+"""Types of llama-quantize's files that are improved in place."""
+
 SEEDED_TYPES = ("tsq2", "bcq2")
 """Types of 2.25 bits that are learned with three seeds; rows that name none have seed 0."""
 
@@ -120,7 +123,8 @@ _MIXED = "the calibration text and 131,072 tokens of the model's own (`tesseraq-
 def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
     return [
-        *_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_one_bit_rows(), *_budget_rows(),
+        *_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_refined_rows(), *_one_bit_rows(),
+        *_budget_rows(),
         *_rounding_rows(), *_ptq161_rows(), *_activation_rows(),
     ]  # fmt: skip
 
@@ -262,6 +266,21 @@ def _our_rows() -> Iterator[Row]:
             yield row(
                 "flexround-balanced-distill", "FlexRound from AWQ, `balanced`, distilled", *flexround, *more, note=note
             )
+
+
+def _refined_rows() -> Iterator[Row]:
+    """Files of llama-quantize's, whose codes then move."""
+    for type in REFINED_TYPES:
+        quantise = (
+            "{quantize}", "--pure", "--imatrix", "{padded_imatrix}", "--token-embedding-type", "q8_0",
+            "{padded_f16}", "{out}.start.gguf", LLAMA_TYPES[type], "{threads}",
+        )  # fmt: skip
+        refine = (
+            "{cli}", "convert", "{padded_f16}", "{out}", "--init", "file:{out}.start.gguf", "--preset", "{preset}",
+            "--calibration", "{calibration}",
+        )  # fmt: skip
+        title = "TesseraQ from llama-quantize's file"
+        yield Row(f"ours-{type}-refined", OURS, title, type, True, (quantise, refine))
 
 
 def _ptq1_61(name: str, title: str, *options: str, study: str = TYPES, note: str = "") -> Row:

@@ -58,6 +58,11 @@ class LatticeGrid(CodewordGrid):
 
     @property
     @override
+    def coupled(self) -> int:
+        return SIGNED
+
+    @property
+    @override
     def dtype(self) -> torch.dtype:
         return torch.int8
 
