@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,24 @@ class Survey:
 
 _ALIGNED = 32
 """Bytes that a tensor's data are a multiple of in a file."""
+
+
+def write_outline(job: dict[str, Any], path: Path) -> None:
+    """Write the file that the conversion class makes, in f16, without its weights: they are a hole in it."""
+    import gguf
+
+    converter = Converter(job, "f16")
+    feed(job, converter, bool(job["compared"]))
+    converter.model.prepare_tensors()
+    converter.model.prepare_metadata(vocab_only=False)
+    writer = converter.model.gguf_writer
+    writer.write_header_to_file(path=path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    parts = [path.stat().st_size, *(info.nbytes for info in writer.tensors[0].values())]
+    os.truncate(path, sum(gguf.GGUFWriter.ggml_pad(size, writer.data_alignment) for size in parts))
+
 
 _COMPARED_ROWS = 16
 

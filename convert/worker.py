@@ -22,11 +22,12 @@ from typing import IO, Any
 from tesseraq_gguf.converter.answers import Emit, explain, own_output, refusal
 from tesseraq_gguf.converter.from_folder import from_folder
 from tesseraq_gguf.converter.from_gguf import from_gguf
+from tesseraq_gguf.converter.grids import teach_rounding
 from tesseraq_gguf.converter.learned import LearnedTensors
 from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.plan import Plan
 from tesseraq_gguf.converter.ranges import keep_within_range
-from tesseraq_gguf.converter.survey import Survey, compare
+from tesseraq_gguf.converter.survey import Survey, compare, write_outline
 from tesseraq_gguf.converter.upstream import Converter, feed
 from tesseraq_gguf.converter.verify import Expected, verify
 from tesseraq_gguf.errors import ConversionError
@@ -45,6 +46,8 @@ def check(job: dict[str, Any], emit: Emit) -> None:
     plan = Plan(converter, shapes, _pieces(job))
     if job["compared"]:
         compare(job, Converter(job, "f16"))
+    if job["outline"]:
+        write_outline(job, Path(job["outline"]))
     survey = Survey(job, bool(job["compared"]))
     emit({
         "event": "done",
@@ -209,6 +212,7 @@ def main(arguments: list[str]) -> int:
         import torch
 
         register_with_gguf(gguf)
+        teach_rounding(gguf)
         with torch.inference_mode():
             {"write": write, "check": check, "project": project, "check_projector": check_projector}[job["task"]](
                 job, emit

@@ -264,6 +264,7 @@ def check_source(
     *,
     pieces: Mapping[str, Piece] | None = None,
     tree: SourceTree | None = None,
+    outline: Path | None = None,
 ) -> SourceCheck:
     """Find out before learning whether a model can be written afterwards, whether it would be the right one, and what
     its file will hold.
@@ -274,6 +275,7 @@ def check_source(
         compared: tensors that the learner must read as llama.cpp's converter does: stored names by checkpoint name.
         pieces: where matrices are in the weight files, by checkpoint name, unless they are stored as themselves.
         tree: the patched llama.cpp, by default the pinned one.
+        outline: where to write the file in f16 with a hole in place of its weights, of a model that came as a folder.
 
     Raises:
         ModelError: llama.cpp does not know the architecture or the tokenizer, or reads other weights.
@@ -289,6 +291,7 @@ def check_source(
             "matrices": {name: list(shape) for name, shape in matrices.items()},
             "compared": dict(compared or {}),
             "pieces": {name: asdict(piece) for name, piece in (pieces or {}).items()},
+            "outline": str(outline) if outline else None,
         }
         answer, _ = _run(job, source, SilentReporter(), tree)
     file = {name: FileMatrix(**facts | {"names": tuple(facts["names"])}) for name, facts in answer["file"].items()}

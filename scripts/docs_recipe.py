@@ -25,6 +25,7 @@ from tesseraq_gguf.recipe import options
 from tesseraq_gguf.recipe.presets import PRESETS, Preset
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.types.facts import TENSOR_TYPES
+from tesseraq_gguf.types.mixes import MIXES
 
 OPTIONS = {"rules": ("--tensor-type", "--tensor-types"), "model": ("MODEL",), "out": ("OUT",)}
 """Options of fields that have them by another name. Those of `processes` are torchrun's."""
@@ -95,7 +96,7 @@ def page() -> str:
     for group, rows in groups.items():
         head = ["| field | option | default | meaning | applies |", "|---|---|---|---|---|"]
         parts += [f"## {group}\n", "\n".join([*head, *rows]) + "\n"]
-    return "\n".join([*parts, _presets(), _methods(), _starts(), _types()])
+    return "\n".join([*parts, _presets(), _methods(), _starts(), _types(), _mixes()])
 
 
 def meanings(described: type) -> dict[str, str]:
@@ -248,6 +249,13 @@ def _types() -> str:
     ]
     head = ("`type`", "bits per weight", "rows are a multiple of", "id in the file", "runs on", "other rows get")
     return f"## Tensor types\n\n{_table(head, rows)}\n"
+
+
+def _mixes() -> str:
+    rows = [(f"`{mix.spelled}`", mix.name.upper(), str(mix.file_type)) for mix in MIXES.values()]
+    head = ("`type`", "llama-quantize calls it", "`general.file_type`")
+    said = "They give every matrix of the file the type that the runtime's llama-quantize gives it."
+    return f"## Mixes\n\n{said}\n\n{_table(head, rows)}\n"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

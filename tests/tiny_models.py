@@ -74,6 +74,7 @@ _WIDE = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 2,
 WIDE_KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-256": ("Llama", _WIDE),
     "llama-256-bias": ("Llama", _WIDE | {"attention_bias": True, "mlp_bias": True}),
+    "mixtral-272": ("Mixtral", _WIDE | {"intermediate_size": 272, "num_local_experts": 8, "num_experts_per_tok": 2}),
 }
 # heads of other kinds than a matrix that is all there is to logits
 HEAD_KINDS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tesseraq_gguf.compute.devices import learning_dtype
 from tesseraq_gguf.compute.parallel import Team
+from tesseraq_gguf.conversion import mix
 from tesseraq_gguf.conversion.identity import identity_of, preprocessing_of
 from tesseraq_gguf.conversion.importance import Importance, read_importance
 from tesseraq_gguf.conversion.progress import Progress
@@ -165,7 +166,10 @@ def types_of(
     """Plan the types of a model, budgets apart, and open the file that learning begins at, if it begins at one."""
     progress.stage("Asking llama.cpp's converter about the model")
     start = StartFile(recipe.start_file, decoder) if recipe.start_file else None
-    return plan_types(recipe, decoder, tree, start.types if start else {}), start
+    plan = plan_types(recipe, decoder, tree, start.types if start else {})
+    if recipe.mix:
+        progress.note(f"{recipe.type} as llama-quantize has it: {mix.counted(plan.in_file())}")
+    return plan, start
 
 
 def counted(said: Mapping[str, str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,9 @@ from pathlib import Path
 from types import MappingProxyType
 
 from tesseraq_gguf.arguments import spelled
+from tesseraq_gguf.conversion import mix
 from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type, matrix_of_gguf
-from tesseraq_gguf.converter.writer import FileMatrix, check_source
+from tesseraq_gguf.converter.writer import FileMatrix, SourceCheck, check_source
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.learning.bit_budget import bytes_of
@@ -150,8 +152,14 @@ def plan_types(
     shapes, ends = decoder.matrix_shapes(), ends_of(decoder)
     drafting = head_matrices(decoder)
     ruled = {**settled} | rule_types(recipe.rules, [*shapes, *drafting], ends)
+    outer = dict.fromkeys(ends, (decoder.config.vocab_size, decoder.hidden_size))
+    check, mixed, torn = _asked_of_llama_cpp(recipe, decoder, shapes | outer | drafting, tree)
+    fallbacks |= torn
+    for type in {mixed[name] for name in shapes if name in mixed}:
+        if tensor_type(type).family:
+            check_grid(recipe, grid_for(type, tensor_type(type).block_weights, recipe.granularity))
     for name, (_, columns) in shapes.items():
-        asked = ruled.get(name) or _first(recipe, name, columns)
+        asked = ruled.get(name) or mixed.get(name) or _first(recipe, name, columns)
         if tensor_type(asked).is_float:
             plain[name] = asked
             continue
@@ -170,9 +178,8 @@ def plan_types(
         fallbacks[name] = said
         types.pop(name)
     outside = {}
-    for name, asked in _asked_outside(recipe, ends, ruled).items():
+    for name, asked in _asked_outside(recipe, ends, ruled, mixed).items():
         columns = decoder.hidden_size
-        shapes[name] = (decoder.config.vocab_size, columns)
         found, said = (None, "") if tensor_type(asked).plain else _fitting(asked, columns)
         if said:
             fallbacks[name] = said
@@ -180,13 +187,12 @@ def plan_types(
             outside[name] = found
         else:  # floats, and 8 bits, where rounding to nearest is as good as any
             plain[name] = fitting_type(asked if tensor_type(asked).plain else _FALLBACK, columns)
-    check = check_source(decoder.source, shapes | drafting, decoder.samples(), pieces=decoder.pieces(), tree=tree)
     for name, reason in (check.dropped | _torn_columns(recipe, types, check.groups)).items():
         if name in types or name in outside:
             fallbacks[name] = f"is not learned and gets a stock type: {reason}"
             types.pop(name, None)
             if outside.pop(name, None):
-                plain[name] = fitting_type(_FALLBACK, decoder.hidden_size)
+                plain[name] = mixed.get(name) or fitting_type(_FALLBACK, decoder.hidden_size)
     for name, forced in _forced(check.file).items():
         if types.get(name, forced) != forced and name not in ruled:  # of rules it is said that they cannot be followed
             fallbacks[name] = f"is not learned: it is {forced} in every file of llama.cpp's"
@@ -195,21 +201,36 @@ def plan_types(
     if not types:
         raise _nothing_learned(recipe, decoder.source, plain.keys() & decoder.matrix_shapes().keys(), fallbacks)
     free = {n for m in check.file.values() if m.forced is None for n in m.names} - check.dropped.keys()
-    head = _head_types(recipe, {n: s for n, s in drafting.items() if n in free}, ruled)
+    head = _head_types(recipe, {n: s for n, s in drafting.items() if n in free}, ruled, mixed)
     head = {n: t for n, t in head.items() if n not in _torn_columns(recipe, head, check.groups)}
     known = types | outside | plain | head
     plain |= {
-        name: _left_alone(target, matrix, plain.get(decoder.embedding_name(), _FALLBACK))
+        name: mixed.get(name) or _left_alone(target, matrix, plain.get(decoder.embedding_name(), _FALLBACK))
         for target, matrix in check.file.items()
         for name in matrix.names
         if name not in known
     }
     # what the converter merges with others is known by the name of the last of them
-    plain |= {name: fitting_type(_FALLBACK, shapes[name][1]) for name in shapes if name not in known | plain}
+    plain |= {n: fitting_type(_FALLBACK, s[1]) for n, s in (shapes | outer).items() if n not in known | plain}
     said_of = {name: said.replace(_ITS_TYPE, (types | outside | plain)[name]) for name, said in fallbacks.items()}
     plan = TypePlan(types, outside, plain, check.file, said_of, head=head, columns=check.columns, rest=check.rest)
     _check_file(plan, ruled)
     return plan
+
+
+def _asked_of_llama_cpp(
+    recipe: Recipe, decoder: Decoder, shapes: Mapping[str, tuple[int, int]], tree: SourceTree
+) -> tuple[SourceCheck, dict[str, str], dict[str, str]]:
+    """What the converter says of the model; the types that llama-quantize gives it in a mix, by checkpoint name; and
+    what is said of matrices that cannot have these."""
+    source = decoder.source
+    with tempfile.TemporaryDirectory() as folder:
+        outline = Path(folder) / "outline.gguf" if recipe.mix else None
+        check = check_source(source, shapes, decoder.samples(), pieces=decoder.pieces(), tree=tree, outline=outline)
+        if recipe.mix is None or outline is None:
+            return check, {}, {}
+        types = mix.ask(recipe.mix, source.gguf or outline, recipe.calibrates or recipe.imatrix is not None)
+    return check, mix.by_matrix(recipe.mix, types, check.file), mix.torn(types, check.file)
 
 
 def _torn_columns(recipe: Recipe, types: Mapping[str, str], groups: Mapping[str, int]) -> dict[str, str]:
@@ -229,11 +250,13 @@ def _forced(file: Mapping[str, FileMatrix]) -> dict[str, str]:
     return {name: matrix.forced for matrix in file.values() if matrix.forced for name in matrix.names}
 
 
-def _head_types(recipe: Recipe, shapes: Mapping[str, tuple[int, int]], ruled: Mapping[str, str]) -> dict[str, str]:
+def _head_types(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, int]], ruled: Mapping[str, str], mixed: Mapping[str, str]
+) -> dict[str, str]:
     """Types of a head's matrices, where they are rounded to a grid: those of the blocks, without orders of columns."""
     found = {}
     for name, (_, columns) in shapes.items():
-        asked = ruled.get(name) or _first(recipe, name, columns)
+        asked = ruled.get(name) or mixed.get(name) or _first(recipe, name, columns)
         unordered = tensor_type(asked).without_order or asked
         type = None if tensor_type(unordered).plain else _fitting(unordered, columns)[0]
         if type:
@@ -276,6 +299,8 @@ def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePla
 
 def check_types(recipe: Recipe) -> None:
     """Refuse methods that cannot learn a type which the recipe names for the blocks, before there is a model."""
+    if recipe.mix:  # its types are not known yet
+        return
     for wanted in map(tensor_type, recipe.candidates if recipe.budgeted else (recipe.type,)):
         if not wanted.is_float:
             check_grid(recipe, grid_for(wanted.name, wanted.block_weights, recipe.granularity))
@@ -427,6 +452,8 @@ def _possible(recipe: Recipe, name: str, columns: int) -> list[str]:
 def _first(recipe: Recipe, name: str, columns: int) -> str:
     """The type that a matrix gets where no rule says one: under a budget, for a start, any that it can have."""
     learned = [t for t in _possible(recipe, name, columns) if not tensor_type(t).is_float] if recipe.budgeted else []
+    if recipe.mix:  # llama.cpp has no tensor for it
+        return _FALLBACK
     return learned[0] if learned else recipe.candidates[0] if recipe.budgeted else recipe.type
 
 
@@ -441,7 +468,9 @@ def _fitting(asked: str, columns: int) -> tuple[str | None, str]:
     return None, f"is not learned and is {_ITS_TYPE}: {reason}"
 
 
-def _asked_outside(recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str]) -> dict[str, str]:
+def _asked_outside(
+    recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str], mixed: Mapping[str, str]
+) -> dict[str, str]:
     """Types asked for embedding and output matrix."""
     embedding, output = ends[0], ends[-1]
     if embedding == output and recipe.output_type not in (None, recipe.embedding_type):
@@ -450,6 +479,6 @@ def _asked_outside(recipe: Recipe, ends: Sequence[str], ruled: Mapping[str, str]
         raise UsageError(
             f"{spelled('output_type')} {recipe.output_type} and a rule for {output} are two: give one of them"
         )
-    first = "q8_0" if recipe.embedding_type in (None, AUTO) else recipe.embedding_type
-    asked = {output: recipe.output_type or first} | {embedding: first}
+    first = mixed.get(embedding, _FALLBACK) if recipe.embedding_type in (None, AUTO) else recipe.embedding_type
+    asked = {output: recipe.output_type or mixed.get(output, first)} | {embedding: first}
     return asked | {name: ruled[name] for name in asked if name in ruled}

@@ -31,7 +31,7 @@ def write(run: Run, model: Model, ranges: Mapping[str, Range]) -> None:
     """
     recipe, plan, progress = run.recipe, model.plan, run.progress
     progress.stage(f"Writing and verifying {recipe.out.name}")
-    file_type = tensor_type(plan.main_type(model.decoder)).file_type
+    file_type = (recipe.mix or tensor_type(plan.main_type(model.decoder))).file_type
     contents = Contents(
         learned=run.work.files(len(model.decoder), run.finishes),
         pieces=model.decoder.pieces(),

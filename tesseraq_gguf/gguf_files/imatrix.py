@@ -102,7 +102,7 @@ def _from_gguf(file: GgufFile) -> Imatrix:
         )
     entries = {name: _squares(file, tensors[name + _SUMS], tensors.get(name + _COUNTS)) for name in names}
     chunks, size = (value if isinstance(value := file.get(key), int) else 0 for key in (_CHUNKS, _CHUNK_SIZE))
-    return Imatrix(entries, tuple(file.texts(_DATASETS)), chunks, size)
+    return Imatrix(entries, tuple(filter(None, file.texts(_DATASETS))), chunks, size)
 
 
 def _squares(file: GgufFile, sums: TensorInfo, counts: TensorInfo | None) -> Squares:
@@ -191,7 +191,7 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
         writer = GGUFWriter(None, "imatrix")
         writer.kv_data[0].pop("general.architecture")  # it is no model
         writer.add_type("imatrix")
-        writer.add_array(_DATASETS, list(imatrix.datasets))
+        writer.add_array(_DATASETS, list(imatrix.datasets) or [""])  # llama-quantize wants the key, gguf a value
         writer.add_uint32(_CHUNKS, imatrix.chunks)
         writer.add_uint32(_CHUNK_SIZE, imatrix.chunk_size)
         for name, squares in sorted(imatrix.entries.items()):

@@ -40,6 +40,8 @@ def type_beside_budget(recipe: Recipe) -> str | None:
     """One type for all leaves nothing to choose."""
     if not recipe.budgeted:
         return None
+    if recipe.mix:
+        return f"{spelled('type')} {recipe.type} chooses types, and so does a target: give one of them"
     return (
         f"{spelled('type')} gives all matrices one type, a target chooses among {spelled('candidates')}: "
         "give one of them"
@@ -48,8 +50,8 @@ def type_beside_budget(recipe: Recipe) -> str | None:
 
 def embedding_type(recipe: Recipe) -> str | None:
     """The type of the embedding is chosen within bytes alone, has no order, and can be learned only with others."""
-    if recipe.embedding_type == AUTO and recipe.target_size is None:
-        return f"the type of the embedding can be chosen with {spelled('target_size')} only: name one"
+    if recipe.embedding_type == AUTO and recipe.target_size is None and recipe.mix is None:
+        return f"the type of the embedding can be chosen with {spelled('target_size')} only, or is a mix's: name one"
     return _outside({"embedding_type": recipe.embedding_type}, recipe)
 
 

@@ -22,6 +22,7 @@ from tesseraq_gguf.recipe.conflicts import Judge, nothing
 from tesseraq_gguf.recipe.presets import PRESETS
 from tesseraq_gguf.recipe.readers import at_least, optional
 from tesseraq_gguf.types.facts import WITH_CODEBOOKS, names
+from tesseraq_gguf.types.mixes import spellings
 
 if TYPE_CHECKING:
     from tesseraq_gguf.recipe.recipe import Recipe
@@ -135,11 +136,12 @@ _OPTIONS = (
     ),
     Option("out", path, "The GGUF file to write.", kind=Path, always=True),
     Option(
-        "type", readers.type_name,
+        "type", readers.type_or_mix,
         "Tensor type of the decoder blocks' matrices: "
         f"{_listed(names(lambda t: t.custom))} for our runtime; "
         f"{_listed(names(lambda t: t.family and not t.custom))} for any llama.cpp. "
-        f"With {_listed(names(lambda t: t.is_float))} nothing is learned.",
+        f"With {_listed(names(lambda t: t.is_float))} nothing is learned. Or a mix, which gives every matrix of the "
+        f"file, embedding and output too, the type that llama-quantize gives it: {_listed(spellings())}.",
         MAKE, always=True, clash=conflicts.type_beside_budget,
         idle=conflicts.beside_file,
     ),
@@ -171,13 +173,14 @@ _OPTIONS = (
     ),
     Option(
         "embedding_type", optional(readers.embedding_type), "Tensor type of the embedding, any that --type takes.",
-        MAKE, unset="q8_0; --type itself where nothing is learned", always=True, clash=conflicts.embedding_type,
+        MAKE, unset="q8_0; a mix's own; --type itself where nothing is learned", always=True,
+        clash=conflicts.embedding_type,
         identity=_ends,
         idle=conflicts.beside_file,
     ),
     Option(
         "output_type", optional(readers.type_name), "Tensor type of the output matrix.",
-        MAKE, unset="that of the embedding", always=True, clash=conflicts.output_type, identity=_ends,
+        MAKE, unset="that of the embedding; a mix's own", always=True, clash=conflicts.output_type, identity=_ends,
         idle=conflicts.beside_file,
     ),
     Option(

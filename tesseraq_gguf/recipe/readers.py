@@ -13,6 +13,7 @@ from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.recipe.rules import read_rules, size_of
 from tesseraq_gguf.types.facts import names, tensor_type
+from tesseraq_gguf.types.mixes import mix_of, spellings
 
 AUTO = "auto"
 """Type of an embedding that is chosen within `target_size`."""
@@ -46,7 +47,24 @@ def type_name(name: str, value: Any) -> str:
     """
     if not isinstance(value, str):
         raise refused(name, value, "the name of a tensor type")
+    if mix_of(value):
+        raise UsageError(f"{spelled(name)}: '{value}' is a mix of types, which {spelled('type')} alone takes")
     return tensor_type(value.strip()).name
+
+
+def type_or_mix(name: str, value: Any) -> str:
+    """Return the name of a tensor type or of a mix, given in any case.
+
+    Raises:
+        UsageError: there is no such thing.
+    """
+    if isinstance(value, str) and (mix := mix_of(value)):
+        return mix.spelled
+    try:
+        return type_name(name, value)
+    except UsageError as error:
+        known = f". Mixes of llama-quantize: {', '.join(spellings())}" if isinstance(value, str) else ""
+        raise UsageError(f"{error}{known}") from None
 
 
 def rules(name: str, value: Any) -> tuple[tuple[str, str], ...]:

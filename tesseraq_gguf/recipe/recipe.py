@@ -11,6 +11,7 @@ from tesseraq_gguf.recipe.options import OPTIONS, refuse_conflicts
 from tesseraq_gguf.recipe.presets import PREPROCESSING_STEPS, PRESETS, Preset
 from tesseraq_gguf.recipe.readers import AUTO, FROM_FILE
 from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.mixes import Mix, mix_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Recipe:
         model: a Hugging Face folder, a hub id, with a revision behind an @ perhaps, a `.gguf` file, `demo` or
             `demo:smollm2`.
         out: the GGUF file to write.
-        type: tensor type of the matrices in the decoder blocks; a float type means that nothing is learned.
+        type: tensor type of the matrices in the decoder blocks, or a mix of llama-quantize's, which gives each matrix
+            of the file the type that llama-quantize gives it; a float type means that nothing is learned.
         rules: pairs (regular expression, type); the last one that matches a matrix's checkpoint name gives it its type.
             Rules that match nothing in the blocks may name the embedding or the output matrix.
         target_bpw: bits per weight that the blocks' matrices may have, with those of a head for speculation; types of
@@ -57,9 +59,9 @@ class Recipe:
         device: `auto`, `cpu`, `cuda`, `cuda:1`, …
         memory_budget: bytes of the device's memory that activations kept from block to block may take; what does not
             fit is kept elsewhere. None takes a part of what is free.
-        embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size`. None becomes `AUTO` if there is
-            one, `type` where nothing is learned, and q8_0 else.
-        output_type: tensor type of the output matrix; None means that of the embedding.
+        embedding_type: tensor type of the embedding; `AUTO` leaves it to `target_size` or a mix. None becomes `AUTO` if
+            there is one, `type` where nothing is learned, and q8_0 else.
+        output_type: tensor type of the output matrix; None means that of the embedding, or what a mix has.
         mmproj: the file to write the projector to, which images and sound go through; None writes none.
         mmproj_type: tensor type of its matrices, one of `options.PROJECTOR_TYPES`.
         no_mtp: leave the model's head for speculation out of the file.
@@ -118,7 +120,8 @@ class Recipe:
             object.__setattr__(self, name, option.read(name, getattr(self, name)))
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         if self.embedding_type is None and self.start_file is None:
-            unnamed = AUTO if self.target_size is not None else "q8_0" if self.learns else self.type
+            chosen = self.target_size is not None or self.mix is not None
+            unnamed = AUTO if chosen else "q8_0" if self.learns else self.type
             object.__setattr__(self, "embedding_type", unnamed)
         refuse_conflicts(self, given)
 
@@ -195,7 +198,12 @@ class Recipe:
     @property
     def learns(self) -> bool:
         """Whether anything is learned or rounded block by block: True for types with a grid."""
-        return not tensor_type(self.type).is_float
+        return self.mix is not None or not tensor_type(self.type).is_float
+
+    @property
+    def mix(self) -> Mix | None:
+        """The mix of llama-quantize that `type` names, if it names one."""
+        return mix_of(self.type)
 
     @property
     def calibrates(self) -> bool:
