@@ -7,7 +7,8 @@ the columns after it.
 
 The parameters of a span (a group, or a super-block of groups) are searched when its first column comes up, on the
 weights as the errors so far have moved them. Where a grid has spans of two kinds of columns, those that err most come
-first, in all spans: the others can take what they err by.
+first, in all spans: the others can take what they err by. Where weights are rounded together, that is when the first of
+them comes up, by what their errors will leave in each other.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.methods.start import Start
 from tesseraq_gguf.methods.table import Settings
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite
+from tesseraq_gguf.types.grid import importance_of
 from tesseraq_gguf.types.grids import Grid
 
 _GROWTH = 10.0
@@ -79,7 +81,7 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float, name:
     visited = _visits(grid, weight.shape[1]).to(weight.device)
     w, moved = weight[:, visited], len(grid.parts) > 1
     upper = _inverse_factor(moment[visited][:, visited] if moved else moment, damping)
-    importance = 1.0 / upper.diagonal().square()
+    importance = importance_of(upper)
     codes = torch.empty_like(w, dtype=grid.dtype)
     found: dict[str, list[Tensor]] = {}
     stop = 0
@@ -93,7 +95,7 @@ def compensate(weight: Tensor, moment: Tensor, grid: Grid, damping: float, name:
             errors = torch.empty_like(block)
             q = torch.empty_like(block)
             for j in range(part.span):
-                q[j], value = rounder(j, block, importance[columns])
+                q[j], value = rounder(j, block, factor)
                 torch.div(block[j] - value, factor[j, j], out=errors[j])
                 block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
             for key, array in rounder.arrays.items():

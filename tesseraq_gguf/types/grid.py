@@ -254,17 +254,26 @@ class Rounder(ABC):
     arrays: Arrays
 
     @abstractmethod
-    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, column: int, block: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         """Round a column.
 
         Args:
             column: which, counted from the span's first.
             block: the span as it is now, transposed: float32 [span, rows].
-            importance: weights of the squared errors of its columns, float32 [span].
+            factor: upper Cholesky factor of the inverse second moments of its columns, float32 [span, span].
 
         Returns:
             Codes and values, float32 [rows] each.
         """
+
+
+def importance_of(factor: Tensor) -> Tensor:
+    """Weights of the squared errors of columns that are rounded in order, float32 [columns].
+
+    Args:
+        factor: upper Cholesky factor of their inverse second moments, float32 [columns, columns].
+    """
+    return 1.0 / factor.diagonal().square()
 
 
 class _AffineRounder(Rounder):
@@ -276,7 +285,7 @@ class _AffineRounder(Rounder):
             p.repeat_interleave(grid.group, 1).T.contiguous() for p in (grid.scale(arrays), grid.zero(arrays))
         )
 
-    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, column: int, block: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         scale, zero = self._scale[column], self._zero[column]
         q = torch.div(block[column], scale).add_(zero).round_().clamp_(0, self._highest)
         return q, scale * (q - zero)

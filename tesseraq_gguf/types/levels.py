@@ -185,7 +185,7 @@ class _TableRounder(Rounder):
         # column by column: transposed, a column is contiguous
         self._scale = grid.scale(arrays).repeat_interleave(grid.group, 1).T.contiguous()
 
-    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, column: int, block: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         scale = self._scale[column]
         q = self._lookup.index.take(halves(block[column] / scale, self._lookup.reach))
         return q.float(), scale * self._lookup.levels[q]

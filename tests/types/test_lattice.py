@@ -20,6 +20,7 @@ from tesseraq_gguf.methods.start import NEAREST, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ
 from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.types.facts import names, tensor_type
+from tesseraq_gguf.types.grid import importance_of
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.lattice.grid import LatticeGrid
 from tesseraq_gguf.types.lattice.packer import LatticePacker
@@ -258,6 +259,22 @@ def test_the_nearest_point_but_one(name: str) -> None:
     assert float(error(x, h, other).sum()) < 1.005 * float(distances.amin(1).sum())
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_a_point_is_chosen_by_what_its_errors_leave(name: str) -> None:
+    grid, random = lattice(name), torch.Generator().manual_seed(9)
+    weight, x = torch.randn(200, 256, generator=random), torch.randn(300, 24, generator=random)
+    x = x @ torch.randn(24, 256, generator=random) + torch.randn(300, 256, generator=random)
+    factor = torch.linalg.cholesky(torch.linalg.inv(x.T @ x), upper=True)
+    arrays = grid.search(weight)
+    rounder, block = grid.rounder(arrays), weight.T.contiguous()
+    first = torch.stack([rounder(column, block, factor)[1] for column in range(grid.vector)], 1)
+    nearest = grid.dequantize(grid.assemble(grid.encode(weight, arrays, importance_of(factor)), arrays))
+    inverse = torch.linalg.inv(factor[: grid.vector, : grid.vector])
+    weight, nearest = weight[:, : grid.vector], nearest[:, : grid.vector]
+    left, before = (((weight - q) @ inverse).square().sum() for q in (first, nearest))
+    assert left < 0.985 * before
+
+
 @pytest.fixture
 def soft() -> SoftMatrix:
     grid = lattice("iq3_xxs")
@@ -318,7 +335,7 @@ def test_gptq_and_learning_leave_less(name: str) -> None:
     problem = mlp_problem(name, 256, 256)
     nearest = {n: start.tensor for n, start in NEAREST.start(problem).items()}
     rounded = {n: start.tensor for n, start in GPTQ().start(problem).items()}
-    method = TesseraQ(10, rounding_rate=0.05, scale_rate=0.01, settle_scales=7, soft_shares=SOFT_SHARE[::2])
+    method = TesseraQ(20, rounding_rate=0.1, scale_rate=0.01, settle_scales=7, soft_shares=SOFT_SHARE[::2])
     losses = [loss_of(problem, tensors) for tensors in (nearest, rounded, method.learn(problem))]
     assert losses[1] < 0.4 * losses[0]
-    assert losses[2] < 0.98 * losses[1]
+    assert losses[2] < 0.9 * losses[1]

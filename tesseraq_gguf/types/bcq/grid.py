@@ -20,7 +20,7 @@ from tesseraq_gguf.types import e5m3
 from tesseraq_gguf.types.bcq.packer import BLOCK, shape_of
 from tesseraq_gguf.types.bcq.packer import universal as universal_codebooks
 from tesseraq_gguf.types.facts import Codebooks
-from tesseraq_gguf.types.grid import Arrays, Rounder
+from tesseraq_gguf.types.grid import Arrays, Rounder, importance_of
 from tesseraq_gguf.types.levels import CodewordGrid, halves, nearest_indices
 
 FEW = 4
@@ -183,12 +183,13 @@ class _CodebookRounder(Rounder):
         self._near = self._codebooks.float().gather(1, self._indices)
         self._levels = self._codebooks.float()
 
-    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, column: int, block: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         group, inside = divmod(column, self._group)
         if inside == 0:
             columns = slice(column, column + self._group)
             ahead = (block[columns] / self._scale).T
-            _, chosen = select(ahead, importance[columns].expand_as(ahead), self._near, self._group)
+            importance = importance_of(factor)[columns].expand_as(ahead)
+            _, chosen = select(ahead, importance, self._near, self._group)
             self.arrays["s"] = self.arrays["s"].clone()
             self.arrays["s"][:, group] = chosen[:, 0]
             self._selector = chosen[:, 0].to(torch.int64)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from tesseraq_gguf.types.grid import Arrays, Rounder
+from tesseraq_gguf.types.grid import Arrays, Rounder, importance_of
 from tesseraq_gguf.types.kquants.grid import SUPER_BLOCK, moved
 from tesseraq_gguf.types.lattice import packer as packers
 from tesseraq_gguf.types.lattice.packer import SIGNED, LatticePacker
@@ -34,6 +34,9 @@ _BETWEEN = (0.935, 1.07)
 
 _DIVISORS = (1.08, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84)
 """Shares of the largest scale that the largest `sc` is tried for."""
+
+_CANDIDATES = 8
+"""Near points of the same signs among which GPTQ chooses."""
 
 _REFITS = 1
 """Alternations of points and parameters in the search."""
@@ -254,29 +257,39 @@ class _Search:
 class _LatticeRounder(Rounder):
     """Rounds the weights of a point when the first of them comes up, as the block is then.
 
+    Of a few points near by, it takes the one that leaves least once each weight's error has moved those after it.
     Where signs hold a parity over more than a point, the second point takes what the first has left.
     """
 
     def __init__(self, grid: LatticeGrid, arrays: Arrays) -> None:
         self.arrays = arrays
-        self._grid, self._points = grid, grid.points.to(arrays["d"].device)
+        self._group, self._vector, self._points = grid.group, grid.vector, grid.points.to(arrays["d"].device)
         self._scale = grid.scale(arrays).T.contiguous()  # [groups, rows]
-        self._q = torch.zeros(grid.vector, self._scale.shape[1], device=self._scale.device)
+        self._q = torch.zeros(self._vector, self._scale.shape[1], device=self._scale.device)
         self._odd = torch.zeros_like(self._q[0], dtype=torch.bool)
 
-    def __call__(self, column: int, block: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        vector, scale = self._grid.vector, self._scale[column // self._grid.group]
+    @override
+    def __call__(self, column: int, block: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self._scale[column // self._group]
         if column % SIGNED == 0:
             self._odd = torch.zeros_like(self._odd)
-        if column % vector == 0:
+        if column % self._vector == 0:
             ahead = slice(column, column + SIGNED - column % SIGNED)
-            x = (block[ahead] / scale).T
-            h = importance[ahead].expand_as(x)
-            s = self._points.signs(x, h, self._odd)[:, :vector]
-            self._q = (s * self._points.nearest(s * x[:, :vector], h[:, :vector])).T
-            self._odd = self._odd ^ ((s < 0).sum(-1) % 2 == 1)
-        q = self._q[column % vector]
+            self._choose((block[ahead] / scale).T, factor[ahead, ahead])
+        q = self._q[column % self._vector]
         return q, scale * q
+
+    def _choose(self, x: Tensor, factor: Tensor) -> None:
+        """Choose a point for the first of the weights whose signs stand together, float32 [rows, weights]."""
+        h = importance_of(factor).expand_as(x)
+        s = self._points.signs(x, h, self._odd)
+        x, h, s = (a[:, : self._vector] for a in (x, h, s))
+        near = self._points.few(x, h, s, _CANDIDATES)
+        eye = torch.eye(self._vector, device=x.device)
+        inverse = torch.linalg.solve_triangular(factor[: self._vector, : self._vector], eye, upper=True)
+        left = ((x[:, None] - near) @ inverse).square().sum(-1)
+        self._q = near[torch.arange(len(near), device=x.device), left.argmin(1)].T.contiguous()
+        self._odd = self._odd ^ ((self._q < 0).sum(0) % 2 == 1)
 
 
 def _of(packer: LatticePacker, bits: int) -> LatticeGrid:

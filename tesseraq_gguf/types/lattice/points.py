@@ -81,6 +81,23 @@ class Points:
         index = torch.cat([scores.min(1).indices for scores in self._scores(x, h)])
         return self.magnitudes[index].view(x.shape)
 
+    def few(self, x: Tensor, h: Tensor, s: Tensor, count: int) -> Tensor:
+        """Near signed points, float32 [n, 2·count, weights]: the nearest of signs `s`, and of the next best signs.
+
+        Args:
+            x: weights, float32 [n, weights].
+            h: of the same shape.
+            s: signs of the same shape. The next best have the same parity, where signs have one.
+            count: of points of the same signs.
+        """
+        t = _flipped(s, h * s * x * x.abs().clamp_min(self.lowest), 2 if self.even else 1, None)
+        return torch.cat([signs[:, None] * self._nearest_few(signs * x, h, count) for signs in (s, t)], 1)
+
+    def _nearest_few(self, x: Tensor, h: Tensor, count: int) -> Tensor:
+        """Magnitudes of the nearest points, float32 [n, count, weights]; x, h [n, weights], x with signs taken off."""
+        index = [scores.topk(count, 1, largest=False).indices for scores in self._scores(x, h)]
+        return self.magnitudes[torch.cat(index)]
+
     def other(self, x: Tensor, h: Tensor, levels: Tensor) -> Tensor:
         """The nearest signed point but one.
 
