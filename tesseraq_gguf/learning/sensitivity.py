@@ -27,6 +27,9 @@ from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite, finite, origin
 from tesseraq_gguf.models.handed import Arguments
 
+_LOGITS = 1 << 22
+"""Logits that are in memory at a time: words of the vocabulary, of all positions."""
+
 _FLOOR = 1e-4
 """Smallest weight against the mean: no channel is given up."""
 
@@ -105,7 +108,10 @@ def measure_sensitivity(
             report(index + 1, total)
         moment = decoder.head.moment(hidden)
         check_finite({decoder.output_name(): moment}, "the second moments of what it is fed", TAKE_ANOTHER)
-        gradient = decoder.head.answer_gradient(hidden, decoder.output_weight(), torch.Generator().manual_seed(seed))
+        rows = max(1, _LOGITS // tokens.numel())
+        gradient = decoder.head.answer_gradient(
+            hidden, lambda: decoder.output_rows(rows), torch.Generator().manual_seed(seed)
+        )
         weights = []
         for index in reversed(range(len(decoder))):
             weights.append(_weights(gradient))

@@ -31,7 +31,6 @@ from tesseraq_gguf.types.facts import TENSOR_TYPES
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.mixes import MIXES, mix_of, spellings
 
-
 COMPARED = (
     "q2_k_s", "q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "iq4_nl", "iq4_xs",
 )  # fmt: skip

@@ -115,10 +115,12 @@ def test_the_divergence_and_its_gradient_are_autograds(kind, wide, whole):
         torch.testing.assert_close(to_norm[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_answers_feel_what_they_feel_in_the_whole_model(kind, wide, whole):
+@pytest.mark.parametrize("rows", [1000, 100, 7])
+def test_answers_feel_what_they_feel_in_the_whole_model(rows, kind, wide, whole):
     decoder = Decoder(wide, CPU)
     hidden = walk(decoder, TOKENS)
-    got = decoder.head.answer_gradient(hidden, decoder.output_weight(), torch.Generator().manual_seed(3))
+    random = torch.Generator().manual_seed(3)
+    got = decoder.head.answer_gradient(hidden, lambda: decoder.output_rows(rows), random)
     h = hidden[0].requires_grad_()
     logits = finished(kind, decoder.final_norm()[1](h) @ decoder.output_weight().T, whole)
     uniform = torch.rand(len(h), 1, generator=torch.Generator().manual_seed(3))
