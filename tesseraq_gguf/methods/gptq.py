@@ -125,14 +125,19 @@ def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
     moment = moment * 2.0 ** -max(-_LARGEST_EXPONENT, min(_LARGEST_EXPONENT, exponent // 2 * 2))
     mean = moment.diagonal().mean()
     mean = torch.where(mean > 0, mean, 1.0)  # nothing was fed: all columns are alike
-    eye = torch.eye(len(moment), device=moment.device)
+    diagonal = moment.diagonal()
+    plain = diagonal.clone()
     for attempt in range(_ATTEMPTS):
         share = max(damping, _LEAST_DAMPING) * _GROWTH**attempt if attempt else damping
-        lower, failed = torch.linalg.cholesky_ex(moment + eye * mean * share)
+        torch.add(plain, mean * share, out=diagonal)
+        lower, failed = torch.linalg.cholesky_ex(moment)
+        if failed:
+            continue
+        # such matrices are the largest that there are: each is written over the one that it is made of
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower, out=lower), upper=True)
+        del lower
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
+            return upper
     raise ValueError("no factor: this is no matrix of second moments")
 
 

@@ -9,7 +9,9 @@ import tesseraq_gguf
 from tesseraq_gguf.conversion.program import LEARNING, learning_program, learning_sources
 
 HOME = Path(tesseraq_gguf.__file__).parent
-HARMLESS = {"arguments", "errors", "gguf_files.gguf_file", "paths", "runtime.pypi", "tensor_files"}
+HARMLESS = {
+    "arguments", "errors", "gguf_files.gguf_file", "learning.palette", "paths", "runtime.pypi", "tensor_files",
+}  # fmt: skip
 """What learning modules import that decides nothing by itself: facts of types and recipes stand in a run's identity."""
 
 
