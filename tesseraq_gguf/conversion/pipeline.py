@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
+from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.compute.devices import resolve_device
 from tesseraq_gguf.compute.parallel import joined
 from tesseraq_gguf.conversion.budget import choose_types, keep_choice
@@ -111,12 +113,28 @@ def _prepared(what: str, recipe: Recipe, progress: Progress) -> tuple[ModelSourc
     check_output(recipe.out)
     if recipe.write_imatrix:
         check_output(recipe.write_imatrix)
+    _spare_inputs(recipe)
     check_start_file(recipe)
     # tensors are copied by their names in a GGUF file; rules name them as the learner does
     hub = Hub(recipe.token, progress.advance)
     source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)
-    check_output(recipe.out, source)
+    for out in filter(None, (recipe.out, recipe.write_imatrix)):
+        check_output(out, source)
     tree = ensure_source(progress)
     check_projector(recipe, source, tree)
     check_head(recipe, source)
     return replace(source, keeps_head=not recipe.no_mtp), tree
+
+
+def _spare_inputs(recipe: Recipe) -> None:
+    """Refuse to write over a file that is read, by whatever path either is named.
+
+    Raises:
+        UsageError: an output is an input.
+    """
+    outputs = {"out": recipe.out, "write_imatrix": recipe.write_imatrix, "mmproj": recipe.mmproj}
+    inputs = {"init": recipe.start_file, "imatrix": recipe.imatrix, "calibration": recipe.calibration}
+    for option, out in outputs.items():
+        for other, given in inputs.items():
+            if out and given and out.exists() and Path(given).is_file() and out.samefile(given):
+                raise UsageError(f"{spelled(option)} {out} is the file that {spelled(other)} reads: name another one")

@@ -24,17 +24,14 @@ _PIECE = 1 << 24
 
 
 def check_start_file(recipe: Recipe) -> None:
-    """Refuse a file to begin at that cannot be read, or is to be overwritten, before any work is done.
+    """Refuse a file to begin at that cannot be read, before any work is done.
 
     Raises:
-        UsageError: it is the output.
         ModelError: it is missing, or no GGUF file.
     """
     path = recipe.start_file
     if path is None:
         return
-    if path.absolute() == Path(recipe.out).absolute():
-        raise UsageError(f"{spelled('init')} file:{path} is the output itself: name another file")
     try:
         open_gguf(path)
     except FileFormatError as error:

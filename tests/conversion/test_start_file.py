@@ -76,7 +76,14 @@ def test_what_it_cannot_begin_at(begun, make_model, long_text, tmp_path):  # noq
     refused(UsageError, "has types and scales: type has no meaning there", type="q4_0")
     refused(UsageError, "has types and scales: target_bpw has no meaning there", target_bpw=3)
     refused(UsageError, "gptq knows one way: init has no meaning there", method="gptq")
-    with pytest.raises(UsageError, match="is the output itself"):
-        convert(Recipe(str(source.folder), file, init=f"file:{file}"))
+    link = tmp_path / "link.gguf"
+    link.symlink_to(file)
+    for written in (file, link):
+        with pytest.raises(UsageError, match="out .* is the file that init reads: name another one"):
+            convert(Recipe(str(source.folder), written, init=f"file:{file}"))
+    with pytest.raises(UsageError, match="write_imatrix .* is the file that init reads"):
+        convert(Recipe(str(source.folder), out, init=f"file:{file}", write_imatrix=link))
+    with pytest.raises(UsageError, match="is the model itself"):
+        convert(Recipe(str(file), out, method="gptq", write_imatrix=link))
     with pytest.raises(UsageError, match="file:GGUF"):
         Recipe("m", out, init="file:")
