@@ -79,9 +79,9 @@ def test_what_it_cannot_begin_at(begun, make_model, long_text, tmp_path):  # noq
     link = tmp_path / "link.gguf"
     link.symlink_to(file)
     for written in (file, link):
-        with pytest.raises(UsageError, match="out .* is the file that init reads: name another one"):
+        with pytest.raises(UsageError, match=r"out .* is the file that init reads: name another one"):
             convert(Recipe(str(source.folder), written, init=f"file:{file}"))
-    with pytest.raises(UsageError, match="write_imatrix .* is the file that init reads"):
+    with pytest.raises(UsageError, match=r"write_imatrix .* is the file that init reads"):
         convert(Recipe(str(source.folder), out, init=f"file:{file}", write_imatrix=link))
     with pytest.raises(UsageError, match="is the model itself"):
         convert(Recipe(str(file), out, method="gptq", write_imatrix=link))
