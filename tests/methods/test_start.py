@@ -30,6 +30,7 @@ def test_weights_stay_within_the_cells_of_their_codes(name, seed, noise):
     assert torch.equal(moved[same], weight[same])
     assert ((moved - weight).abs() <= (value - weight).abs() + 1e-6).all()
     assert torch.equal(rounded(moved), value)
-    # learning that does nothing ends where it began, but for borders between codewords, which a table finds nearly
-    ended = grid.dequantize(grid.assemble(SoftMatrix(Start(tensor, moved), grid).finish().arrays["q"], arrays)) == value
-    assert ended.all() if grid.uniform else ended.float().mean() > 0.98
+    # learning that does nothing ends where it began, or at a neighbour as near; a table finds codewords' borders nearly
+    ended = grid.dequantize(grid.assemble(SoftMatrix(Start(tensor, moved), grid).finish().arrays["q"], arrays))
+    as_near = (ended - moved).abs() <= (value - moved).abs() * (1 + 1e-5)
+    assert as_near.all() if grid.uniform else (ended == value).float().mean() > 0.98

@@ -5,8 +5,8 @@ _IMPORTANCE = "only the ratios of importances count"
 
 EQUIVALENT: dict[tuple[str, str], str] = {
     (
-        "tesseraq_gguf/methods/gptq.py",
-        "importance = 2.0 / upper.diagonal().square()",
+        "tesseraq_gguf/types/grid.py",
+        "return 2.0 / factor.diagonal().square()",
     ): _IMPORTANCE,
     (
         "tesseraq_gguf/types/kquants/grid.py",
