@@ -6,7 +6,7 @@ Commands are templates. `{out}` is the file to make; the other names in braces a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tesseraq_gguf.methods.table import METHODS, STARTS
@@ -109,6 +109,9 @@ LLAMA_MIXES = (
 )  # fmt: skip
 """What llama-quantize is told where files are compared by their whole size."""
 
+NAMED_MIXES = ("Q2_K_S", "Q3_K_M", "Q4_K_M", "IQ2_M", "IQ3_XXS")
+"""Mixes that are learned as well."""
+
 FILE_TYPES = ("tsq2", "bcq2", "tsq3", "tsq4", "q2_k", "q3_k", "q4_0", "q4_k")
 """Types of our own rows there."""
 
@@ -124,21 +127,24 @@ def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
     return [
         *_references(), *_llama_rows(), *_autoround_rows(), *_our_rows(), *_refined_rows(), *_one_bit_rows(),
-        *_budget_rows(),
+        *_mix_rows(), *_budget_rows(),
         *_rounding_rows(), *_ptq161_rows(), *_activation_rows(),
     ]  # fmt: skip
 
 
-def file_rows(samples: int | None = None) -> list[Row]:
+def file_rows(samples: int | None = None, sizes: Sequence[str] = ()) -> list[Row]:
     """Return the rows of a model that files are compared on by their whole size, in the order of measuring.
 
     Args:
         samples: calibration sequences of a model that is too large for the preset's.
+        sizes: of files whose types are chosen, as `--target-size` takes them.
     """
     return [
         Row("reference", REFERENCE, "none", None, False, (("cp", "{plain_f16}", "{out}"),), study=FILES, mix="F16"),
         *(_file_of_llama(mix) for mix in LLAMA_MIXES),
-        *(row for type in FILE_TYPES for row in _files_of_ours(type, samples)),
+        *(row for type in FILE_TYPES for row in _files_of_ours(type, type.upper(), samples)),
+        *(row for mix in NAMED_MIXES for row in _files_of_ours(f"mix:{mix.lower()}", mix, samples)),
+        *(_file_of_a_size(size, samples) for size in sizes),
     ]
 
 
@@ -147,17 +153,34 @@ def _file_of_llama(mix: str) -> Row:
     return Row(f"llama-{mix.lower()}", LLAMA_CPP, "imatrix", None, False, (command,), study=FILES, mix=mix)
 
 
-def _files_of_ours(type: str, samples: int | None) -> Iterator[Row]:
-    fewer = ("--samples", str(samples)) if samples else ()
-    learning = ("--preset", "{preset}", "--calibration", "{calibration}", *fewer)
+def _files_of_ours(type: str, title_of_types: str, samples: int | None) -> Iterator[Row]:
+    learning, mixed = _learning(samples), type.startswith("mix:")
+    # a mix names the embedding's type too
+    types = ("--type", type) if mixed else ("--type", type, "--embedding-type", "q8_0")
     for name, title, options in (
         ("rtn", "RTN", ("--method", "rtn")),
         ("gptq", "GPTQ", ("--method", "gptq", *learning)),
         ("tesseraq-awq", "TesseraQ from AWQ", ("--method", "tesseraq", "--init", "awq", *learning)),
     ):
-        command = ("{cli}", "convert", "{plain_model}", "{out}", "--type", type, "--embedding-type", "q8_0")
-        commands = ((*command, *options),)
-        yield Row(f"ours-{type}-{name}", OURS, title, None, False, commands, study=FILES, mix=type.upper())
+        commands = (("{cli}", "convert", "{plain_model}", "{out}", *types, *options),)
+        row = f"ours-{type.replace(':', '-')}-{name}"
+        yield Row(row, OURS, title, None, False, commands, study=FILES, mix=title_of_types)
+
+
+def _file_of_a_size(size: str, samples: int | None) -> Row:
+    command = (
+        "{cli}", "convert", "{plain_model}", "{out}", "--target-size", size, "--candidates", "stock",
+        "--method", "tesseraq", "--init", "awq", *_learning(samples),
+    )  # fmt: skip
+    return Row(
+        f"ours-size-{size.lower()}", OURS, "TesseraQ from AWQ", None, False, (command,), study=FILES,
+        mix=f"chosen for {size}",
+    )  # fmt: skip
+
+
+def _learning(samples: int | None) -> tuple[str, ...]:
+    fewer = ("--samples", str(samples)) if samples else ()
+    return ("--preset", "{preset}", "--calibration", "{calibration}", *fewer)
 
 
 def _references() -> Iterator[Row]:
@@ -187,8 +210,7 @@ def _llama_rows() -> Iterator[Row]:
 
 def _autoround_rows() -> Iterator[Row]:
     learn = ("{autoround}", "{autoround_script}")
-    gguf = ("--format", "gguf:q2_k_s", "--llama-cpp", "{llama_cpp}")
-    last = ("--iters", "{iters}", "--threads", "{threads}")
+    own, last = ("--llama-cpp", "{llama_cpp}"), ("--iters", "{iters}", "--threads", "{threads}")
     yield Row(
         "autoround-w2g64", AUTOROUND, "W2, groups of 64, asymmetric", "f16", False,
         (
@@ -198,11 +220,12 @@ def _autoround_rows() -> Iterator[Row]:
         bits=AUTOROUND_BITS,
         note="its dequantised weights, written in 16 bits; no GGUF type holds them",
     )  # fmt: skip
-    yield Row(
-        "autoround-q2_k_s", AUTOROUND, "its export to Q2_K_S", None, True,
-        ((*learn, "{padded_folder}", "{out}", "{tokens}", *gguf, *last),),
-        note="types of the matrices are its own choice",
-    )  # fmt: skip
+    for mix in ("q2_k_s", "q4_k_m"):
+        yield Row(
+            f"autoround-{mix}", AUTOROUND, f"its export to {mix.upper()}", None, True,
+            ((*learn, "{padded_folder}", "{out}", "{tokens}", "--format", f"gguf:{mix}", *own, *last),),
+            note="types of the matrices are its own choice",
+        )  # fmt: skip
 
 
 def _our_rows() -> Iterator[Row]:
@@ -281,6 +304,26 @@ def _refined_rows() -> Iterator[Row]:
         )  # fmt: skip
         title = "TesseraQ from llama-quantize's file"
         yield Row(f"ours-{type}-refined", OURS, title, type, True, (quantise, refine))
+
+
+def _mix_rows() -> Iterator[Row]:
+    """Mixes of llama-quantize's, by its name for them, of the padded model: theirs and ours."""
+    for mix in NAMED_MIXES:
+        name = mix.lower()
+        quantise = (
+            "{quantize}", "--imatrix", "{padded_imatrix}", "--token-embedding-type", "q8_0", "{padded_f16}", "{out}",
+            mix, "{threads}",
+        )  # fmt: skip
+        yield Row(f"llama-mix-{name}", LLAMA_CPP, "imatrix", None, True, (quantise,), mix=f"mix {mix}")
+        convert = (
+            "{cli}", "convert", "{padded_f16}", "{out}", "--type", f"mix:{name}", "--embedding-type", "q8_0",
+            "--preset", "{preset}", "--calibration", "{calibration}",
+        )  # fmt: skip
+        for end, title, options in (
+            ("gptq", "GPTQ", ("--method", "gptq")),
+            ("tesseraq-awq", "TesseraQ from AWQ", ("--method", "tesseraq", "--init", "awq")),
+        ):
+            yield Row(f"ours-mix-{name}-{end}", OURS, title, None, True, ((*convert, *options),), mix=f"mix {mix}")
 
 
 def _ptq1_61(name: str, title: str, *options: str, study: str = TYPES, note: str = "") -> Row:

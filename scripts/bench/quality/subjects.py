@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.quality.rows import Row, all_rows, file_rows
@@ -16,23 +15,23 @@ class Subject:
         name: in `--model`, and in the names of its results and its page.
         title: in running text.
         model: as `tesseraq-gguf convert` takes it; empty where the user must say which file it is.
-        rows: gives the files that are made of it.
         embedding: type of the embedding in the file that divergence is measured from.
         came_as: what its weights were rounded to before, which “16 bits” cannot undo.
         samples: calibration sequences, for everything; None takes the preset's.
+        sizes: of files whose types are chosen for a size.
     """
 
     name: str
     title: str
     model: str
-    rows: Callable[..., list[Row]]
     embedding: str
     came_as: str
     samples: int | None = None
+    sizes: tuple[str, ...] = ()
 
     def all_rows(self) -> list[Row]:
         """Return the files that are made of it."""
-        return self.rows(self.samples) if self.samples else self.rows()
+        return all_rows() if self.name == DEMO else file_rows(self.samples, self.sizes)
 
     @property
     def results(self) -> str:
@@ -48,9 +47,9 @@ class Subject:
 DEMO = "demo"
 
 _SUBJECTS = (
-    Subject(DEMO, "Gemma-3-270M", "demo", all_rows, "q8_0", "Q4_K_M"),
-    Subject("smollm2", "SmolLM2-135M-Instruct", "demo:smollm2", file_rows, "f16", "Q4_1"),
-    Subject("qwen15b", "Qwen2.5-Coder-1.5B-Instruct", "", file_rows, "f16", "Q4_K_M", 40),
+    Subject(DEMO, "Gemma-3-270M", "demo", "q8_0", "Q4_K_M"),
+    Subject("smollm2", "SmolLM2-135M-Instruct", "demo:smollm2", "f16", "Q4_1", sizes=("83.8M", "93.5M", "105.4M")),
+    Subject("qwen15b", "Qwen2.5-Coder-1.5B-Instruct", "", "f16", "Q4_K_M", 40),
 )
 
 SUBJECTS = {subject.name: subject for subject in _SUBJECTS}
