@@ -21,15 +21,12 @@ from tesseraq_gguf.cli import runtime
 from tesseraq_gguf.cli.convert import convert
 from tesseraq_gguf.cli.eval import evaluate
 from tesseraq_gguf.cli.inspect import inspect
-from tesseraq_gguf.cli.output import Stopped, print_line
+from tesseraq_gguf.cli.output import INTERRUPTED, Stopped, Terminated, print_line
 from tesseraq_gguf.cli.serve import chat, serve
 from tesseraq_gguf.cli.text import write_text
 from tesseraq_gguf.compute.torchrun import rank as process_rank
 from tesseraq_gguf.errors import TesseraqError, UsageError
 from tesseraq_gguf.printing import printable, tolerant_streams
-
-INTERRUPTED = 130
-TERMINATED = 143
 
 _UsageProblem: type[Any] = typer.BadParameter.__mro__[2]  # ClickException, which typer brings along and does not export
 
@@ -64,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `kill` must not leave temporary files behind either
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGTERM, _terminate)
     speaks = ON_COMMAND_LINE.set(True)
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
@@ -74,9 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             sys.exit(error.exit_code)  # the first process says the same
         _print_log(error)
         _fail(str(error), error.exit_code)
+    except Terminated as error:
+        print_line("stopped")
+        sys.exit(error.code)
     except (Stopped, KeyboardInterrupt, typer.Abort) as error:
         print_line(str(error) or "stopped")
-        sys.exit(INTERRUPTED)
+        sys.exit(getattr(error, "code", INTERRUPTED))
     except _UsageProblem as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             sys.exit(error.exit_code)
@@ -96,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
         print_line("stopped")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def _version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tesseraq_gguf.cli.output import Stopped, print_json, quieten_transformers, size
+from tesseraq_gguf.cli.output import INTERRUPTED, Stopped, Terminated, print_json, quieten_transformers, size
 from tesseraq_gguf.cli.parameters import Json, given, of_a_recipe, takes
 from tesseraq_gguf.compute.torchrun import rank as process_rank
 from tesseraq_gguf.errors import UsageError
@@ -64,8 +64,9 @@ def convert(
     refuse_conflicts(recipe, named.keys())  # also those that were given as they are by default
     try:
         report = _run(recipe, dry_run)
-    except KeyboardInterrupt:
-        raise Stopped("stopped; what is finished is kept, run the same command again to go on") from None
+    except (KeyboardInterrupt, Terminated) as error:
+        said = "stopped; what is finished is kept, run the same command again to go on"
+        raise Stopped(said, getattr(error, "code", INTERRUPTED)) from None
     if report is None:
         return  # the first process tells
     from tesseraq_gguf.conversion.report import PlanReport

@@ -12,9 +12,28 @@ from rich.text import Text
 
 from tesseraq_gguf.printing import printable, to_json
 
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes of what Ctrl-C ended, and `kill`."""
+
 
 class Stopped(Exception):  # noqa: N818  (nothing went wrong)
-    """The user pressed Ctrl-C, and there is something to say about it."""
+    """A signal ended the command, and there is something to say about it.
+
+    Args:
+        said: the line.
+        code: to exit with.
+    """
+
+    def __init__(self, said: str, code: int = INTERRUPTED) -> None:
+        super().__init__(said)
+        self.code = code
+
+
+class Terminated(SystemExit):
+    """`kill` ended the command; whoever does not know of it leaves as at any exit."""
+
+    def __init__(self) -> None:
+        super().__init__(TERMINATED)
 
 
 def print_json(data: Any) -> None:

@@ -12,12 +12,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.conversion.type_plan import TypePlan
 from tesseraq_gguf.converter.writer import FileMatrix
-from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.errors import FileFormatError, UsageError
 from tesseraq_gguf.gguf_files.imatrix import Imatrix, Squares, read_imatrix
 from tesseraq_gguf.learning.input_squares import Sums
 from tesseraq_gguf.models.experts import expert_of
+from tesseraq_gguf.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,20 @@ class Importance:
         return entries
 
 
+def check_importance(recipe: Recipe) -> None:
+    """Refuse an importance matrix that cannot be read, before any work is done.
+
+    Raises:
+        FileFormatError: it is missing, damaged or something else.
+    """
+    if recipe.imatrix is None:
+        return
+    try:
+        read_imatrix(recipe.imatrix)
+    except FileFormatError as error:
+        raise FileFormatError(f"{spelled('imatrix')}: {error}") from error
+
+
 def read_importance(path: Path, plan: TypePlan, model: str) -> Importance:
     """Read an importance matrix and match it with the matrices that are rounded.
 
@@ -74,8 +90,8 @@ def read_importance(path: Path, plan: TypePlan, model: str) -> Importance:
         said |= dict.fromkeys(nothing, f"is rounded without importance: {path.name} has nothing of it")
     if not found:
         raise UsageError(
-            f"{path} has nothing of {model}'s matrices, only of {next(iter(imatrix.entries))} and the like: "
-            "it is of another model"
+            f"{spelled('imatrix')}: {path} has nothing of {model}'s matrices, only of "
+            f"{next(iter(imatrix.entries))} and the like: it is of another model"
         )
     return Importance(path, imatrix, found, said)
 
@@ -96,7 +112,10 @@ def _means(where: str, squares: Squares, matrix: FileMatrix) -> dict[str, NDArra
     count = max(layers.values()) + 1
     if squares.sums.size != count * matrix.columns:
         has = f"{count} × {matrix.columns}" if count > 1 else str(matrix.columns)
-        raise UsageError(f"{where} has {squares.sums.size} values, the model's has {has}: it is of another model")
+        raise UsageError(
+            f"{spelled('imatrix')}: {where} has {squares.sums.size} values, the model's has {has}: "
+            "it is of another model"
+        )
     means, fed = squares.means(matrix.columns), np.broadcast_to(squares.counts, max(count, len(squares.counts)))
     return {name: means[layer] for name, layer in layers.items() if fed[layer]}
 

@@ -13,6 +13,7 @@ from tesseraq_gguf.conversion.budget import choose_types, keep_choice
 from tesseraq_gguf.conversion.codebooks import design_codebooks
 from tesseraq_gguf.conversion.draft_head import check_head, finish_head
 from tesseraq_gguf.conversion.finish import finish
+from tesseraq_gguf.conversion.importance import check_importance
 from tesseraq_gguf.conversion.measure import measure
 from tesseraq_gguf.conversion.preprocess import carry, preprocess
 from tesseraq_gguf.conversion.progress import Progress, SilentProgress
@@ -115,6 +116,7 @@ def _prepared(what: str, recipe: Recipe, progress: Progress) -> tuple[ModelSourc
         check_output(recipe.write_imatrix)
     _spare_inputs(recipe)
     check_start_file(recipe)
+    check_importance(recipe)
     # tensors are copied by their names in a GGUF file; rules name them as the learner does
     hub = Hub(recipe.token, progress.advance)
     source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)

@@ -23,6 +23,7 @@ from tesseraq_gguf.conversion.work_directory import CHECKED, WorkDirectory, shar
 from tesseraq_gguf.errors import TesseraqError
 from tesseraq_gguf.learning.calibration import Calibration
 from tesseraq_gguf.models import Decoder, ModelSource
+from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
 from tesseraq_gguf.types.grids import OwnCodebooks
@@ -168,7 +169,9 @@ def types_of(
     start = StartFile(recipe.start_file, decoder) if recipe.start_file else None
     plan = plan_types(recipe, decoder, tree, start.types if start else {})
     if recipe.mix:
-        progress.note(f"{recipe.type} as llama-quantize has it: {mix.counted(plan.in_file())}")
+        settled = recipe.rules or recipe.output_type or recipe.embedding_type != AUTO
+        besides = ", but for what other options say" if settled else ""
+        progress.note(f"{recipe.type} as llama-quantize has it{besides}: {mix.counted(plan.in_file())}")
     return plan, start
 
 

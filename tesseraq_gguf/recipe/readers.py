@@ -123,6 +123,8 @@ def initialisation(known: tuple[str, ...]) -> Reader:
     def read(name: str, value: Any) -> str:
         if isinstance(value, str) and value.startswith(FROM_FILE) and value != FROM_FILE:
             return f"{FROM_FILE}{path(name, value.removeprefix(FROM_FILE))}"
+        if isinstance(value, str) and value.lower().endswith(".gguf"):
+            raise UsageError(f"{spelled(name)} {value} is no initialisation: a file to begin at is {FROM_FILE}{value}")
         return str(named(name, value))
 
     return read

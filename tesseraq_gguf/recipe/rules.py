@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.mixes import mix_of
 
 
 def read_rules(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -26,6 +28,8 @@ def read_rules(lines: Sequence[str]) -> tuple[tuple[str, str], ...]:
             raise UsageError(f"'{line}': {pattern} is no regular expression: {error}") from None
         if not equals or not pattern:
             raise UsageError(f"'{line}' is not of the form REGEX=TYPE, such as mlp.down_proj=tsq3")
+        if mix_of(type):
+            raise UsageError(f"'{line}': {type.strip()} is a mix of types, which {spelled('type')} alone takes")
         rules.append((pattern.strip(), tensor_type(type.strip()).name))
     return tuple(rules)
 

@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,12 @@ BAD = [
     ("convert model out.gguf --candidates tsq2,tsq3,tsq4", "no target to choose types for: --candidates"),
     ("convert model out.gguf --target-bpw 3 --candidates bcq4,tsq2 --method lrq", "lrq is not possible in bcq4"),
     ("convert model out.gguf --method rtn --tensor-type down=tsq9", "unknown tensor type 'tsq9'"),
+    ("convert model out.gguf --method rtn --tensor-type down=q4_k_m", "q4_k_m is a mix of types, which --type alone"),
+    ("convert model out.gguf --init good.gguf", "a file to begin at is file:good.gguf"),
+    ("convert model out.gguf --init file:nowhere.gguf", "--init: no file at nowhere.gguf"),
+    ("convert model out.gguf --method rtn --imatrix nowhere.dat", "--imatrix: no file at nowhere.dat"),
+    ("convert model out.gguf --method rtn --imatrix good.gguf", "--imatrix: good.gguf is a GGUF file of another kind"),
+    ("convert model out.gguf --method rtn --imatrix short.txt", "--imatrix: short.txt is no importance matrix"),
     ("convert model out.gguf --method rtn --tensor-type nowhere=f16", "matches no matrix of the model, such as"),
     ("convert model out.gguf --method rtn --tensor-type embed=ptq1_61", "columns of the embedding have no order"),
     ("convert model out.gguf --method rtn --tensor-type layers=f16", "nothing to learn"),
@@ -368,17 +375,20 @@ def test_the_end_of_the_converters_log_comes_before_the_error(run, tiny_model, t
     assert "the reason" in answer.err
 
 
-def test_ctrl_c_is_one_line(run, tiny_model, tiny_gguf, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_one_line(number, run, tiny_model, tiny_gguf, tmp_path, monkeypatch):
+    code = 128 + number
+
     def interrupted(*_):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr("tesseraq_gguf.conversion.pipeline.convert", interrupted)
     answer = run("convert", tiny_model, tmp_path / "out.gguf")
-    assert answer.code == 130
+    assert answer.code == code
     assert answer.err.splitlines()[-1].startswith("stopped; what is finished is kept")
     monkeypatch.setattr("tesseraq_gguf.gguf_files.inspection.inspect", interrupted)
     answer = run("inspect", tiny_gguf)
-    assert (answer.code, answer.err.strip()) == (130, "stopped")
+    assert (answer.code, answer.err.strip()) == (code, "stopped")
 
 
 # --- what it prints -------------------------------------------------------------------------------------------------
