@@ -5,7 +5,7 @@ Both programs are built with the same options, so every digit they print is comp
 
 The unpatched llama-perplexity is built once, into the cache.
 
-    scripts/run check stock --text FILE                    the demo model rounded to each type
+    scripts/run check stock --text FILE                    the demo model rounded to each type, padded where need be
     scripts/run check stock --text FILE a.gguf b.gguf      files of your own
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -21,13 +20,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bench.quality.pad_gemma import pad
+
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.runtime import cache, find_runtime, pin, toolchain
 from tesseraq_gguf.runtime.source import fetch_sdist
-from tesseraq_gguf.types.facts import names
+from tesseraq_gguf.types.facts import names, tensor_type
 
 TYPES = names(lambda t: t.family and not t.custom)
 TOOL = "llama-perplexity"
+DEMO_WIDTH = 640
+"""Weights in most rows of the demo model, of which the longer ones have multiples."""
 
 
 def main() -> int:
@@ -37,7 +40,7 @@ def main() -> int:
         "files",
         type=Path,
         nargs="*",
-        help=f"GGUF files; none rounds the demo model to {', '.join(TYPES)}, where its rows allow",
+        help=f"GGUF files; none rounds the demo model to {', '.join(TYPES)}",
     )
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=2)
@@ -55,9 +58,13 @@ def main() -> int:
 
 def rounded(folder: Path) -> Iterator[Path]:
     """Make one file after the other, and remove it when it has been used."""
+    plain, padded = folder / "f16.gguf", folder / "padded.gguf"
+    convert(Recipe("demo", plain, type="f16"))
+    pad(plain, padded)
     for name in TYPES:
         out = folder / f"{name}.gguf"
-        convert(Recipe("demo", out, type=name, method="rtn"))
+        model = plain if tensor_type(name).fits(DEMO_WIDTH) else padded
+        convert(Recipe(str(model), out, type=name, method="rtn"))
         yield out
         out.unlink()
 
@@ -78,10 +85,12 @@ def unpatched() -> Path:
     tool = home / "build" / "bin" / TOOL
     if tool.is_file():
         return tool
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
-    with tarfile.open(fetch_sdist()) as archive:
-        archive.extractall(home, filter="data")
+    home.mkdir(parents=True, exist_ok=True)
+    whole = home / "unpacked"
+    if not whole.is_file():
+        with tarfile.open(fetch_sdist()) as archive:
+            archive.extractall(home, filter="data")
+        whole.touch()
     source = next(home.glob("*/vendor/llama.cpp"))
     programs = toolchain.find_toolchain()
     options = find_runtime().manifest["cmake_options"]
