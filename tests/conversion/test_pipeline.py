@@ -277,7 +277,7 @@ def test_every_kind_of_type_can_be_learned(type, make_model, long_text, tmp_path
     assert ("any llama.cpp" in report.runs_on) == (not tensor_type(type).custom)
 
 
-@pytest.mark.parametrize("type", ["iq2_xxs", "iq3_s"])
+@pytest.mark.parametrize("type", ["iq1_m", "iq2_xxs", "iq3_s"])
 def test_lattices_are_learned_where_256_divides_the_rows(type, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
     report = convert(recipe_of(make_model("llama-256"), tmp_path / "out.gguf", long_text, type=type, init="gptq"), told)
@@ -291,7 +291,7 @@ def test_lattices_are_learned_where_256_divides_the_rows(type, make_model, long_
     ("type", "instead"),
     [
         ("q2_k", "q4_0"), ("q3_k", "q4_0"), ("q4_k", "q5_0"), ("q5_k", "q5_1"), ("q6_k", "q8_0"), ("iq4_xs", "iq4_nl"),
-        ("iq2_xs", "iq4_nl"), ("iq3_s", "iq4_nl"),
+        ("iq1_m", "iq4_nl"), ("iq2_xs", "iq4_nl"), ("iq3_s", "iq4_nl"),
     ],
 )  # fmt: skip
 def test_rows_that_a_super_block_does_not_divide_fall_back_as_llama_quantize_does(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-from typing import Any
 
 import gguf
 import numpy as np
@@ -13,26 +11,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import loss_of, mlp_problem
+from stock_bytes import (
+    FINITE,
+    Array,
+    assert_same,
+    dequantized_in_c,
+    quantized_in_c,
+    random_bytes,
+)
 
-from tesseraq_gguf.errors import RuntimeMissingError
 from tesseraq_gguf.methods.gptq import GPTQ, compensate
 from tesseraq_gguf.methods.start import NEAREST, Start
 from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, SoftMatrix, TesseraQ
-from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.types.facts import names, tensor_type
 from tesseraq_gguf.types.grid import importance_of
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.lattice.grid import LatticeGrid
-from tesseraq_gguf.types.lattice.packer import LatticePacker
+from tesseraq_gguf.types.lattice.packer import LatticePacker, Signs
+from tesseraq_gguf.types.lattice.points import Magnitudes
 from tesseraq_gguf.types.packers import packer_of
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
-Array = np.ndarray[Any, Any]
-
 TYPES = names(lambda t: t.family == "lattice")
-
-FINITE = np.array([h for h in range(1 << 16) if h >> 10 & 31 != 31], np.uint16).view(np.float16)
-"""Every finite half-precision float, negative and denormal ones too."""
 
 
 def lattice(name: str) -> LatticeGrid:
@@ -47,32 +47,19 @@ def packer_for(name: str) -> LatticePacker:
     return packer
 
 
-def random_bytes(name: str, rows: int, blocks: int, seed: int) -> Array:
-    """Super-blocks without a pattern: all bits are free but those of an infinite half float."""
-    random = np.random.default_rng(seed)
-    data = random.integers(0, 256, (rows, blocks, tensor_type(name).block_bytes), dtype=np.uint8)
-    data[..., :2] = random.choice(FINITE, (rows, blocks, 1)).view(np.uint8)
-    return data.reshape(rows, -1)
-
-
 def random_arrays(name: str, rows: int, blocks: int, seed: int) -> dict[str, Array]:
     """Signed points and parameters without a pattern."""
     random, packer = np.random.default_rng(seed), packer_for(name)
     columns = 256 * blocks
     points = packer.points[random.integers(0, len(packer.points), (rows, columns // packer.points.shape[1]))]
     signs = random.choice(np.array([-1, 1], np.int8), (rows, columns // 8, 8))
-    if packer.even:
+    if packer.signs is Signs.EVEN:
         signs[..., 7] = signs[..., :7].prod(-1)
+    if packer.signs is Signs.INSIDE:
+        signs[:] = 1
     q = points.reshape(rows, columns) * signs.reshape(rows, columns)
-    sc = random.integers(0, 16, (rows, columns // packer.group)).astype(np.uint8)
+    sc = random.integers(0, packer.steps + 1, (rows, columns // packer.group)).astype(np.uint8)
     return {"q": q, "sc": sc, "d": random.choice(FINITE, (rows, blocks))}
-
-
-def assert_same(got: Array, want: Array) -> None:
-    """Equal to the bit: -0 is not 0."""
-    assert got.dtype == want.dtype
-    assert got.shape == want.shape
-    np.testing.assert_array_equal(np.ascontiguousarray(got).view(np.uint8), np.ascontiguousarray(want).view(np.uint8))
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -133,65 +120,36 @@ def test_arrays_that_do_not_fit_together(name: str) -> None:
         {"q": no_point},
         {"sc": good["sc"][:1]},
         {"sc": good["sc"].astype(np.int8)},
-        {"sc": good["sc"] + np.uint8(16)},
+        {"sc": good["sc"] + np.uint8(packer.steps + 1)},
         {"d": good["d"][:, :1]},
         {"d": good["d"].astype(np.float32)},
         {"d": np.full_like(good["d"], np.nan)},
     ]
-    if packer.even:
+    if packer.signs is Signs.EVEN:
         bad.append({"q": odd})
     for wrong in bad:
         with pytest.raises(ValueError, match=rf"^{name} (wants|has) "):
             packer.pack(good | wrong)
 
 
-@pytest.fixture(scope="module")
-def ggml() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(str(find_runtime().library("ggml-base")))
-    except RuntimeMissingError as error:
-        pytest.fail(str(error))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_validate_row_data.restype = ctypes.c_bool
-    return library
-
-
-def pointer(array: Array) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def quantized_in_c(ggml: ctypes.CDLL, name: str, weight: Array, importance: Array) -> Array:
-    """Bytes of the rows of weights [rows, columns] as llama-quantize makes them with an importance matrix."""
-    rows, columns = weight.shape
-    data = np.empty((rows, columns // 256 * tensor_type(name).block_bytes), np.uint8)
-    sizes = [ctypes.c_int64(n) for n in (0, rows, columns)]
-    size = ggml.ggml_quantize_chunk(tensor_type(name).id, pointer(weight), pointer(data), *sizes, pointer(importance))
-    assert size == data.size
-    return data
-
-
 @pytest.mark.runtime
 @pytest.mark.parametrize("name", TYPES)
-def test_numpy_dequantises_as_c_does(ggml: ctypes.CDLL, name: str) -> None:
+def test_numpy_dequantises_as_c_does(name: str) -> None:
     data = random_bytes(name, 1000, 2, 5)
-    out = np.empty((1000, 512), np.float32)
-    ggml[f"dequantize_row_{name}"](pointer(data), pointer(out), ctypes.c_int64(out.size))
-    assert_same(packer_for(name).dequantize(packer_for(name).unpack(data)), out)
-    assert ggml.ggml_validate_row_data(tensor_type(name).id, pointer(data), ctypes.c_size_t(data.size))
+    assert_same(packer_for(name).dequantize(packer_for(name).unpack(data)), dequantized_in_c(name, data))
 
 
 @pytest.mark.runtime
 @pytest.mark.parametrize("tails", [False, True])
 @pytest.mark.parametrize("name", TYPES)
-def test_the_search_leaves_less_than_that_of_c(ggml: ctypes.CDLL, name: str, tails: bool) -> None:
+def test_the_search_leaves_less_than_that_of_c(name: str, tails: bool) -> None:
     random = np.random.default_rng(6)
     weight = 0.02 * random.standard_normal((24, 512)).astype(np.float32)
     if tails:
         weight *= np.exp(0.5 * random.standard_normal(weight.shape)).astype(np.float32)
     grid, packer = lattice(name), packer_for(name)
     for importance in (np.ones(512, np.float32), random.random(512).astype(np.float32) ** 4 + np.float32(0.001)):
-        theirs = packer.dequantize(packer.unpack(quantized_in_c(ggml, name, weight, importance)))
+        theirs = packer.dequantize(packer.unpack(quantized_in_c(name, weight, importance)))
         ours = grid.dequantize(grid.quantize(torch.from_numpy(weight), torch.from_numpy(importance))).numpy()
         left, before = ((importance * (w - weight) ** 2).sum() for w in (ours, theirs))
         assert left < 0.97 * before
@@ -200,10 +158,17 @@ def test_the_search_leaves_less_than_that_of_c(ggml: ctypes.CDLL, name: str, tai
 def every_signed_point(name: str) -> torch.Tensor:
     """All signed points of a type, float32 [points · signs, weights]; of even signs where a point has all eight."""
     points = lattice(name).points
+    if not isinstance(points, Magnitudes):
+        return points.levels
     signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=points.weights)))
     if points.even and points.weights == 8:
         signs = signs[signs.prod(1) > 0]
-    return (points.magnitudes[:, None] * signs).flatten(0, 1)
+    return (points.levels[:, None] * signs).flatten(0, 1)
+
+
+def even(grid: LatticeGrid) -> bool:
+    """Whether signs hold a parity."""
+    return isinstance(grid.points, Magnitudes) and grid.points.even
 
 
 def drawn(name: str, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,14 +193,14 @@ def test_the_nearest_of_all_points(name: str) -> None:
     grid = lattice(name)
     x, h = drawn(name, 60)
     q = grid._nearest(x, h)
-    if grid.points.even:
+    if even(grid):
         assert bool((q.prod(1) > 0).all())
     width, every = grid.vector, every_signed_point(name)
     best = torch.zeros(len(x), dtype=torch.float64)
     for place in range(0, 8, width):
         part = slice(place, place + width)
         of_all = errors(x[:, part], h[:, part], every)
-        if grid.points.even:  # each half keeps the parity that it has
+        if even(grid):  # each half keeps the parity that it has
             of_all[every.prod(1).sign() != q[:, part].prod(1).sign()[:, None]] = torch.inf
         best += of_all.amin(1)
     got = error(x, h, q)
@@ -253,7 +218,7 @@ def test_the_nearest_point_but_one(name: str) -> None:
     other = grid.points.other(x, h, q)
     assert bool((other != q).any(1).all())
     distances.scatter_(1, distances.argmin(1, keepdim=True), torch.inf)
-    if grid.points.even:
+    if even(grid):
         distances[every.prod(1).sign() != q.prod(1).sign()[:, None]] = torch.inf
         assert torch.equal(other.prod(1).sign(), q.prod(1).sign())
     assert float(error(x, h, other).sum()) < 1.005 * float(distances.amin(1).sum())

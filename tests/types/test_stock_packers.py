@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import Any
-
 import gguf
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stock_bytes import (
+    FINITE,
+    Array,
+    assert_same,
+    dequantized_in_c,
+    quantized_in_c,
+    random_bytes,
+)
 
-from tesseraq_gguf.errors import RuntimeMissingError
-from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.types.facts import tensor_type
 from tesseraq_gguf.types.grids import grid_of
 from tesseraq_gguf.types.packers import packer_of
 from tesseraq_gguf.types.quantized import QuantizedTensor
-
-Array = np.ndarray[Any, Any]
 
 # columns per entry, and the highest code or None for a half-precision float
 LAYOUTS: dict[str, dict[str, tuple[int, int | None]]] = {
@@ -49,9 +50,6 @@ FP4 = sorted(gguf.quants.MXFP4.kvalues)
 
 MIDDLES = {"q2_0": 1, "q4_0": 8, "q5_0": 16, "q8_0": 128, "q3_k": 4, "q6_k": 32}
 """The codes of the value 0, where one has it."""
-
-FINITE = np.array([h for h in range(1 << 16) if h >> 10 & 31 != 31], np.uint16).view(np.float16)
-"""Every finite half-precision float, negative and denormal ones too."""
 
 
 def random_arrays(name: str, rows: int, blocks: int, seed: int) -> dict[str, Array]:
@@ -87,13 +85,6 @@ def valid_arrays(draw: st.DrawFn, name: str) -> dict[str, Array]:
     return arrays
 
 
-def assert_same(got: Array, want: Array) -> None:
-    """Equal to the bit: -0 is not 0."""
-    assert got.dtype == want.dtype
-    assert got.shape == want.shape
-    np.testing.assert_array_equal(np.ascontiguousarray(got).view(np.uint8), np.ascontiguousarray(want).view(np.uint8))
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_identity(name: str) -> None:
     packer, kind = packer_of(name), tensor_type(name)
@@ -115,16 +106,9 @@ def test_identity(name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_byte_is_read_back(name: str) -> None:
     """No bit of a block is free: any bytes come back, but for parameters that are no number."""
-    packer, kind = packer_of(name), tensor_type(name)
-    data = np.random.default_rng(0).integers(0, 256, (2000, kind.block_bytes), dtype=np.uint8)
-    tops = {key: top for key, (_, top) in LAYOUTS[name].items()}
-    numbers = [
-        (np.isfinite(a) if tops[key] is None else a <= tops[key]).all(axis=1) for key, a in packer.unpack(data).items()
-    ]
-    data = data[np.logical_and.reduce(numbers)].reshape(-1)
-    data = data[: data.size // (4 * kind.block_bytes) * 4 * kind.block_bytes].reshape(-1, 4 * kind.block_bytes)
-    assert len(data) > 400
-    assert_same(packer.pack(packer.unpack(data)), data)
+    tops = {key: top for key, (_, top) in LAYOUTS[name].items() if top is not None}
+    data = random_bytes(name, 100, 4, 0, tops)
+    assert_same(packer_of(name).pack(packer_of(name).unpack(data)), data)
 
 
 @pytest.mark.parametrize("name", WITH_HALVES)
@@ -188,66 +172,36 @@ def test_numpy_dequantises_as_torch_does(name: str) -> None:
     assert_same(packer_of(name).dequantize(arrays), grid_of(name).dequantize(tensor).numpy())
 
 
-@pytest.fixture(scope="module")
-def ggml() -> ctypes.CDLL:
-    try:
-        library = ctypes.CDLL(str(find_runtime().library("ggml-base")))
-    except RuntimeMissingError as error:
-        pytest.fail(str(error))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_validate_row_data.restype = ctypes.c_bool
-    return library
-
-
-def pointer(array: Array) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-def dequantize_in_c(ggml: ctypes.CDLL, name: str, data: Array) -> Array:
-    kind = tensor_type(name)
-    out = np.empty((len(data), data.shape[1] // kind.block_bytes * kind.block_weights), np.float32)
-    ggml[f"dequantize_row_{name.replace('_k', '_K')}"](pointer(data), pointer(out), ctypes.c_int64(out.size))
-    return out
-
-
 @pytest.mark.runtime
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_numpy_dequantises_as_c_does(ggml: ctypes.CDLL, name: str) -> None:
+def test_numpy_dequantises_as_c_does(name: str) -> None:
     arrays = random_arrays(name, 4000, 3, 5)
     data = packer_of(name).pack(arrays)
-    assert_same(packer_of(name).dequantize(arrays), dequantize_in_c(ggml, name, data))
-    assert ggml.ggml_validate_row_data(tensor_type(name).id, pointer(data), ctypes.c_size_t(data.size))
+    assert_same(packer_of(name).dequantize(arrays), dequantized_in_c(name, data))
 
 
 @pytest.mark.runtime
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_c_quantised_comes_back(ggml: ctypes.CDLL, name: str) -> None:
-    kind = tensor_type(name)
+def test_what_c_quantised_comes_back(name: str) -> None:
     x = np.random.default_rng(6).standard_normal((16, 512)).astype(np.float32)
-    data = np.empty((16, 512 // kind.block_weights * kind.block_bytes), np.uint8)
-    rows, columns = ctypes.c_int64(16), ctypes.c_int64(512)
-    size = ggml.ggml_quantize_chunk(kind.id, pointer(x), pointer(data), ctypes.c_int64(0), rows, columns, None)
-    assert size == data.size
+    data = quantized_in_c(name, x)
     arrays = packer_of(name).unpack(data)
     assert_same(packer_of(name).pack(arrays), data)
     weights = packer_of(name).dequantize(arrays)
-    assert_same(weights, dequantize_in_c(ggml, name, data))
+    assert_same(weights, dequantized_in_c(name, data))
     assert np.abs(weights - x).mean() < 0.8 * np.abs(x).mean()  # Q2_0 is rounded that coarsely
 
 
 @pytest.mark.runtime
 @pytest.mark.parametrize("kind", ["even", "weighted", "heavy tails"])
 @pytest.mark.parametrize("name", ["q1_0", "q5_1", "iq4_nl", "mxfp4", "nvfp4", "q5_k", "q6_k", "iq4_xs"])
-def test_a_search_leaves_no_more_than_c_does(ggml: ctypes.CDLL, name: str, kind: str) -> None:
+def test_a_search_leaves_no_more_than_c_does(name: str, kind: str) -> None:
     random = torch.Generator().manual_seed(9)
     weight = 0.02 * torch.randn(32, 512, generator=random)
     weight = 1e3 * weight**3 if kind == "heavy tails" else weight
     importance = torch.ones(512) if kind == "even" else torch.rand(512, generator=random) ** 4 + 0.001
-    data = np.empty((32, 512 // tensor_type(name).block_weights * tensor_type(name).block_bytes), np.uint8)
-    where = [pointer(weight.numpy()), pointer(data), ctypes.c_int64(0), ctypes.c_int64(32), ctypes.c_int64(512)]
-    ggml.ggml_quantize_chunk(tensor_type(name).id, *where, pointer(importance.numpy()))
-    theirs, grid = torch.from_numpy(dequantize_in_c(ggml, name, data)), grid_of(name)
+    data = quantized_in_c(name, weight.numpy(), importance.numpy())
+    theirs, grid = torch.from_numpy(dequantized_in_c(name, data)), grid_of(name)
     left = [
         float((importance * (found - weight).double() ** 2).sum())
         for found in (grid.dequantize(grid.quantize(weight, importance)), theirs)

@@ -17,14 +17,11 @@ from typing_extensions import override
 from tesseraq_gguf.types.grid import Arrays, Rounder, importance_of
 from tesseraq_gguf.types.kquants.grid import SUPER_BLOCK, moved
 from tesseraq_gguf.types.lattice import packer as packers
-from tesseraq_gguf.types.lattice.packer import SIGNED, LatticePacker
-from tesseraq_gguf.types.lattice.points import Points
+from tesseraq_gguf.types.lattice.packer import SIGNED, LatticePacker, Signs
+from tesseraq_gguf.types.lattice.points import Magnitudes, Points
 from tesseraq_gguf.types.levels import CodewordGrid
 from tesseraq_gguf.types.search import SMALLEST
 from tesseraq_gguf.types.stock.grid import half
-
-_STEPS = 15
-"""Largest `sc`."""
 
 _REACHES = tuple(1.3 * 0.87**step for step in range(7))
 """Shares of a group's largest weight that the largest level is tried for."""
@@ -35,8 +32,8 @@ _BETWEEN = (0.935, 1.07)
 _DIVISORS = (1.08, 1.04, 1.0, 0.96, 0.92, 0.88, 0.84)
 """Shares of the largest scale that the largest `sc` is tried for."""
 
-_CANDIDATES = 8
-"""Near points of the same signs among which GPTQ chooses."""
+_CANDIDATES = 16
+"""Near points among which GPTQ chooses."""
 
 _REFITS = 1
 """Alternations of points and parameters in the search."""
@@ -48,10 +45,12 @@ class LatticeGrid(CodewordGrid):
 
     Attributes:
         unit: what a group's scale is multiplied by.
-        points: magnitudes of neighbouring levels.
+        steps: largest `sc`.
+        points: levels of neighbours.
     """
 
     unit: float
+    steps: int
     points: Points = field(compare=False)
 
     @property
@@ -76,9 +75,9 @@ class LatticeGrid(CodewordGrid):
 
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return arrays["d"].float().repeat_interleave(self.groups, -1) * self.steps(arrays)
+        return arrays["d"].float().repeat_interleave(self.groups, -1) * self.factors(arrays)
 
-    def steps(self, arrays: Mapping[str, Tensor]) -> Tensor:
+    def factors(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What d is multiplied by, float32 [rows, groups]."""
         return (2 * arrays["sc"].float() + 1) * self.unit
 
@@ -99,7 +98,7 @@ class LatticeGrid(CodewordGrid):
     @override
     def realise(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         d = moved(arrays["d"], relaxed["d"])
-        return d.repeat_interleave(self.groups, -1) * self.steps(arrays), self.zero(arrays)
+        return d.repeat_interleave(self.groups, -1) * self.factors(arrays), self.zero(arrays)
 
     @override
     @torch.no_grad()
@@ -153,13 +152,13 @@ class LatticeGrid(CodewordGrid):
         Returns:
             The half floats [rows, super-blocks] and the integers, uint8 of the scales' shape.
         """
-        reach = scale.amax(-1) / (self.unit * (2 * _STEPS + 1))
+        reach = scale.amax(-1) / (self.unit * (2 * self.steps + 1))
         best = torch.full_like(reach, torch.inf)
         best_d, best_sc = half(reach), torch.zeros_like(scale, dtype=torch.uint8)
         for share in _DIVISORS:
             d = half(reach * share)
             step = d.float()[..., None] * self.unit
-            sc = ((scale / step - 1) / 2).round().clamp(0, _STEPS)
+            sc = ((scale / step - 1) / 2).round().clamp(0, self.steps)
             error = (weight * (step * (2 * sc + 1) - scale).square()).sum(-1)
             better = error < best
             best, best_d = torch.where(better, error, best), torch.where(better, d, best_d)
@@ -219,7 +218,7 @@ class _Search:
     def _half_float(self, arrays: Arrays) -> Arrays:
         """The arrays with the best half floats for their points."""
         hq, hqq = self._fits(self._grid.scale(arrays))
-        steps = self._grid.steps(arrays)
+        steps = self._grid.factors(arrays)
         d = (hq * steps).sum(-1) / (hqq * steps.square()).sum(-1)
         return {"d": half(d)[:, None], "sc": arrays["sc"]}
 
@@ -227,7 +226,7 @@ class _Search:
         """The best integers near those of the arrays, and the error of each span."""
         best_sc, best = arrays["sc"], self._error(self._grid.scale(arrays))
         for move in (-1, 1):
-            sc = (arrays["sc"].int() + move).clamp(0, _STEPS).to(torch.uint8)
+            sc = (arrays["sc"].int() + move).clamp(0, self._grid.steps).to(torch.uint8)
             error = self._error(self._grid.scale({"d": arrays["d"], "sc": sc}))
             better = error < best
             best, best_sc = torch.where(better, error, best), torch.where(better, sc, best_sc)
@@ -294,9 +293,12 @@ class _LatticeRounder(Rounder):
 
 def _of(packer: LatticePacker, bits: int) -> LatticeGrid:
     """Return the grid that goes with a packer; bits are those of a weight, about."""
-    points = Points(torch.from_numpy(packer.points).float(), packer.even)
-    return LatticeGrid(packer.type, bits, packer.group, SUPER_BLOCK, False, packer.unit, points)
+    levels = torch.from_numpy(packer.points).float()
+    points = Points(levels) if packer.signs is Signs.INSIDE else Magnitudes(levels, packer.signs is Signs.EVEN)
+    return LatticeGrid(packer.type, bits, packer.group, SUPER_BLOCK, False, packer.unit, packer.steps, points)
 
 
-IQ2_XXS, IQ2_XS, IQ2_S = (_of(packer, 2) for packer in (packers.IQ2_XXS, packers.IQ2_XS, packers.IQ2_S))
+IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S = (
+    _of(packer, 2) for packer in (packers.IQ1_M, packers.IQ2_XXS, packers.IQ2_XS, packers.IQ2_S)
+)
 IQ3_XXS, IQ3_S = (_of(packer, 3) for packer in (packers.IQ3_XXS, packers.IQ3_S))
