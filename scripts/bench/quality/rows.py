@@ -112,6 +112,12 @@ LLAMA_MIXES = (
 NAMED_MIXES = ("Q2_K_S", "Q3_K_M", "Q4_K_M", "IQ2_M", "IQ3_XXS")
 """Mixes that are learned as well."""
 
+_LEARNED = (
+    ("gptq", "GPTQ", ("--method", "gptq")),
+    ("tesseraq-awq", "TesseraQ from AWQ", ("--method", "tesseraq", "--init", "awq")),
+)
+"""Ends of names of rows, methods as tables say them, and as the program does."""
+
 FILE_TYPES = ("tsq2", "bcq2", "tsq3", "tsq4", "q2_k", "q3_k", "q4_0", "q4_k")
 """Types of our own rows there."""
 
@@ -144,7 +150,7 @@ def file_rows(samples: int | None = None, sizes: Sequence[str] = ()) -> list[Row
         *(_file_of_llama(mix) for mix in LLAMA_MIXES),
         *(row for type in FILE_TYPES for row in _files_of_ours(type, type.upper(), samples)),
         *(row for mix in NAMED_MIXES for row in _files_of_ours(f"mix:{mix.lower()}", mix, samples)),
-        *(_file_of_a_size(size, samples) for size in sizes),
+        *(row for size in sizes for row in _files_of_a_size(size, samples)),
     ]
 
 
@@ -157,25 +163,21 @@ def _files_of_ours(type: str, title_of_types: str, samples: int | None) -> Itera
     learning, mixed = _learning(samples), type.startswith("mix:")
     # a mix names the embedding's type too
     types = ("--type", type) if mixed else ("--type", type, "--embedding-type", "q8_0")
-    for name, title, options in (
-        ("rtn", "RTN", ("--method", "rtn")),
-        ("gptq", "GPTQ", ("--method", "gptq", *learning)),
-        ("tesseraq-awq", "TesseraQ from AWQ", ("--method", "tesseraq", "--init", "awq", *learning)),
-    ):
+    learned = ((name, title, (*options, *learning)) for name, title, options in _LEARNED)
+    for name, title, options in (("rtn", "RTN", ("--method", "rtn")), *learned):
         commands = (("{cli}", "convert", "{plain_model}", "{out}", *types, *options),)
         row = f"ours-{type.replace(':', '-')}-{name}"
         yield Row(row, OURS, title, None, False, commands, study=FILES, mix=title_of_types)
 
 
-def _file_of_a_size(size: str, samples: int | None) -> Row:
-    command = (
-        "{cli}", "convert", "{plain_model}", "{out}", "--target-size", size, "--candidates", "stock",
-        "--method", "tesseraq", "--init", "awq", *_learning(samples),
-    )  # fmt: skip
-    return Row(
-        f"ours-size-{size.lower()}", OURS, "TesseraQ from AWQ", None, False, (command,), study=FILES,
-        mix=f"chosen for {size}",
-    )  # fmt: skip
+def _files_of_a_size(size: str, samples: int | None) -> Iterator[Row]:
+    for name, title, options in _LEARNED:
+        command = (
+            "{cli}", "convert", "{plain_model}", "{out}", "--target-size", size, "--candidates", "stock", *options,
+            *_learning(samples),
+        )  # fmt: skip
+        row = f"ours-size-{size.lower()}-{name}"
+        yield Row(row, OURS, title, None, False, (command,), study=FILES, mix=f"chosen for {size}")
 
 
 def _learning(samples: int | None) -> tuple[str, ...]:
@@ -319,10 +321,7 @@ def _mix_rows() -> Iterator[Row]:
             "{cli}", "convert", "{padded_f16}", "{out}", "--type", f"mix:{name}", "--embedding-type", "q8_0",
             "--preset", "{preset}", "--calibration", "{calibration}",
         )  # fmt: skip
-        for end, title, options in (
-            ("gptq", "GPTQ", ("--method", "gptq")),
-            ("tesseraq-awq", "TesseraQ from AWQ", ("--method", "tesseraq", "--init", "awq")),
-        ):
+        for end, title, options in _LEARNED:
             yield Row(f"ours-mix-{name}-{end}", OURS, title, None, True, ((*convert, *options),), mix=f"mix {mix}")
 
 
