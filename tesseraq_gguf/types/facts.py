@@ -134,6 +134,7 @@ _ROWS = (
     TensorType("q5_k", 13, 16, 256, 176, "kquants", fallback="q5_1"),
     TensorType("q6_k", 14, 18, 256, 210, "kquants", fallback="q8_0"),
     TensorType("iq4_xs", 23, 30, 256, 136, "kquants", fallback="iq4_nl"),
+    TensorType("iq1_s", 19, 24, 256, 50, "lattice", fallback="iq4_nl"),
     TensorType("iq1_m", 29, 31, 256, 56, "lattice", fallback="iq4_nl"),
     TensorType("iq2_xxs", 16, 19, 256, 66, "lattice", fallback="iq4_nl"),
     TensorType("iq2_xs", 17, 20, 256, 74, "lattice", fallback="iq4_nl"),

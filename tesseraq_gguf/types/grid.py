@@ -3,8 +3,8 @@
 Nearly all our grids are affine: value = scale·(q - zero), with integer codes q from 0 to 2^bits - 1 and one scale and
 one zero-point for each group of neighbouring weights of a row. They differ in how scales and zero-points are stored: as
 small floats, as half floats, or as small integers that share a half float with a super-block. Where codes name
-codewords instead (`uniform` is False), value = scale·level, and a zero-point is always 0. Of a lattice, neighbouring
-weights have levels that go together (`vector`).
+codewords instead (`uniform` is False), value = scale·(level - zero), and no zero-point is learned: nearly all are 0. Of
+a lattice, neighbouring weights have levels that go together (`vector`).
 
 Matrices are [rows, columns]; grouped matrices [rows, groups, group]; scales and zero-points [rows, groups]. What a
 type stores is named `arrays`: codes under `q`, parameters under the names of the type. Arithmetic is float32.

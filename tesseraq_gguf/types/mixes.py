@@ -38,7 +38,7 @@ _MIXES = (
     Mix("q3_k_s", 11), Mix("q3_k_m", 12), Mix("q3_k_l", 13),
     Mix("q4_0", 2), Mix("q4_1", 3), Mix("q4_k_s", 14), Mix("q4_k_m", 15),
     Mix("q5_0", 8), Mix("q5_1", 9), Mix("q5_k_s", 16), Mix("q5_k_m", 17), Mix("q6_k", 18), Mix("q8_0", 7),
-    Mix("iq2_xxs", 19), Mix("iq2_xs", 20), Mix("iq2_s", 28), Mix("iq2_m", 29),
+    Mix("iq1_s", 24), Mix("iq1_m", 31), Mix("iq2_xxs", 19), Mix("iq2_xs", 20), Mix("iq2_s", 28), Mix("iq2_m", 29),
     Mix("iq3_xxs", 23), Mix("iq3_xs", 22), Mix("iq3_s", 26), Mix("iq3_m", 27), Mix("iq4_nl", 25), Mix("iq4_xs", 30),
     Mix("mxfp4_moe", 38),
 )  # fmt: skip

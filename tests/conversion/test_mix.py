@@ -118,7 +118,7 @@ def test_names_and_file_types_are_those_of_llama_quantize():
         assert theirs[name] == found.file_type, name
     aliases, ternary = {"q3_k", "q4_k", "q5_k"}, {"tq1_0", "tq2_0"}
     floats_and_ours = {t.name for t in TENSOR_TYPES.values() if t.is_float or t.custom}
-    assert theirs.keys() - MIXES.keys() <= aliases | ternary | floats_and_ours | {"q1_0", "nvfp4", "iq1_s", "iq1_m"}
+    assert theirs.keys() - MIXES.keys() <= aliases | ternary | floats_and_ours | {"q1_0", "nvfp4"}
 
 
 def test_a_name_of_a_type_is_that_of_the_type():

@@ -277,7 +277,7 @@ def test_every_kind_of_type_can_be_learned(type, make_model, long_text, tmp_path
     assert ("any llama.cpp" in report.runs_on) == (not tensor_type(type).custom)
 
 
-@pytest.mark.parametrize("type", ["iq1_m", "iq2_xxs", "iq3_s"])
+@pytest.mark.parametrize("type", ["iq1_s", "iq1_m", "iq2_xxs", "iq3_s"])
 def test_lattices_are_learned_where_256_divides_the_rows(type, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
     report = convert(recipe_of(make_model("llama-256"), tmp_path / "out.gguf", long_text, type=type, init="gptq"), told)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+
+import numpy as np
 import pytest
 import torch
 from conversions import Listener, recipe_of
@@ -9,9 +12,13 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.conversion.start_file import StartFile
+from tesseraq_gguf.converter.writer import write_plain
 from tesseraq_gguf.errors import ModelError, UsageError
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.gguf_files.imatrix import Imatrix, Squares, write_imatrix
 from tesseraq_gguf.gguf_files.inspection import inspect
 from tesseraq_gguf.models import Decoder
+from tesseraq_gguf.runtime import find_runtime
 from tesseraq_gguf.types.facts import tensor_type
 from tesseraq_gguf.types.grids import grid_of
 
@@ -59,6 +66,22 @@ def test_a_file_is_improved_in_place(begun, long_text, tmp_path):
     assert all(result.loss_after < result.loss_before for result in told.results)
     assert inspect(out).tesseraq["method"] == "tesseraq from file"
     assert report.divergence is not None
+
+
+@pytest.mark.slow
+@pytest.mark.runtime
+def test_files_of_one_bit_from_llama_quantize_are_improved(make_model, long_text, tmp_path):  # noqa: F811
+    source, file, out, told = make_model("llama-256"), tmp_path / "theirs.gguf", tmp_path / "out.gguf", Listener()
+    write_plain(source, tmp_path / "f16.gguf", "f16")
+    squares = {t.name: np.ones((1, t.shape[0]), np.float32) for t in open_gguf(tmp_path / "f16.gguf").tensors}
+    write_imatrix(tmp_path / "ones", Imatrix({n: Squares(s, np.ones(1, np.float32)) for n, s in squares.items()}))
+    options = ["--imatrix", tmp_path / "ones", "--tensor-type", "ffn_up=iq1_s", tmp_path / "f16.gguf", file, "IQ1_M"]
+    subprocess.run([find_runtime().tool("llama-quantize"), *options], check=True, capture_output=True)
+    assert {"iq1_s", "iq1_m"} < set(types_of(file).values())
+    recipe = recipe_of(source, out, long_text, type="tsq2", init=f"file:{file}", samples=16)
+    convert(recipe, told)
+    assert types_of(out) == types_of(file)
+    assert all(result.loss_after < result.loss_before for result in told.results)
 
 
 def test_what_it_cannot_begin_at(begun, make_model, long_text, tmp_path):  # noqa: F811

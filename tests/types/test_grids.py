@@ -17,14 +17,14 @@ GOOD = {
     "q8_0": 3e-5, "bcq2": 0.090, "bcq4": 0.0050, "bcq4_a4": 0.0050, "q2_k": 0.080, "q3_k": 0.024, "q4_k": 0.0061,
     "ptq1_61": 0.300, "q1_0": 0.370, "q5_1": 0.0013, "iq4_nl": 0.0060,
     "q5_k": 0.0014, "q6_k": 0.00032, "iq4_xs": 0.0062, "mxfp4": 0.0130, "nvfp4": 0.0090,
-    "iq1_m": 0.170,
+    "iq1_s": 0.200, "iq1_m": 0.170,
     "iq2_xxs": 0.108, "iq2_xs": 0.082, "iq2_s": 0.058, "iq3_xxs": 0.032, "iq3_s": 0.017,
 }  # fmt: skip
 
 BINARY = ("ptq1_61", "q1_0")
 """Types with two levels, at least for most weights: d and -d."""
 
-LATTICES = {"iq1_m": 8, "iq2_xxs": 8, "iq2_xs": 8, "iq2_s": 8, "iq3_xxs": 4, "iq3_s": 4}
+LATTICES = {"iq1_s": 8, "iq1_m": 8, "iq2_xxs": 8, "iq2_xs": 8, "iq2_s": 8, "iq3_xxs": 4, "iq3_s": 4}
 """Weights that are rounded together."""
 
 WITHOUT_ZERO = (*BINARY, *LATTICES, "iq4_nl", "iq4_xs")

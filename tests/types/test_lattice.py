@@ -59,7 +59,8 @@ def random_arrays(name: str, rows: int, blocks: int, seed: int) -> dict[str, Arr
         signs[:] = 1
     q = points.reshape(rows, columns) * signs.reshape(rows, columns)
     sc = random.integers(0, packer.steps + 1, (rows, columns // packer.group)).astype(np.uint8)
-    return {"q": q, "sc": sc, "d": random.choice(FINITE, (rows, blocks))}
+    arrays = {"q": q, "sc": sc, "d": random.choice(FINITE, (rows, blocks))}
+    return arrays | ({"lower": random.integers(0, 2, sc.shape, dtype=np.uint8)} if packer.shift else {})
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -127,6 +128,8 @@ def test_arrays_that_do_not_fit_together(name: str) -> None:
     ]
     if packer.signs is Signs.EVEN:
         bad.append({"q": odd})
+    if packer.shift:
+        bad += [{"lower": good["lower"][:1]}, {"lower": good["lower"] + np.uint8(2)}]
     for wrong in bad:
         with pytest.raises(ValueError, match=rf"^{name} (wants|has) "):
             packer.pack(good | wrong)
@@ -141,7 +144,11 @@ def test_numpy_dequantises_as_c_does(name: str) -> None:
 
 @pytest.mark.runtime
 @pytest.mark.parametrize("tails", [False, True])
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(
+    # before ggml quantises to the first of the IQ1 types, it looks for the neighbours of all their vectors
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if name.startswith("iq1") else []) for name in TYPES],
+)
 def test_the_search_leaves_less_than_that_of_c(name: str, tails: bool) -> None:
     random = np.random.default_rng(6)
     weight = 0.02 * random.standard_normal((24, 512)).astype(np.float32)
@@ -238,6 +245,31 @@ def test_a_point_is_chosen_by_what_its_errors_leave(name: str) -> None:
     weight, nearest = weight[:, : grid.vector], nearest[:, : grid.vector]
     left, before = (((weight - q) @ inverse).square().sum() for q in (first, nearest))
     assert left < 0.985 * before
+
+
+def test_a_group_of_iq1_s_is_shifted_to_where_its_weights_are() -> None:
+    grid, random = lattice("iq1_s"), torch.Generator().manual_seed(11)
+    lower = torch.arange(16)[None] % 3 == 0
+    levels = grid.points.levels[torch.randint(2048, (1, 64), generator=random)].view(1, 16, 32)
+    weight = 0.03 * (levels + torch.where(lower, -0.125, 0.125)[..., None]).flatten(1)
+    tensor = grid.quantize(weight)
+    assert torch.equal(tensor.arrays["lower"], lower.to(torch.uint8))
+    assert float((grid.dequantize(tensor) - weight).square().sum()) < 1e-4 * float(weight.square().sum())
+
+
+def test_learning_keeps_the_shifts_of_groups() -> None:
+    grid = lattice("iq1_s")
+    weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(0))
+    start = Start(grid.quantize(weight), weight)
+    soft = SoftMatrix(start, grid)
+    with torch.no_grad():
+        soft.tuning += 0.05
+    soft.settle_scale()
+    soft.settle_zero()
+    soft.harden(0.0)
+    tensor = soft.finish()
+    assert torch.equal(tensor.arrays["lower"], start.tensor.arrays["lower"])
+    assert torch.equal(grid.dequantize(tensor), soft.weight())
 
 
 @pytest.fixture

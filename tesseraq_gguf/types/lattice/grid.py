@@ -2,13 +2,14 @@
 
 A level is a signed magnitude, and four or eight neighbours have those of one point (`points.py`): they are rounded
 together, and one variable of learning moves them together. In the terms of every grid: scale = d·(2·sc + 1)·unit, and
-a zero-point of 0.
+a zero-point of 0, or of IQ1_S -1/8 or 1/8, which the search chooses and learning keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tesseraq_gguf.types.lattice import packer as packers
 from tesseraq_gguf.types.lattice.packer import SIGNED, LatticePacker, Signs
 from tesseraq_gguf.types.lattice.points import Magnitudes, Points
 from tesseraq_gguf.types.levels import CodewordGrid
+from tesseraq_gguf.types.quantized import QuantizedTensor
 from tesseraq_gguf.types.search import SMALLEST
 from tesseraq_gguf.types.stock.grid import half
 
@@ -67,6 +69,16 @@ class LatticeGrid(CodewordGrid):
     @override
     def dtype(self) -> torch.dtype:
         return torch.int8
+
+    @property
+    def reach(self) -> float:
+        """Largest magnitude of a weight in units of its scale."""
+        return self.points.largest
+
+    @property
+    def zeros(self) -> tuple[float, ...]:
+        """The zero-points that a group can have."""
+        return (0.0,)
 
     @property
     def groups(self) -> int:
@@ -132,8 +144,8 @@ class LatticeGrid(CodewordGrid):
         return self.points.to(device)
 
     def _in_units(self, weight: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
-        """Weights [rows, columns] in units of their scales, by those whose signs stand together: [n, 8]."""
-        return (self.grouped(weight) / self.scale(arrays)[..., None]).view(-1, SIGNED)
+        """Where weights [rows, columns] are among the points, by those whose signs stand together: [n, 8]."""
+        return (self.grouped(weight) / self.scale(arrays)[..., None] + self.zero(arrays)[..., None]).view(-1, SIGNED)
 
     def _nearest(self, x: Tensor, h: Tensor) -> Tensor:
         """Levels of weights whose signs stand together, in units of the scale: [n, 8] to the same."""
@@ -166,6 +178,48 @@ class LatticeGrid(CodewordGrid):
         return best_d, best_sc
 
 
+@dataclass(frozen=True)
+class ShiftedLatticeGrid(LatticeGrid):
+    """The grid d·(2·sc + 1)·unit·(level ± shift). It has one array more: `lower`, uint8 as `sc`, 1 where it is minus.
+
+    Attributes:
+        shift: a zero-point, or one with a minus, that each group has.
+    """
+
+    shift: float
+
+    @property
+    @override
+    def reach(self) -> float:
+        return self.points.largest + self.shift
+
+    @property
+    @override
+    def zeros(self) -> tuple[float, ...]:
+        return (-self.shift, self.shift)
+
+    @override
+    def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
+        return (2 * arrays["lower"].float() - 1) * self.shift
+
+    @override
+    def fixed(self, arrays: Mapping[str, Tensor]) -> Arrays:
+        return {"lower": arrays["lower"]}
+
+    @override
+    def settle_zero(self, zero: Tensor, scale: Tensor) -> Arrays:
+        return {"lower": (zero > 0).to(torch.uint8)}
+
+    @override
+    def dequantize(self, tensor: QuantizedTensor) -> Tensor:
+        levels = self.levels(tensor) - self.zero(tensor.arrays)[..., None]
+        return (levels * self.scale(tensor.arrays)[..., None]).flatten(-2)
+
+
+_Found = tuple[Tensor, Tensor, Tensor]
+"""Scales of groups, their zero-points, and the errors with both: [spans, groups] each."""
+
+
 class _Search:
     """The search of parameters.
 
@@ -181,18 +235,18 @@ class _Search:
     def __init__(self, grid: LatticeGrid, w: Tensor, h: Tensor) -> None:
         self._grid, self._points = grid, grid.points.to(w.device)
         self._w, self._h = w, h
-        self._energy = (h * w * w).sum(-1)
+        self._energy, self._sum, self._total = (h * w * w).sum(-1), (h * w).sum(-1), h.sum(-1)
 
     def found(self) -> Arrays:
         """The parameters, each [spans, …]."""
-        scale = self._ladder()
-        hq, hqq = self._fits(scale)
+        scale, zero = self._ladder()
+        hq, hqq = self._fits(scale, zero)
         scale = torch.where(hq > 0, hq / hqq, scale)
         d, sc = self._grid.settled(scale[:, None], hqq[:, None])
-        arrays = {"d": d, "sc": sc[:, 0]}
+        arrays = {"d": d, "sc": sc[:, 0]} | self._grid.settle_zero(zero, scale)
         best, best_error = arrays, torch.full_like(scale[:, 0], torch.inf)
         for last in range(_REFITS, -1, -1):
-            arrays, error = self._integers(arrays)
+            arrays, error = self._of_groups(arrays)
             better = (error < best_error)[:, None]
             best = {key: torch.where(better, array, best[key]) for key, array in arrays.items()}
             best_error = torch.where(better[:, 0], error, best_error)
@@ -200,57 +254,64 @@ class _Search:
                 arrays = self._half_float(arrays)
         return best
 
-    def _ladder(self) -> Tensor:
-        """The scale of each group with the least error among a few, [spans, groups]."""
-        reach = (self._w.abs().amax(-1) / self._points.largest).clamp_min(SMALLEST)
-        one_size = self._points.largest / self._points.lowest  # all weights alike: that point is there for sure
-        worst = torch.full_like(reach, torch.inf)
-        scale, least = self._better(reach, worst, (reach * share for share in (*_REACHES, one_size)))
-        return self._better(scale, least, [scale * share for share in _BETWEEN])[0]
+    def _ladder(self) -> tuple[Tensor, Tensor]:
+        """The scale and the zero-point of each group with the least error among a few, [spans, groups] each."""
+        reach = (self._w.abs().amax(-1) / self._grid.reach).clamp_min(SMALLEST)
+        best = reach, torch.zeros_like(reach), torch.full_like(reach, torch.inf)
+        for share, of_all in product((*_REACHES, self._points.alike), self._grid.zeros):
+            best = self._better(best, reach * share, torch.full_like(reach, of_all))
+        scale, zero, _ = best
+        for share in _BETWEEN:
+            best = self._better(best, scale * share, zero)
+        return best[:2]
 
-    def _better(self, scale: Tensor, least: Tensor, others: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """The best of some scales, each [spans, groups], and its error; `least` is that of the first."""
-        for other in others:
-            error = self._error(other)
-            scale, least = torch.where(error < least, other, scale), torch.minimum(error, least)
-        return scale, least
+    def _better(self, best: _Found, scale: Tensor, zero: Tensor) -> _Found:
+        """The better, group by group, of what was found and another scale and zero-point, [spans, groups] each."""
+        error = self._error(scale, zero)
+        better = error < best[2]
+        return torch.where(better, scale, best[0]), torch.where(better, zero, best[1]), torch.minimum(error, best[2])
 
     def _half_float(self, arrays: Arrays) -> Arrays:
         """The arrays with the best half floats for their points."""
-        hq, hqq = self._fits(self._grid.scale(arrays))
-        steps = self._grid.factors(arrays)
-        d = (hq * steps).sum(-1) / (hqq * steps.square()).sum(-1)
-        return {"d": half(d)[:, None], "sc": arrays["sc"]}
+        hq, hqq = self._fits(self._grid.scale(arrays), self._grid.zero(arrays))
+        factors = self._grid.factors(arrays)
+        d = (hq * factors).sum(-1) / (hqq * factors.square()).sum(-1)
+        return arrays | {"d": half(d)[:, None]}
 
-    def _integers(self, arrays: Arrays) -> tuple[Arrays, Tensor]:
-        """The best integers near those of the arrays, and the error of each span."""
-        best_sc, best = arrays["sc"], self._error(self._grid.scale(arrays))
-        for move in (-1, 1):
+    def _of_groups(self, arrays: Arrays) -> tuple[Arrays, Tensor]:
+        """The arrays with the best integers near theirs and the best zero-points, and the error of each span."""
+        scale = self._grid.scale(arrays)
+        best, least = arrays, torch.full_like(scale, torch.inf)
+        for move, zero in product((0, -1, 1), self._grid.zeros):
             sc = (arrays["sc"].int() + move).clamp(0, self._grid.steps).to(torch.uint8)
-            error = self._error(self._grid.scale({"d": arrays["d"], "sc": sc}))
-            better = error < best
-            best, best_sc = torch.where(better, error, best), torch.where(better, sc, best_sc)
-        return {"d": arrays["d"], "sc": best_sc}, best.sum(-1)
+            trial = {"d": arrays["d"], "sc": sc} | self._grid.settle_zero(torch.full_like(scale, zero), scale)
+            error = self._error(self._grid.scale(trial), self._grid.zero(trial))
+            better = error < least
+            least = torch.where(better, error, least)
+            best = best | {key: torch.where(better, trial[key], best[key]) for key in trial if key != "d"}
+        return best, least.sum(-1)
 
-    def _error(self, scale: Tensor) -> Tensor:
-        """Weighted squared error of each group, [spans, groups], for scales of this shape."""
-        x, _ = self._unsigned(scale)
+    def _error(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Weighted squared error of each group, for scales and zero-points, all [spans, groups]."""
+        x = self._unsigned(scale, zero)
         least = self._points.least(x, self._h.view(x.shape)).view(*scale.shape, -1).sum(-1)
-        return self._energy + least * scale.square()
+        offset = scale * zero
+        return self._energy + offset * (2 * self._sum + offset * self._total) + least * scale.square()
 
-    def _fits(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Σ h·w·q and Σ h·q² of each group, [spans, groups], for the points that scales of this shape give."""
-        x, _ = self._unsigned(scale)
+    def _fits(self, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ h·w·v and Σ h·v² of each group, [spans, groups], with w = scale·v for the points that such scales give."""
+        x = self._unsigned(scale, zero)
         q = self._points.nearest(x, self._h.view(x.shape)).view(self._w.shape)
-        hq = self._h * q
-        return (hq * x.view(q.shape)).sum(-1) * scale, (hq * q).sum(-1)
+        v = q - zero[..., None]  # there are none where signs are taken off
+        hv = self._h * v
+        return (hv * (x.view(q.shape) - zero[..., None])).sum(-1) * scale, (hv * v).sum(-1)
 
-    def _unsigned(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights in units of scales [spans, groups] with their signs taken off, [n, weights of a point], and signs."""
-        x = self._w / scale[..., None]
+    def _unsigned(self, scale: Tensor, zero: Tensor) -> Tensor:
+        """Where weights are among the points, with their signs taken off: [n, weights of a point]."""
+        x = self._w / scale[..., None] + zero[..., None]
         together = x.view(-1, SIGNED)
         s = self._points.signs(together, self._h.view(together.shape))
-        return (s * together).view(-1, self._points.weights), s
+        return (s * together).view(-1, self._points.weights)
 
 
 class _LatticeRounder(Rounder):
@@ -263,20 +324,20 @@ class _LatticeRounder(Rounder):
     def __init__(self, grid: LatticeGrid, arrays: Arrays) -> None:
         self.arrays = arrays
         self._group, self._vector, self._points = grid.group, grid.vector, grid.points.to(arrays["d"].device)
-        self._scale = grid.scale(arrays).T.contiguous()  # [groups, rows]
+        self._scale, self._zero = (a.T.contiguous() for a in (grid.scale(arrays), grid.zero(arrays)))  # [groups, rows]
         self._q = torch.zeros(self._vector, self._scale.shape[1], device=self._scale.device)
         self._odd = torch.zeros_like(self._q[0], dtype=torch.bool)
 
     @override
     def __call__(self, column: int, block: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self._scale[column // self._group]
+        scale, zero = (of_groups[column // self._group] for of_groups in (self._scale, self._zero))
         if column % SIGNED == 0:
             self._odd = torch.zeros_like(self._odd)
         if column % self._vector == 0:
             ahead = slice(column, column + SIGNED - column % SIGNED)
-            self._choose((block[ahead] / scale).T, factor[ahead, ahead])
+            self._choose((block[ahead] / scale + zero).T, factor[ahead, ahead])
         q = self._q[column % self._vector]
-        return q, scale * q
+        return q, scale * (q - zero)
 
     def _choose(self, x: Tensor, factor: Tensor) -> None:
         """Choose a point for the first of the weights whose signs stand together, float32 [rows, weights]."""
@@ -295,10 +356,11 @@ def _of(packer: LatticePacker, bits: int) -> LatticeGrid:
     """Return the grid that goes with a packer; bits are those of a weight, about."""
     levels = torch.from_numpy(packer.points).float()
     points = Points(levels) if packer.signs is Signs.INSIDE else Magnitudes(levels, packer.signs is Signs.EVEN)
-    return LatticeGrid(packer.type, bits, packer.group, SUPER_BLOCK, False, packer.unit, packer.steps, points)
+    same = (packer.type, bits, packer.group, SUPER_BLOCK, False, packer.unit, packer.steps, points)
+    return ShiftedLatticeGrid(*same, packer.shift) if packer.shift else LatticeGrid(*same)
 
 
-IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S = (
-    _of(packer, 2) for packer in (packers.IQ1_M, packers.IQ2_XXS, packers.IQ2_XS, packers.IQ2_S)
+IQ1_S, IQ1_M, IQ2_XXS, IQ2_XS, IQ2_S = (
+    _of(packer, 2) for packer in (packers.IQ1_S, packers.IQ1_M, packers.IQ2_XXS, packers.IQ2_XS, packers.IQ2_S)
 )
 IQ3_XXS, IQ3_S = (_of(packer, 3) for packer in (packers.IQ3_XXS, packers.IQ3_S))

@@ -194,12 +194,24 @@ def _split_iq1_m(fields: Fields) -> Fields:
     return {"points": fields["low"] | high << np.uint16(8), "sc": sc, "d": _bytes_of(half)}
 
 
+def _join_iq1_s(codes: Fields) -> Fields:
+    points = codes["points"]
+    top = codes["sc"] | codes["lower"] << 3
+    return {"low": (points & 255).astype(np.uint8), "words": _join_threes(points >> np.uint16(8), top)}
+
+
+def _split_iq1_s(fields: Fields) -> Fields:
+    high, top = _split_threes(fields["words"])
+    points = fields["low"] | high.astype(np.uint16) << np.uint16(8)
+    return {"points": points, "sc": top & 7, "lower": top >> 3}
+
+
 @dataclass(frozen=True)
 class LatticePacker:
     """Packer of one lattice type.
 
     Its arrays: signed levels `q` int8 [rows, columns]; `sc` uint8 [rows, columns / group] and `d` float16 [rows,
-    columns / 256].
+    columns / 256]; where groups have a shift, `lower` uint8 as `sc`: whether it is downwards.
 
     Attributes:
         type: name of the type.
@@ -209,10 +221,12 @@ class LatticePacker:
         layout: the fields of a super-block, in order, with their bytes. Field `d` is the half float's, the others are
             what `join` makes.
         join: indices of `points` [rows, blocks, 256 / weights of a point], `signs` as bytes [rows, blocks, 32] unless
-            points have them, `sc` [rows, blocks, 256 / group] and the bytes of `d` to fields [rows, blocks, bytes].
+            points have them, `sc` and `lower` [rows, blocks, 256 / group] and the bytes of `d` to fields [rows, blocks,
+            bytes].
         split: inverts `join`; of even signs, the eighth may be missing.
         scale_bits: bits of `sc`.
         table: gives the points of a type.
+        shift: what the levels of a group are higher by, or lower; 0 where they are as they are.
     """
 
     type: str
@@ -224,6 +238,12 @@ class LatticePacker:
     split: Callable[[Fields], Fields]
     scale_bits: int = 4
     table: Callable[[str], NDArray[np.int8]] = points_of
+    shift: float = 0.0
+
+    @property
+    def _of_groups(self) -> dict[str, int]:
+        """What groups have, and the largest that it can be."""
+        return {"sc": self.steps} | ({"lower": 1} if self.shift else {})
 
     @property
     def steps(self) -> int:
@@ -268,9 +288,11 @@ class LatticePacker:
         rows, blocks = check_columns(self.type, q, SUPER_BLOCK)
         if q.dtype != np.int8:
             raise ValueError(f"{self.type} wants q as int8, not {q.dtype}")
-        check_codes(self.type, "sc", arrays["sc"], (rows, blocks * SUPER_BLOCK // self.group), self.steps)
         check_halves(self.type, "d", arrays["d"], (rows, blocks))
-        codes = {"points": self._points(q), "sc": arrays["sc"], "d": half_bytes(arrays["d"])}
+        codes: Fields = {"points": self._points(q), "d": half_bytes(arrays["d"])}
+        for name, top in self._of_groups.items():
+            check_codes(self.type, name, arrays[name], (rows, blocks * SUPER_BLOCK // self.group), top)
+            codes[name] = arrays[name]
         if self.signs is not Signs.INSIDE:
             codes["signs"] = self._signs(q)
         codes = {key: a.reshape(rows, blocks, -1) for key, a in codes.items()}
@@ -302,7 +324,8 @@ class LatticePacker:
         levels = self.points[codes["points"]].reshape(len(data), -1)
         if self.signs is not Signs.INSIDE:
             levels = np.where(self._negative(codes["signs"]).reshape(levels.shape), -levels, levels)
-        return {"q": levels, "sc": codes["sc"].reshape(len(data), -1), "d": halves(codes["d"])}
+        of_groups = {name: codes[name].reshape(len(data), -1) for name in self._of_groups}
+        return {"q": levels, "d": halves(codes["d"]), **of_groups}
 
     def _negative(self, signs: Codes) -> NDArray[np.uint8]:
         """Whether weights are negative, [..., 8], of the bytes [...] of their signs."""
@@ -315,9 +338,18 @@ class LatticePacker:
         """Weights float32 [rows, columns], exactly."""
         d = np.repeat(arrays["d"].astype(np.float32), SUPER_BLOCK // self.group, axis=1)
         scale = d * ((2 * arrays["sc"] + 1) * np.float32(self.unit))
-        return arrays["q"].astype(np.float32) * np.repeat(scale, self.group, axis=1)
+        levels = arrays["q"].astype(np.float32)
+        if self.shift:
+            levels += np.repeat(
+                np.float32(self.shift) * (1 - 2 * arrays["lower"].astype(np.float32)), self.group, axis=1
+            )
+        return levels * np.repeat(scale, self.group, axis=1)
 
 
+IQ1_S = LatticePacker(
+    "iq1_s", 32, 1.0, Signs.INSIDE, {"d": 2, "low": 32, "words": 16}, _join_iq1_s, _split_iq1_s,
+    scale_bits=3, shift=1 / 8,
+)  # fmt: skip
 IQ1_M = LatticePacker(
     "iq1_m", 16, 1 / 8, Signs.INSIDE, {"low": 32, "high": 16, "scales": 8}, _join_iq1_m, _split_iq1_m,
     scale_bits=3, table=_higher_and_lower,

@@ -46,6 +46,11 @@ class Points:
         """Largest magnitude of a level."""
         return float(self.levels.abs().max())
 
+    @property
+    def alike(self) -> float:
+        """How many times larger the largest level is than one that all weights of a point can have."""
+        return 1.0
+
     @cached_property
     def _table(self) -> Tensor:
         """What [h, h·x] is multiplied by for Σ h·(x - p)² - Σ h·x² of every point, float32 [2·weights, points]."""
@@ -128,6 +133,11 @@ class Magnitudes(Points):
     """
 
     even: bool
+
+    @property
+    @override
+    def alike(self) -> float:
+        return self.largest / self.lowest
 
     @override
     def signs(self, x: Tensor, h: Tensor, odd: Tensor | None = None) -> Tensor:
