@@ -40,6 +40,10 @@ _MOST_UNITS = 200_000
 """Sizes that the dynamic programme tells apart; where there are more, sizes are rounded up."""
 
 
+_JUDGED = 128
+"""Rows of a matrix that are rounded in all types, before the whole is in those that are worth their bytes."""
+
+
 @dataclass(frozen=True)
 class Item:
     """A matrix whose type is to be chosen.
@@ -129,6 +133,11 @@ class Watched:
         """Mean squares of what it is fed, float32 [in]."""
         return self.fed.square().mean(0)
 
+    def some(self, rows: int) -> Watched:
+        """Return some of its rows, as a matrix of its own."""
+        chosen = torch.linspace(0, len(self.weight) - 1, min(rows, len(self.weight)), device=self.weight.device).long()
+        return Watched(self.weight[chosen], self.fed, self.felt[:, chosen])
+
     def cost(self, rounded: Tensor) -> float:
         """What `rounded` [out, in] in its place costs, in nats per token."""
         return 0.5 * float(((self.fed @ (rounded - self.weight).T) * self.felt).sum(1).square().mean())
@@ -195,7 +204,9 @@ class CostMeter:
             full_name = f"{block.prefix}{name}.weight"
             if full_name in self.candidates and name in passed:
                 matrix = Watched(module.weight.detach(), *passed[name])
-                costs = costs_of(matrix, self.candidates[full_name], self.granularity)
+                # which types are worth it, some rows tell
+                judged = matrix if self.palette is None else matrix.some(_JUDGED)
+                costs = costs_of(judged, self.candidates[full_name], self.granularity)
                 if self.palette is not None:
                     costs = self._painted(full_name, matrix, costs, rounded)
                 numbers = torch.tensor(list(costs.values()))
