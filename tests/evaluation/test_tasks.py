@@ -125,7 +125,7 @@ def test_shared_prefixes_change_nothing_but_the_work(kind, pair):
 def test_logits_come_in_pieces(rows, pair, monkeypatch):
     ours, _ = pair("llama")
     whole = ours.loglikelihood(requests(PAIRS), disable_tqdm=True)
-    monkeypatch.setattr("tesseraq_gguf.evaluation.harness._ROWS", rows)
+    monkeypatch.setattr("tesseraq_gguf.evaluation.logits._ROWS", rows)
     monkeypatch.setattr(ours.decoder, "_size", 7)
     ours.decoder.forget()
     pieces = ours.loglikelihood(requests(PAIRS), disable_tqdm=True)
