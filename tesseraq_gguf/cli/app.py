@@ -18,6 +18,7 @@ from rich.text import Text
 
 from tesseraq_gguf.arguments import ON_COMMAND_LINE
 from tesseraq_gguf.cli import runtime
+from tesseraq_gguf.cli.compare import compare
 from tesseraq_gguf.cli.convert import convert
 from tesseraq_gguf.cli.eval import evaluate
 from tesseraq_gguf.cli.inspect import inspect
@@ -41,6 +42,7 @@ app = typer.Typer(
 for command, name in (
     (convert, "convert"),
     (evaluate, "eval"),
+    (compare, "compare"),
     (inspect, "inspect"),
     (write_text, "write-text"),
     (chat, "chat"),

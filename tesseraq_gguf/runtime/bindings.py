@@ -61,6 +61,7 @@ class _Log:
     def __init__(self, module: Any) -> None:
         self._logger = module._logger.logger
         self._listeners: list[list[str]] = []
+        self._notes: list[str] | None = None
         self._level = 0
         self._callback = module.llama_log_callback(self._take)
         module.llama_log_set(self._callback, None)
@@ -69,6 +70,8 @@ class _Log:
         if level != _CONTINUED:
             self._level = level
         said = text.decode("utf-8", "replace")
+        if self._notes is not None:
+            self._notes.append(said)
         if self._level == _ERROR:
             for listener in self._listeners:
                 listener.append(said)
@@ -84,6 +87,15 @@ class _Log:
             yield lambda: printable(first_reason("".join(heard).splitlines()) or _NO_REASON)
         finally:
             self._listeners.remove(heard)
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[Callable[[], str]]:
+        """Note all that is said, at every level; gives a function that returns it."""
+        self._notes = notes = list[str]()
+        try:
+            yield lambda: "".join(notes)
+        finally:
+            self._notes = None
 
 
 class _ForkSafe:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from tesseraq_gguf.errors import RuntimeMissingError
 from tesseraq_gguf.runtime.locate import Runtime, find_runtime
@@ -61,13 +63,51 @@ def check_loads(file: Path | str) -> None:
         FileFormatError: it refuses the file; the message says why.
         RuntimeMissingError: no runtime.
     """
+    _planned(load_llama_cpp(), file).close()
+
+
+_PLANNED = {
+    "weights": re.compile(r"file size += +([\d.]+) (K|M|G)iB"),
+    "cache": re.compile(r"(?:llama_kv_cache|llama_memory_recurrent): +size = +([\d.]+) (K|M|G)iB"),
+    "computing": re.compile(r"(?:compute|output) buffer size = +([\d.]+) (K|M|G)iB"),
+}
+"""What llama.cpp says of the memory that it would take."""
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def memory_of(file: Path | str, context: int) -> dict[str, int]:
+    """Let llama.cpp plan the memory of a model and a context, and take none of it.
+
+    Returns:
+        Bytes of weights, cache and computing, on all devices together.
+
+    Raises:
+        FileFormatError: it refuses the file.
+        RuntimeMissingError: no runtime.
+    """
     llama_cpp = load_llama_cpp()
+    with llama_cpp._tesseraq_log.noted() as said:
+        model = _planned(llama_cpp, file)
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = context
+        params.swa_full = False  # as llama.cpp's programs have it
+        llama_cpp._internals.LlamaContext(model=model, params=params, verbose=False).close()
+        model.close()
+    return {
+        what: sum(round(float(number) * _UNITS[unit]) for number, unit in pattern.findall(said()))
+        for what, pattern in _PLANNED.items()
+    }
+
+
+def _planned(llama_cpp: ModuleType, file: Path | str) -> Any:
+    """A model without memory for its weights."""
     llama_cpp.llama_backend_init()
     llama_cpp._logger.set_verbose(False)
     params = llama_cpp.llama_model_default_params()
     params.no_alloc = True
     params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-    llama_cpp._internals.LlamaModel(path_model=str(file), params=params, verbose=False).close()
+    return llama_cpp._internals.LlamaModel(path_model=str(file), params=params, verbose=False)
 
 
 def _origin(module: ModuleType) -> Path:

@@ -224,7 +224,11 @@ def _images(beside: Beside, templated: bool) -> list[str]:
 
 
 def load(
-    file: Path, template: str | None = None, flash_attention: bool | None = None, projector: Path | None = None
+    file: Path,
+    template: str | None = None,
+    flash_attention: bool | None = None,
+    projector: Path | None = None,
+    context: int | None = None,
 ) -> Model:
     """Load a file that `open_gguf` accepted, with attention, threads and context as llama.cpp's programs choose them.
 
@@ -233,6 +237,7 @@ def load(
         template: a chat template in place of its own.
         flash_attention: whether attention is computed so; None leaves it to llama.cpp, as its programs do.
         projector: what images go through; it wants a template.
+        context: tokens of it; None takes those of a conversation.
 
     Raises:
         FileFormatError: llama.cpp refuses it, or the projector.
@@ -246,7 +251,7 @@ def load(
     try:
         model = llama_cpp.Llama(
             model_path=str(file),
-            n_ctx=_context(header),
+            n_ctx=context or _context(header),
             n_gpu_layers=-1,
             n_threads=threads,
             n_threads_batch=threads,

@@ -29,6 +29,7 @@ COMMANDS = [
     [],
     ["convert"],
     ["eval"],
+    ["compare"],
     ["inspect"],
     ["write-text"],
     ["chat"],
@@ -132,6 +133,7 @@ def place(tmp_path, tiny_model, tiny_gguf):
     (tmp_path / "encoder" / "config.json").write_text(json.dumps(config))
     whole = tiny_gguf.read_bytes()
     (tmp_path / "good.gguf").write_bytes(whole)
+    (tmp_path / "base.gguf").write_bytes(whole)
     (tmp_path / "cut.gguf").write_bytes(whole[:-1000])
     (tmp_path / "cut-early.gguf").write_bytes(whole[:1000])
     (tmp_path / "empty.gguf").write_bytes(b"")
@@ -249,6 +251,21 @@ BAD = [
     ("inspect cut-early.gguf", "truncated"),
     ("inspect foreign.gguf", "999"),
     ("eval missing.gguf --text short.txt", "no file at missing.gguf"),
+    ("compare good.gguf missing.gguf --text short.txt", "no file at missing.gguf"),
+    ("compare cut.gguf good.gguf --text short.txt", "truncated"),
+    ("compare good.gguf foreign.gguf --text short.txt", "999"),
+    ("compare good.gguf --text short.txt", "Missing argument"),
+    ("compare good.gguf good.gguf --text short.txt", "good.gguf is given twice"),
+    ("compare good.gguf base.gguf", "Missing option '--text'"),
+    ("compare good.gguf base.gguf --text nowhere.txt", "no text at nowhere.txt"),
+    ("compare good.gguf base.gguf --text short.txt --ctx 1", "--ctx"),
+    ("compare good.gguf base.gguf --text short.txt --chunks 0", "--chunks"),
+    ("compare good.gguf base.gguf --text short.txt --memory-at 0", "--memory-at must be at least 1 token"),
+    ("compare good.gguf base.gguf --text short.txt --csv a-folder", "--csv a-folder is a folder"),
+    ("compare good.gguf base.gguf --text short.txt --csv nowhere/t.csv", "does not exist"),
+    ("compare good.gguf base.gguf --text short.txt --csv short.txt", "--csv short.txt is a file that is compared"),
+    ("compare good.gguf base.gguf --text short.txt --report page.pdf", "--report page.pdf: its name must end in .html"),
+    ("compare good.gguf base.gguf --text short.txt --plot plot.pdf", "its name must end in .svg or .png"),
     ("eval cut.gguf --text short.txt", "truncated"),
     ("eval foreign.gguf --text short.txt", "999"),
     ("eval good.gguf --text nowhere.txt", "no text at nowhere.txt"),

@@ -1,0 +1,252 @@
+"""Files against one reference: divergence, perplexity, size, memory and speed, in one run.
+
+Divergence and perplexity are those of llama-perplexity's `--kl-divergence`: the second half of every chunk counts, and
+of the divergence those words that the reference gives more than e^-16.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tesseraq_gguf import arguments
+from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.evaluation.perplexity import check_request
+from tesseraq_gguf.evaluation.side_by_side import Findings, Positions, Text, run, tokenised
+from tesseraq_gguf.evaluation.speed import Speed, speeds
+from tesseraq_gguf.gguf_files.inspection import Inspection, inspect
+from tesseraq_gguf.runtime.load import memory_of
+from tesseraq_gguf.runtime.locate import find_runtime
+
+Watch = Callable[[str, int, int], None]
+"""Told what is counted, how much of it is done, and of how much."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to compare.
+
+    Attributes:
+        reference: a GGUF file, usually the model in 16 bits.
+        files: GGUF files of the same model, anybody's.
+        text: a plain text file that nothing was learned on.
+        ctx: tokens of a chunk.
+        chunks: how many chunks are run; None takes the whole text.
+        memory_at: tokens of the context whose memory is told.
+        timed: whether speed is measured.
+        fresh: whether what earlier runs found is left aside.
+    """
+
+    reference: Path
+    files: tuple[Path, ...]
+    text: Path
+    ctx: int = 512
+    chunks: int | None = None
+    memory_at: int = 4096
+    timed: bool = True
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a file's answers amount to; an error is one standard error.
+
+    Attributes:
+        perplexity: exp of the mean minus log-likelihood.
+        perplexity_error: its error.
+        log_ratio: logarithm of the perplexity's ratio to the reference's.
+        log_ratio_error: its error, over pairs of positions.
+        kld: mean divergence in nats per token.
+        kld_error: its error.
+        kld_median: half of the positions have no more.
+        kld_90: nine of ten have no more.
+        kld_99: 99 of 100 have no more.
+        kld_999: 999 of 1000 have no more.
+        kld_maximum: the largest.
+        rms_dp: root of the mean squared difference of the next token's probability.
+        rms_dp_error: its error.
+        same_top: share of positions, 0 to 1, with the same most likely token.
+        same_top_error: its error.
+        tokens: positions that count.
+    """
+
+    perplexity: float
+    perplexity_error: float
+    log_ratio: float
+    log_ratio_error: float
+    kld: float
+    kld_error: float
+    kld_median: float
+    kld_90: float
+    kld_99: float
+    kld_999: float
+    kld_maximum: float
+    rms_dp: float
+    rms_dp_error: float
+    same_top: float
+    same_top_error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A file and what was found of it.
+
+    Attributes:
+        file: its path.
+        facts: what is in it.
+        memory: bytes of weights, cache and computing, at the context asked for.
+        positions: what its answers are, position by position.
+        answers: what that amounts to.
+        speed: how fast it runs; None where that was not measured.
+    """
+
+    file: Path
+    facts: Inspection
+    memory: dict[str, int]
+    positions: Positions = field(repr=False)
+    answers: Answers
+    speed: Speed | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return its figures by name, JSON-ready."""
+        return {
+            "file": str(self.file),
+            "bytes": self.facts.bytes,
+            "bpw": self.facts.bpw,
+            "block_bpw": self.facts.block_bpw,
+            "types": {t.type: t.tensors for t in self.facts.types},
+            **asdict(self.answers),
+            **{f"memory_{what}": size for what, size in self.memory.items()},
+            "prompt_speed": self.speed and self.speed.prompt,
+            "answer_speed": self.speed and self.speed.answer,
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        request: what was compared.
+        reference: the reference compared with itself: its size, memory, perplexity and speed.
+        files: the others, in the order given.
+        text: what they were run on.
+    """
+
+    request: Request
+    reference: Compared
+    files: tuple[Compared, ...]
+    text: Text = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but single positions, JSON-ready."""
+        asked = {name: value for name, value in asdict(self.request).items() if name not in ("files", "fresh", "timed")}
+        return {**asked, "reference": self.reference.row(), "files": [file.row() for file in self.files]}
+
+
+def compare(request: Request, watch: Watch = lambda *_: None) -> Comparison:
+    """Compare files with a reference.
+
+    Args:
+        request: what to compare.
+        watch: told how far it is.
+
+    Raises:
+        FileFormatError: a GGUF file is missing or damaged, or llama.cpp refuses it.
+        UsageError: the text is missing or too short, files have other vocabularies, or one is named twice.
+        RuntimeMissingError: the runtime is not built.
+        EvaluationError: a file cannot be run, or its answers are not finite.
+    """
+    facts = _checked(request)
+    find_runtime()
+    text = _text(request)
+    findings = {file: Findings(request.reference, file, text) for file in request.files}
+    for found in findings.values() if request.fresh else ():
+        found.forget()
+    memory = {file: memory_of(file, request.memory_at) for file in facts}
+    run(request.reference, findings, text, watch)
+    timed = speeds([*facts], watch=watch) if request.timed else {}
+    files = tuple(
+        Compared(file, facts[file], memory[file], f.positions, answers_of(f.positions), timed.get(file))
+        for file, f in findings.items()
+    )
+    own, base = request.reference, _with_itself(files[0].positions)
+    reference = Compared(own, facts[own], memory[own], base, answers_of(base), timed.get(own))
+    return Comparison(request, reference, files, text)
+
+
+def answers_of(positions: Positions) -> Answers:
+    """Sum up what was found position by position."""
+    kld = positions.kld.astype(np.float64).ravel()
+    nll, nll_error = _mean(positions.nll)
+    ratio, ratio_error = _mean(positions.nll.astype(np.float64) - positions.base_nll)
+    divergence, divergence_error = _mean(kld)
+    median, most, nearly_all, all_but_few = (float(q) for q in np.quantile(kld, (0.5, 0.9, 0.99, 0.999)))
+    square, square_error = _mean(positions.dp.astype(np.float64) ** 2)
+    rms = math.sqrt(square)
+    same, same_error = _mean(positions.same)
+    return Answers(
+        perplexity=math.exp(nll),
+        perplexity_error=math.exp(nll) * nll_error,
+        log_ratio=ratio,
+        log_ratio_error=ratio_error,
+        kld=divergence,
+        kld_error=divergence_error,
+        kld_median=median,
+        kld_90=most,
+        kld_99=nearly_all,
+        kld_999=all_but_few,
+        kld_maximum=float(kld.max()),
+        rms_dp=rms,
+        rms_dp_error=square_error / (2 * rms) if rms else 0.0,
+        same_top=same,
+        same_top_error=same_error,
+        tokens=kld.size,
+    )
+
+
+def _mean(values: NDArray[Any]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    values = values.astype(np.float64).ravel()
+    return float(values.mean()), float(values.std() / math.sqrt(max(1, values.size - 1)))
+
+
+def _with_itself(positions: Positions) -> Positions:
+    """What is found of a reference, from what was found of a file beside it."""
+    nothing = np.zeros_like(positions.kld)
+    return replace(positions, nll=positions.base_nll, kld=nothing, dp=nothing, same=np.ones_like(nothing))
+
+
+def _checked(request: Request) -> dict[Path, Inspection]:
+    """Refuse what cannot be compared, and return what is in the files, the reference's first."""
+    arguments.integer("memory_at", request.memory_at, 1, "token")
+    if not request.files:
+        raise UsageError("nothing to compare: give a reference and at least one more file")
+    every = [file.absolute() for file in (request.reference, *request.files)]
+    if twice := next((file for file in every if every.count(file) > 1), None):
+        raise UsageError(f"{twice.name} is given twice")
+    for file in request.files:
+        check_request(file, request.text, request.ctx, request.chunks, request.reference)
+    return {file: inspect(file) for file in (request.reference, *request.files)}
+
+
+def _text(request: Request) -> Text:
+    """The chunks of the text that are run.
+
+    Raises:
+        UsageError: it is too short.
+    """
+    text = tokenised(request.reference, request.text.read_bytes(), request.ctx)
+    if text.length < 2 * request.ctx:
+        raise UsageError(
+            f"the text {request.text} is too short: {text.length} tokens; chunks of {request.ctx} need at least "
+            f"{2 * request.ctx}. Take a longer text or a smaller {arguments.spelled('ctx')}"
+        )
+    return replace(text, chunks=text.chunks[: request.chunks])
