@@ -86,7 +86,7 @@ def files(tiny_model, tmp_path_factory) -> list[Path]:
     from tesseraq_gguf import Recipe, convert
 
     folder = tmp_path_factory.mktemp("compared")
-    made: dict[str, dict[str, str]] = {"f16": {}} | {type: {"method": "rtn"} for type in ("q4_0", "tsq2")}
+    made: dict[str, dict[str, Any]] = {"f16": {}} | {type: {"method": "rtn"} for type in ("q4_0", "tsq2")}
     for type, options in made.items():
         convert(Recipe(str(tiny_model), folder / f"{type}.gguf", type=type, **options))
     return [folder / f"{type}.gguf" for type in made]
