@@ -16,14 +16,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from tesseraq_gguf.types import search
-from tesseraq_gguf.types.grid import Arrays, Grid, through
+from tesseraq_gguf.types.grid import Arrays
+from tesseraq_gguf.types.kquants.packer import SUPER_BLOCK
 from tesseraq_gguf.types.levels import EvenGrid, SignedLevelsGrid, TableGrid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 from tesseraq_gguf.types.stock.grid import half
 from tesseraq_gguf.types.stock.packer import IQ4_LEVELS
-
-SUPER_BLOCK = 256
-"""Weights of a super-block."""
+from tesseraq_gguf.types.super_blocks import SuperBlockGrid
 
 _DIVISORS = (1.0, 0.96, 0.92, 0.88, 0.84)
 """Shares of the largest scale that the largest integer stands for: what is tried when scales settle."""
@@ -33,7 +32,7 @@ _REFITS = 3
 
 
 @dataclass(frozen=True)
-class _SuperBlockGrid(Grid):
+class _KQuantGrid(SuperBlockGrid):
     """What both kinds share.
 
     Attributes:
@@ -43,18 +42,9 @@ class _SuperBlockGrid(Grid):
     scale_bits: int
 
     @property
-    def groups(self) -> int:
-        """Groups of a super-block."""
-        return self.span // self.group
-
-    @property
     def largest(self) -> int:
         """Largest integer of a group."""
         return (1 << self.scale_bits) - 1
-
-    def _spread(self, shared: Tensor) -> Tensor:
-        """Repeat what super-blocks have, [rows, super-blocks], for their groups: [rows, groups]."""
-        return shared.float().repeat_interleave(self.groups, -1)
 
     def _by_super_block(self, of_groups: Tensor) -> Tensor:
         return of_groups.unflatten(-1, (-1, self.groups))
@@ -81,19 +71,24 @@ class _SuperBlockGrid(Grid):
 
 
 @dataclass(frozen=True)
-class MinGrid(_SuperBlockGrid):
+class MinGrid(_KQuantGrid):
     """The grid d·sc·q - dmin·m.
 
     Its arrays: `d` and `dmin`, float16 [rows, super-blocks]; `sc` and `m`, uint8 [rows, groups].
     """
 
+    @property
+    @override
+    def halves(self) -> tuple[str, ...]:
+        return "d", "dmin"
+
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return self._spread(arrays["d"]) * arrays["sc"].float()
+        return self.of_groups(arrays["d"]) * arrays["sc"].float()
 
     @override
     def zero(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return self._spread(arrays["dmin"]) * arrays["m"].float() / self.scale(arrays)
+        return self.of_groups(arrays["dmin"]) * arrays["m"].float() / self.scale(arrays)
 
     @override
     def settle_scale(self, scale: Tensor) -> Arrays:
@@ -108,25 +103,9 @@ class MinGrid(_SuperBlockGrid):
 
     @override
     def dequantize(self, tensor: QuantizedTensor) -> Tensor:
-        offset = self._spread(tensor.arrays["dmin"]) * tensor.arrays["m"].float()
+        offset = self.of_groups(tensor.arrays["dmin"]) * tensor.arrays["m"].float()
         q = self.grouped(tensor.arrays["q"]).float()
         return (self.scale(tensor.arrays)[..., None] * q - offset[..., None]).flatten(-2)
-
-    @override
-    def relax(self, arrays: Mapping[str, Tensor]) -> Arrays:
-        """Give variables of the half floats alone: the integers of the groups stay."""
-        return {key: torch.zeros_like(arrays[key], dtype=torch.float32) for key in ("d", "dmin")}
-
-    @override
-    def realise(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        d, dmin = (moved(arrays[key], relaxed[key]) for key in ("d", "dmin"))
-        scale = d.repeat_interleave(self.groups, -1) * arrays["sc"].float()
-        return scale, dmin.repeat_interleave(self.groups, -1) * arrays["m"].float() / scale
-
-    @override
-    @torch.no_grad()
-    def tighten(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Arrays:
-        return {**arrays, **{key: moved(arrays[key], relaxed[key]).half() for key in ("d", "dmin")}}
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
@@ -183,7 +162,7 @@ class MinGrid(_SuperBlockGrid):
 
 
 @dataclass(frozen=True)
-class SignedScalesGrid(_SuperBlockGrid, SignedLevelsGrid):
+class SignedScalesGrid(_KQuantGrid, SignedLevelsGrid):
     """Scales d·(sc - shift), whatever the levels, with a shift of half of the integers that `sc` can be.
 
     Its arrays: `d`, float16 [rows, super-blocks], `sc`, uint8 [rows, groups].
@@ -195,7 +174,7 @@ class SignedScalesGrid(_SuperBlockGrid, SignedLevelsGrid):
 
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return self._spread(arrays["d"]) * (arrays["sc"].float() - self._shift)
+        return self.of_groups(arrays["d"]) * (arrays["sc"].float() - self._shift)
 
     @override
     def settle_scale(self, scale: Tensor) -> Arrays:
@@ -206,22 +185,6 @@ class SignedScalesGrid(_SuperBlockGrid, SignedLevelsGrid):
         d, sc = _settle(blocks * sign, -self._shift, self._shift - 1)
         sc = torch.where(sc == 0, torch.where(blocks * sign < 0, -1.0, 1.0), sc)  # scale 0 has no codes
         return {"d": (d * sign[..., 0]).half(), "sc": (sc + self._shift).flatten(-2).to(torch.uint8)}
-
-    @override
-    def relax(self, arrays: Mapping[str, Tensor]) -> Arrays:
-        """Give a variable of the half float alone: the integers of the groups stay."""
-        return {"d": torch.zeros_like(arrays["d"], dtype=torch.float32)}
-
-    @override
-    def realise(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        d = moved(arrays["d"], relaxed["d"])
-        scale = d.repeat_interleave(self.groups, -1) * (arrays["sc"].float() - self._shift)
-        return scale, self.zero(arrays)
-
-    @override
-    @torch.no_grad()
-    def tighten(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Arrays:
-        return {**arrays, "d": moved(arrays["d"], relaxed["d"]).half()}
 
     @override
     def _search_spans(self, weight: Tensor, importance: Tensor) -> Arrays:
@@ -263,12 +226,6 @@ class SignedGrid(EvenGrid, SignedScalesGrid):
 @dataclass(frozen=True)
 class SignedTableGrid(TableGrid, SignedScalesGrid):
     """The grid d·(sc - shift)·table[q]."""
-
-
-def moved(stored: Tensor, relaxed: Tensor) -> Tensor:
-    """A stored half float times exp(relaxed), as it would be stored, with a straight-through gradient."""
-    wanted = stored.float() * relaxed.exp()
-    return through(wanted, half(wanted.detach()).float())
 
 
 def _settle(values: Tensor, lowest: int, largest: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from tesseraq_gguf.types.grid import Arrays, Rounder, importance_of
-from tesseraq_gguf.types.kquants.grid import SUPER_BLOCK, moved
+from tesseraq_gguf.types.kquants.packer import SUPER_BLOCK
 from tesseraq_gguf.types.lattice import packer as packers
 from tesseraq_gguf.types.lattice.packer import SIGNED, LatticePacker, Signs
 from tesseraq_gguf.types.lattice.points import Magnitudes, Points
@@ -24,6 +24,7 @@ from tesseraq_gguf.types.levels import CodewordGrid
 from tesseraq_gguf.types.quantized import QuantizedTensor
 from tesseraq_gguf.types.search import SMALLEST
 from tesseraq_gguf.types.stock.grid import half
+from tesseraq_gguf.types.super_blocks import SuperBlockGrid
 
 _REACHES = tuple(1.3 * 0.87**step for step in range(7))
 """Shares of a group's largest weight that the largest level is tried for."""
@@ -42,7 +43,7 @@ _REFITS = 1
 
 
 @dataclass(frozen=True)
-class LatticeGrid(CodewordGrid):
+class LatticeGrid(CodewordGrid, SuperBlockGrid):
     """The grid d·(2·sc + 1)·unit·level. Its arrays: `d` float16 [rows, super-blocks], `sc` uint8 [rows, groups].
 
     Attributes:
@@ -80,14 +81,9 @@ class LatticeGrid(CodewordGrid):
         """The zero-points that a group can have."""
         return (0.0,)
 
-    @property
-    def groups(self) -> int:
-        """Groups of a super-block."""
-        return self.span // self.group
-
     @override
     def scale(self, arrays: Mapping[str, Tensor]) -> Tensor:
-        return arrays["d"].float().repeat_interleave(self.groups, -1) * self.factors(arrays)
+        return self.of_groups(arrays["d"]) * self.factors(arrays)
 
     def factors(self, arrays: Mapping[str, Tensor]) -> Tensor:
         """What d is multiplied by, float32 [rows, groups]."""
@@ -101,21 +97,6 @@ class LatticeGrid(CodewordGrid):
     @override
     def codewords(self, arrays: Mapping[str, Tensor]) -> Tensor:
         return arrays["q"].float()
-
-    @override
-    def relax(self, arrays: Mapping[str, Tensor]) -> Arrays:
-        """Give a variable of the half float alone: the integers of the groups stay."""
-        return {"d": torch.zeros_like(arrays["d"], dtype=torch.float32)}
-
-    @override
-    def realise(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        d = moved(arrays["d"], relaxed["d"])
-        return d.repeat_interleave(self.groups, -1) * self.factors(arrays), self.zero(arrays)
-
-    @override
-    @torch.no_grad()
-    def tighten(self, relaxed: Mapping[str, Tensor], arrays: Mapping[str, Tensor]) -> Arrays:
-        return {**arrays, "d": moved(arrays["d"], relaxed["d"]).half()}
 
     @override
     def encode(self, weight: Tensor, arrays: Mapping[str, Tensor], importance: Tensor | None = None) -> Tensor:
