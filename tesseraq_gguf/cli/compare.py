@@ -36,6 +36,10 @@ class Asked:
     chunks: Annotated[int | None, typer.Option("--chunks", help="Run so many chunks. By default all.")] = None
     memory_at: Annotated[int, typer.Option("--memory-at", help="Context whose memory is told, in tokens.")] = 4096
     speed: Annotated[bool, typer.Option(help="Time prompts and answers, the files in turns.")] = True
+    generate: Annotated[
+        int | None,
+        typer.Option("--generate", help="Let every file write so many answers, and tell what breaks."),
+    ] = None
     fresh: Annotated[bool, typer.Option("--fresh", help="Leave aside what earlier runs found.")] = False
     table: Annotated[Path | None, typer.Option("--csv", help="Write a table for other programs.")] = None
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with plots, .html.")] = None
@@ -65,7 +69,8 @@ class Asked:
         from tesseraq_gguf.evaluation.comparison import Request
 
         files = tuple(self.files)
-        return Request(self.reference, files, self.text, self.ctx, self.chunks, self.memory_at, self.speed, self.fresh)
+        asked = (self.ctx, self.chunks, self.memory_at, self.speed, self.generate, self.fresh)
+        return Request(self.reference, files, self.text, *asked)
 
     def write(self, found: Comparison) -> None:
         """Write what is to be written."""
@@ -125,10 +130,10 @@ def _write_table(found: Comparison, place: Path) -> None:
 
 
 def _print(found: Comparison) -> None:
-    from tesseraq_gguf.evaluation.comparison_page import ANSWERS, NAME, SPREAD, costs
+    from tesseraq_gguf.evaluation.comparison_page import ANSWERS, GENERATED, NAME, SPREAD, costs
 
     console = Console()
-    for columns in (ANSWERS, SPREAD, costs(found)):
+    for columns in (ANSWERS, SPREAD, costs(found), *([GENERATED] if found.reference.generated else [])):
         console.print(_table([NAME, *columns], [found.reference, *found.files]))
 
 

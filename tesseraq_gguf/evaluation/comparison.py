@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tesseraq_gguf import arguments
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.evaluation.generation import Generated, check_count, generate
 from tesseraq_gguf.evaluation.perplexity import check_request
 from tesseraq_gguf.evaluation.side_by_side import Findings, Positions, Text, run, tokenised
 from tesseraq_gguf.evaluation.speed import Speed, speeds
@@ -26,6 +27,10 @@ from tesseraq_gguf.runtime.locate import find_runtime
 
 Watch = Callable[[str, int, int], None]
 """Told what is counted, how much of it is done, and of how much."""
+
+
+_BEGINNING = 48
+"""Tokens of a chunk that a file without a chat template goes on with."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Request:
         chunks: how many chunks are run; None takes the whole text.
         memory_at: tokens of the context whose memory is told.
         timed: whether speed is measured.
+        answers: questions that every file answers, or beginnings that it goes on with; None asks none.
         fresh: whether what earlier runs found is left aside.
     """
 
@@ -50,6 +56,7 @@ class Request:
     chunks: int | None = None
     memory_at: int = 4096
     timed: bool = True
+    answers: int | None = None
     fresh: bool = False
 
 
@@ -105,6 +112,7 @@ class Compared:
         positions: what its answers are, position by position.
         answers: what that amounts to.
         speed: how fast it runs; None where that was not measured.
+        generated: what it writes; None where it was not asked.
     """
 
     file: Path
@@ -113,6 +121,7 @@ class Compared:
     positions: Positions = field(repr=False)
     answers: Answers
     speed: Speed | None = None
+    generated: Generated | None = None
 
     def row(self) -> dict[str, Any]:
         """Return its figures by name, JSON-ready."""
@@ -126,6 +135,9 @@ class Compared:
             **{f"memory_{what}": size for what, size in self.memory.items()},
             "prompt_speed": self.speed and self.speed.prompt,
             "answer_speed": self.speed and self.speed.answer,
+            **{
+                f"generated_{name}": value for name, value in (asdict(self.generated) if self.generated else {}).items()
+            },
         }
 
 
@@ -147,7 +159,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but single positions, JSON-ready."""
-        asked = {name: value for name, value in asdict(self.request).items() if name not in ("files", "fresh", "timed")}
+        asked = {name: getattr(self.request, name) for name in ("text", "ctx", "chunks", "memory_at")}
         return {**asked, "reference": self.reference.row(), "files": [file.row() for file in self.files]}
 
 
@@ -173,13 +185,15 @@ def compare(request: Request, watch: Watch = lambda *_: None) -> Comparison:
     memory = {file: memory_of(file, request.memory_at) for file in facts}
     run(request.reference, findings, text, watch)
     timed = speeds([*facts], watch=watch) if request.timed else {}
-    files = tuple(
-        Compared(file, facts[file], memory[file], f.positions, answers_of(f.positions), timed.get(file))
-        for file, f in findings.items()
-    )
-    own, base = request.reference, _with_itself(files[0].positions)
-    reference = Compared(own, facts[own], memory[own], base, answers_of(base), timed.get(own))
-    return Comparison(request, reference, files, text)
+    count, begun = request.answers, _beginnings(text)
+    wrote = {file: generate(file, begun, count, watch) for file in facts} if count else {}
+
+    def compared(file: Path, positions: Positions) -> Compared:
+        answers = answers_of(positions)
+        return Compared(file, facts[file], memory[file], positions, answers, timed.get(file), wrote.get(file))
+
+    files = tuple(compared(file, found.positions) for file, found in findings.items())
+    return Comparison(request, compared(request.reference, _with_itself(files[0].positions)), files, text)
 
 
 def answers_of(positions: Positions) -> Answers:
@@ -224,9 +238,17 @@ def _with_itself(positions: Positions) -> Positions:
     return replace(positions, nll=positions.base_nll, kld=nothing, dp=nothing, same=np.ones_like(nothing))
 
 
+def _beginnings(text: Text) -> list[str]:
+    """Beginnings of the chunks of a text, for files that go on with it."""
+    chunks = text.chunks[:, 1 : 1 + _BEGINNING]
+    return ["".join(text.pieces.get(int(token), "") for token in chunk) for chunk in chunks]
+
+
 def _checked(request: Request) -> dict[Path, Inspection]:
     """Refuse what cannot be compared, and return what is in the files, the reference's first."""
     arguments.integer("memory_at", request.memory_at, 1, "token")
+    if request.answers is not None:
+        check_count(arguments.spelled("generate"), request.answers)
     if not request.files:
         raise UsageError("nothing to compare: give a reference and at least one more file")
     every = [file.absolute() for file in (request.reference, *request.files)]

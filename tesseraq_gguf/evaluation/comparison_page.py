@@ -14,6 +14,7 @@ import numpy as np
 
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation.comparison import Compared, Comparison
+from tesseraq_gguf.evaluation.generation import LONGEST
 from tesseraq_gguf.evaluation.speed import ANSWER, PROMPT, Speed
 from tesseraq_gguf.paths import temporary_sibling
 
@@ -84,6 +85,7 @@ def page(found: Comparison) -> str:
         "<p class='note'>bpw: bits per weight, of the whole file and of the matrices in its blocks. Memory is what "
         f"llama.cpp plans for {request.memory_at:,} tokens. A prompt has {PROMPT} tokens, an answer {ANSWER}; × is the "
         "ratio to the first file, and the best of three rounds in turns counts.</p>",
+        *_written(found),
         "<h2>Where in a chunk</h2>",
         f"<figure>{_svg(lambda axes: _by_position(axes, found))}</figure>",
         "<h2>Where answers differ most</h2>",
@@ -132,6 +134,15 @@ def costs(found: Comparison) -> Sequence[Column]:
     return [*columns, *_rates("prompt", found, lambda s: s.prompt), *_rates("answer", found, lambda s: s.answer)]
 
 
+GENERATED: Sequence[Column] = (
+    ("answers", lambda f: str(f.generated.answers) if f.generated else ""),
+    ("words", lambda f: f"{f.generated.mean_words:.0f}" if f.generated else ""),
+    ("without end", lambda f: f"{100 * f.generated.unended:.0f} %" if f.generated else ""),
+    ("repeated", lambda f: f"{100 * f.generated.repeated:.1f} %" if f.generated else ""),
+)
+"""Columns of what files write."""
+
+
 def _rates(what: str, found: Comparison, rate: Callable[[Speed], float]) -> Iterator[Column]:
     first = found.files[0].speed
     if first is not None:
@@ -152,6 +163,17 @@ def _table(columns: Sequence[Column], files: Sequence[Compared]) -> str:
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading, _ in columns)
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(said(f))}</td>" for _, said in columns) + "</tr>" for f in files)
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+
+
+def _written(found: Comparison) -> list[str]:
+    if found.reference.generated is None:
+        return []
+    return [
+        "<h2>What they write</h2>",
+        _table([NAME, *GENERATED], [found.reference, *found.files]),
+        f"<p class='note'>An answer has {LONGEST} tokens at most. Repeated: four words in a row that it had before."
+        "</p>",
+    ]
 
 
 def _worst(found: Comparison, file: Compared) -> str:

@@ -185,7 +185,7 @@ def chat(
     given = None if beside.template is None else _read_template(beside.template)
     if prompt is not None:
         prompt = _text(prompt, "the prompt")
-    templated = given is not None or _own_template(open_gguf(file)) is not None
+    templated = given is not None or has_template(open_gguf(file))
     images = _images(beside, templated)
     model = load(Path(file), given, projector=beside.projector) if beside.projector else load(Path(file), given)
     if seed is None:
@@ -276,6 +276,11 @@ def load(
         model.chat_handler = formatter.to_chat_handler()
     loaded: Model = model
     return loaded
+
+
+def has_template(header: GgufFile) -> bool:
+    """Return whether a file says how a conversation is written."""
+    return _own_template(header) is not None
 
 
 def _own_template(header: GgufFile) -> str | None:

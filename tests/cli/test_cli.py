@@ -261,6 +261,7 @@ BAD = [
     ("compare good.gguf base.gguf --text short.txt --ctx 1", "--ctx"),
     ("compare good.gguf base.gguf --text short.txt --chunks 0", "--chunks"),
     ("compare good.gguf base.gguf --text short.txt --memory-at 0", "--memory-at must be at least 1 token"),
+    ("compare good.gguf base.gguf --text short.txt --generate 0", "--generate must be between 1 and 24, not 0"),
     ("compare good.gguf base.gguf --text short.txt --csv a-folder", "--csv a-folder is a folder"),
     ("compare good.gguf base.gguf --text short.txt --csv nowhere/t.csv", "does not exist"),
     ("compare good.gguf base.gguf --text short.txt --csv short.txt", "--csv short.txt is a file that is compared"),

@@ -19,6 +19,7 @@ from tesseraq_gguf.errors import EvaluationError, UsageError
 from tesseraq_gguf.evaluation import side_by_side
 from tesseraq_gguf.evaluation.comparison import Request, answers_of, compare
 from tesseraq_gguf.evaluation.comparison_page import front, page
+from tesseraq_gguf.evaluation.generation import repeated
 from tesseraq_gguf.evaluation.perplexity import evaluate
 from tesseraq_gguf.evaluation.side_by_side import Findings, Positions, Text, _compared
 
@@ -192,8 +193,10 @@ def test_the_command_writes_what_it_is_asked_for(files, long_text, cache, run, t
     assert ET.parse(plot).getroot().tag.endswith("svg")
     text = page_.read_text(encoding="utf-8")
     assert all(file.name in text for file in files) and text.count("<svg") == 2
-    shown = run("compare", *files, "--text", long_text, "--ctx", 64, "--chunks", 2, "--no-speed")
-    assert "tsq2.gguf" in shown.out and "t/s" not in shown.out
+    again = ("compare", *files, "--text", long_text, "--ctx", 64, "--chunks", 2, "--no-speed", "--generate", 2)
+    shown = run(*again, "--report", page_)
+    assert "tsq2.gguf" in shown.out and "t/s" not in shown.out and "repeated" in shown.out
+    assert "What they write" in page_.read_text(encoding="utf-8")
 
 
 @pytest.mark.runtime
@@ -203,6 +206,13 @@ def test_names_and_texts_of_strangers_do_nothing_in_the_page(files, long_text, c
     pieces = dict.fromkeys(found.text.pieces, "<img src=x onerror=alert(1)>")
     text = page(replace(found, files=(hostile,), text=replace(found.text, pieces=pieces)))
     assert "<script" not in text and "<img" not in text
+
+
+def test_what_is_repeated_is_counted_in_rows_of_four_words():
+    assert repeated("one two three four five six seven eight") == 0
+    assert repeated("a b c") == repeated("") == 0
+    assert repeated("la " * 13) == 0.9
+    assert repeated("a b c d e a b c d e") == pytest.approx(2 / 7)
 
 
 def test_the_front_has_what_nothing_smaller_is_below():
