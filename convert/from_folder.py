@@ -50,6 +50,8 @@ def from_folder(job: dict[str, Any], learned: LearnedTensors, plan: Plan | None,
     if plan is not None:
         for name, order in plan.orders(learned).items():
             model.gguf_writer.add_tensor(name, array(order), raw_dtype=gguf.GGMLQuantizationType.I32)
+        for name, factors in plan.factors(learned).items():
+            model.gguf_writer.add_tensor(name, array(factors), raw_dtype=gguf.GGMLQuantizationType.F32)
         model.ftype = gguf.LlamaFileType(tensor_type(learned.main_type()).file_type)
         written = [
             (name, gguf.GGMLQuantizationType(info.dtype).name.lower(), int(info.shape[-1]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tesseraq_gguf.converter.upstream import Converter
 from tesseraq_gguf.errors import ConversionError
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of
 from tesseraq_gguf.gguf_files.dequantize import FileCodebooks, dequantized, own_codebooks
+from tesseraq_gguf.gguf_files.factors import Factors, factors_of, of_rows, place_of
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
 
@@ -37,7 +39,8 @@ def from_gguf(
     import gguf
 
     source = open_gguf(Path(job["gguf"]))
-    orders, codebooks = orders_of(source), own_codebooks(source)
+    read = _Read(orders_of(source), own_codebooks(source), factors_of(source))
+    own_factors = {place_of(weight) for weight in read.factors}
     writer = _raw_writer(source)
     vectors: dict[str, NDArray[Any]] = {}
     if plan is not None and probe is not None:
@@ -45,7 +48,7 @@ def from_gguf(
             vectors |= {target: v.float().numpy() for target, v in probe.modified(name, learned.vector(name))}
     fallbacks = []
     for tensor in source.tensors:
-        if tensor.name.endswith(SUFFIX):  # written anew, or undone
+        if tensor.name.endswith(SUFFIX) or tensor.name in own_factors:  # written anew, or undone
             continue
         if plan is not None and tensor.name in plan.by_target:
             layers = plan.by_target[tensor.name]
@@ -54,7 +57,10 @@ def from_gguf(
             deferred, kind = array(vectors.pop(tensor.name)), "f32"
         else:
             kind = _type_in_copy(tensor, job)
-            deferred = _copied(source, tensor, kind, orders.get(tensor.name), codebooks)
+            deferred = _copied(source, tensor, kind, read)
+            if kind == tensor.type and tensor.name in read.factors:
+                own = array(read.factors[tensor.name])
+                writer.add_tensor(place_of(tensor.name), own, raw_dtype=gguf.GGMLQuantizationType.F32)
             if plan is not None and kind != "f32":
                 fallbacks.append((tensor.name, kind, tensor.shape[0]))
         shape = None if deferred.dtype == np.uint8 else tuple(reversed(tensor.shape))
@@ -65,6 +71,8 @@ def from_gguf(
     if plan is not None:
         for name, order in plan.orders(learned).items():
             writer.add_tensor(name, array(order), raw_dtype=gguf.GGMLQuantizationType.I32)
+        for name, factors in plan.factors(learned).items():
+            writer.add_tensor(name, array(factors), raw_dtype=gguf.GGMLQuantizationType.F32)
     note_fallbacks(fallbacks, emit)
     main = learned.main_type() if learned.types else job["type"]
     writer.add_file_type(tensor_type(main).file_type)
@@ -96,13 +104,16 @@ def _type_in_copy(tensor: TensorInfo, job: dict[str, Any]) -> str:
     return smaller_type(tensor, job["type"]) if job["learned"] else fitting_type(job["type"], tensor.shape[0])
 
 
-def _copied(
-    source: GgufFile,
-    tensor: TensorInfo,
-    kind: str,
-    order: NDArray[np.int32] | None,
-    codebooks: FileCodebooks,
-) -> DeferredTensor:
+@dataclass(frozen=True)
+class _Read:
+    """What the tensors of a file are read with: orders of columns and factors by their names, and codebooks."""
+
+    orders: Mapping[str, NDArray[np.int32]]
+    codebooks: FileCodebooks
+    factors: Mapping[str, Factors]
+
+
+def _copied(source: GgufFile, tensor: TensorInfo, kind: str, read: _Read) -> DeferredTensor:
     import gguf
 
     data = source.data(tensor)
@@ -115,8 +126,11 @@ def _copied(
     step = max(1, _CHUNK // tensor.shape[0])
     outer = tuple(reversed(tensor.shape[1:]))
 
+    factors = of_rows(read.factors[tensor.name], tensor.rows) if tensor.name in read.factors else None
+
     def weights(start: int, stop: int) -> NDArray[np.float32]:
-        return natural(dequantized(tensor, data[start:stop], codebooks), order)
+        found = natural(dequantized(tensor, data[start:stop], read.codebooks), read.orders.get(tensor.name))
+        return found if factors is None else found * factors[start:stop]
 
     sample = gguf.quants.quantize(weights(0, 1), want)
 

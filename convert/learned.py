@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.errors import ConversionError
-from tesseraq_gguf.types.facts import tensor_type
+from tesseraq_gguf.types.facts import FACTOR, tensor_type
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, load_tensors
 
 
@@ -64,6 +64,11 @@ class LearnedTensors:
         """Return [rows, columns] of one."""
         rows, columns = self[name].arrays["q"].shape
         return int(rows), int(columns)
+
+    def factor(self, name: str) -> float | None:
+        """Return the factor of a matrix; None if it has none."""
+        found = self[name].arrays.get(FACTOR)
+        return None if found is None else float(found[0, 0])
 
     def codebooks(self) -> dict[str, list[int]]:
         """Return the codebooks that matrices bring, flat, by their key in the file."""

@@ -35,7 +35,7 @@ def smaller_type(tensor: TensorInfo, wanted: str) -> str:
     return tensor.type if tensor.bits_per_weight <= tensor_type(wanted).bits_per_weight else wanted
 
 
-def matrix_of_gguf(tensor: TensorInfo) -> dict[str, Any]:
+def matrix_of_gguf(tensor: TensorInfo, factor: bool = False, own_factor: bool = False) -> dict[str, Any]:
     """Return what `FileMatrix` has to say of a matrix in a GGUF file, names of its checkpoint apart."""
     copied = tensor.type not in (*ORDERED_TYPES, *WITH_CODEBOOKS)
     return {
@@ -44,4 +44,7 @@ def matrix_of_gguf(tensor: TensorInfo) -> dict[str, Any]:
         "forced": tensor.type if is_kept(tensor) else None,
         "own": tensor.type if copied else None,
         "own_bytes": tensor.bytes,
+        "layers": tensor.shape[2] if len(tensor.shape) > 2 else 1,
+        "factor": factor,
+        "own_factor": own_factor,
     }

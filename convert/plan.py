@@ -13,9 +13,10 @@ from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.row_order import Kept, Placement, Unplaceable, block_index, moved_groups
 from tesseraq_gguf.converter.upstream import Converter
 from tesseraq_gguf.gguf_files.column_orders import stored_orders
+from tesseraq_gguf.gguf_files.factors import place_of
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.models.pieces import Piece, Stored, stored_tensors, whole
-from tesseraq_gguf.types.facts import ORDERED_TYPES
+from tesseraq_gguf.types.facts import ORDERED_TYPES, WITH_FACTOR
 
 _GROUPS = tuple(1 << n for n in range(10, -1, -1))
 """Columns that may stay together; blocks of tensor types have powers of two."""
@@ -99,6 +100,17 @@ class Plan:
             if learned.types[name] in ORDERED_TYPES
         }
         return stored_orders(wanted)
+
+    def factors(self, learned: LearnedTensors) -> dict[str, NDArray[np.float32]]:
+        """Return the factors to write, float32 [layers], by name in the file."""
+        found = {}
+        for target, layers in self.by_target.items():
+            if learned.types[layers[0][0]] in WITH_FACTOR:
+                of_layers = [learned.factor(name) for name, _ in layers]
+                if any(factor is not None for factor in of_layers):
+                    factors = [1.0 if factor is None else factor for factor in of_layers]
+                    found[place_of(target)] = np.array(factors, np.float32)
+        return found
 
 
 def _families(tensors: Iterable[Stored]) -> list[list[Stored]]:

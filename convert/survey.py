@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from tesseraq_gguf.converter.graph_factors import factors_read
 from tesseraq_gguf.converter.plan import Plan
 from tesseraq_gguf.converter.upstream import Converter, feed
 from tesseraq_gguf.errors import ModelError
@@ -49,6 +50,9 @@ class Survey:
         import gguf
 
         ours = namer.names_of(job["matrices"])
+        there = {target for target, _ in self._tensors()}
+        torn = {target for target, places in plan.by_target.items() if any(p.at is not None for _, p in places)}
+        read = factors_read(Path(job["llama_cpp"]), gguf.MODEL_ARCH_NAMES[self._model.model_arch], there) - torn
         found = {}
         for target, info in self._tensors():
             if len(info.shape) > 1 and target in self._made:
@@ -57,7 +61,14 @@ class Survey:
                 type = gguf.GGMLQuantizationType(info.dtype).name.lower()
                 columns, weights = int(info.shape[-1]), int(np.prod(info.shape, dtype=object))
                 insisted = type if forced or type != "bf16" else None
-                found[target] = {"names": names, "columns": columns, "weights": weights, "forced": insisted}
+                found[target] = {
+                    "names": names,
+                    "columns": columns,
+                    "weights": weights,
+                    "forced": insisted,
+                    "layers": int(info.shape[0]) if len(info.shape) > 2 else 1,
+                    "factor": target in read,
+                }
         return found
 
     def rest(self, place: Path) -> int:

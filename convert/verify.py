@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tesseraq_gguf.errors import VerificationError
 from tesseraq_gguf.gguf_files.column_orders import orders_of
 from tesseraq_gguf.gguf_files.dequantize import own_codebooks, unpacked
+from tesseraq_gguf.gguf_files.factors import factors_of, of_rows
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 
 _REPORT = "This is a bug: please report it with the model's name"
@@ -53,7 +54,7 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
     """
     file = open_gguf(path)
     tensors = {t.name: t for t in file.tensors}
-    codebooks, orders = own_codebooks(file), orders_of(file)
+    codebooks, orders, factors = own_codebooks(file), orders_of(file), factors_of(file)
     compared = 0
     for want in expected:
         tensor = tensors.get(want.name)
@@ -76,6 +77,8 @@ def verify(path: Path, expected: Iterable[Expected]) -> int:
             stored = data.view(weights.dtype).reshape(weights.shape)
         else:
             stored = unpacked(want.type, data, codebooks)
+            if want.name in factors:
+                stored = stored * of_rows(factors[want.name], rows)
         wrong = np.flatnonzero((_bits(stored) != _bits(weights)).any(axis=1))
         if len(wrong):
             raise VerificationError(

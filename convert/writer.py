@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from tesseraq_gguf import errors
+from tesseraq_gguf.converter.graph_factors import factors_read
 from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.plain_types import matrix_of_gguf
 from tesseraq_gguf.converter.row_order import Unplaceable
 from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError, UsageError
-from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.gguf_files.factors import bytes_of_factor, factor_tensors
+from tesseraq_gguf.gguf_files.gguf_file import GgufFile, open_gguf
 from tesseraq_gguf.models.pieces import Piece
 from tesseraq_gguf.models.source import ModelSource
 from tesseraq_gguf.paths import temporary_sibling
@@ -228,6 +230,9 @@ class FileMatrix:
         forced: the type that llama.cpp wants it to have, whatever is asked for; None if it can be chosen.
         own: its type in the GGUF file that the model came as.
         own_bytes: its size there.
+        layers: of a stack; 1 if it is none.
+        factor: whether llama.cpp's graph reads a factor beside it, if its type knows one.
+        own_factor: whether it has one in the GGUF file that the model came as.
     """
 
     names: tuple[str, ...]
@@ -236,6 +241,9 @@ class FileMatrix:
     forced: str | None = None
     own: str | None = None
     own_bytes: int = 0
+    layers: int = 1
+    factor: bool = False
+    own_factor: bool = False
 
 
 @dataclass(frozen=True)
@@ -282,7 +290,7 @@ def check_source(
         ConversionError: llama.cpp's converter refuses the model.
     """
     if source.gguf is not None:  # the new file has the tensors of this one
-        return _check_gguf(source.gguf, matrices)
+        return _check_gguf(source.gguf, matrices, (tree or ensure_source()).llama_cpp)
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "task": "check",
@@ -300,7 +308,24 @@ def check_source(
     )
 
 
-def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:
+def files_matrices(file: GgufFile, llama_cpp: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Return what `FileMatrix` has to say of the matrices in a GGUF file, names of its checkpoint apart, by their names
+    there; and the bytes of the file besides them, factors apart.
+
+    Args:
+        file: what its header says.
+        llama_cpp: the patched llama.cpp.
+    """
+    matrices = [tensor for tensor in file.tensors if len(tensor.shape) > 1]
+    own = factor_tensors(file.tensors)
+    others = {tensor.name for tensor in file.tensors} - {tensor.name for tensor in own.values()}
+    read = factors_read(llama_cpp, str(file.get("general.architecture", "")), others)
+    found = {t.name: matrix_of_gguf(t, t.name in read, t.name in own) for t in matrices}
+    beside = sum(bytes_of_factor(name, found[name]["layers"]) for name in own)
+    return found, file.bytes - sum(tensor.bytes for tensor in matrices) - beside
+
+
+def _check_gguf(path: Path, names: Iterable[str], llama_cpp: Path) -> SourceCheck:
     """Find the matrices of a GGUF file's model in the file itself."""
     original, dropped = Original(path), dict[str, str]()
     layers: dict[str, list[tuple[int, str]]] = {}
@@ -311,15 +336,11 @@ def _check_gguf(path: Path, names: Iterable[str]) -> SourceCheck:
             dropped[name] = str(reason)
             continue
         layers.setdefault(place.name, []).append((place.layer or 0, name))
+    matrices, rest = files_matrices(open_gguf(path), llama_cpp)
     file = {
-        tensor.name: FileMatrix(
-            tuple(name for _, name in sorted(layers.get(tensor.name, ()))) or (tensor.name,), **matrix_of_gguf(tensor)
-        )
-        for tensor in open_gguf(path).tensors
-        if len(tensor.shape) > 1
+        target: FileMatrix(tuple(name for _, name in sorted(layers.get(target, ()))) or (target,), **facts)
+        for target, facts in matrices.items()
     }
-    opened = open_gguf(path)
-    rest = opened.bytes - sum(tensor.bytes for tensor in opened.tensors if len(tensor.shape) > 1)
     return SourceCheck(dropped, file, rest=rest)
 
 

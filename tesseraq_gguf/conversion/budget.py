@@ -15,6 +15,7 @@ from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.type_plan import ALIGNED, TypePlan, ends_of, rule_types
 from tesseraq_gguf.conversion.work_directory import TRIED, TYPES
 from tesseraq_gguf.evaluation.divergence import Yardstick
+from tesseraq_gguf.gguf_files.factors import bytes_of_factor
 from tesseraq_gguf.learning.bit_budget import CostMeter, Item, bytes_of, choose
 from tesseraq_gguf.learning.embeddings import EndsPassed, embedding_costs
 from tesseraq_gguf.learning.palette import Palette, mend
@@ -27,8 +28,8 @@ from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.recipe.rules import read_rules, rules_of
-from tesseraq_gguf.types.facts import ORDERED_TYPES, tensor_type
-from tesseraq_gguf.types.grids import grid_of
+from tesseraq_gguf.types.facts import ORDERED_TYPES, WITH_FACTOR, tensor_type
+from tesseraq_gguf.types.grids import MatrixGrids, grid_of
 
 _EMBEDDING_CANDIDATES = ("q8_0",)
 """Types to choose from for embedding and output matrix, besides those for the blocks."""
@@ -87,7 +88,8 @@ def _measured(run: Run, model: Model, tokens: Tensor) -> TypePlan:
     with tempfile.TemporaryDirectory(prefix="tesseraq-") as folder:
         # hundreds of experts are not rounded in all types: what each alone costs must do there
         palette = None if _streams(decoder) else Palette(Path(folder))
-        meter = CostMeter(dict(model.plan.candidates(run.recipe, decoder)), run.recipe.granularity, palette)
+        candidates = model.plan.candidates(run.recipe, decoder)
+        meter = CostMeter(dict(candidates), run.recipe.granularity, palette, model.plan.scaled)
         measure_sensitivity(decoder, tokens, run.recipe.seed, run.progress.advance, meter)
         budget = _Budget(run.recipe, model, meter, tokens)
         if palette is None:
@@ -220,7 +222,8 @@ def _end(recipe: Recipe, decoder: Decoder, name: str, meter: CostMeter, tokens: 
     types = [t for t in types if t not in ORDERED_TYPES]  # columns of an embedding have no order
     types = list(dict.fromkeys(types)) or ["f16"]
     careful = [t for t in types if not tensor_type(t).plain]
-    costs = embedding_costs(decoder, name, careful, EndsPassed(tokens, meter.final, meter.bottom), meter.palette)
+    passed = EndsPassed(tokens, meter.final, meter.bottom, MatrixGrids(scaled=meter.scaled))
+    costs = embedding_costs(decoder, name, careful, passed, meter.palette)
     # eight bits are taken to cost nothing: what they do is far below what the other types do
     costs = {t: 0.0 for t in types if tensor_type(t).plain} | costs
     return Item({t: bytes_of(shape, t) for t in costs}, costs)
@@ -247,7 +250,9 @@ def _item(members: list[str], meter: CostMeter, shapes: Mapping[str, tuple[int, 
 def _bytes_of_the_rest(recipe: Recipe, plan: TypePlan) -> int:
     """What a file holds besides its matrices: header, vocabulary, norms."""
     ranges = len(plan.all()) * _RANGE_BYTES if recipe.scheme.static else 0
-    return plan.rest + ALIGNED * len(plan.file) + ranges + _SPARE
+    scaled = {target: m for target, m in plan.file.items() if m.factor and {*recipe.candidates} & {*WITH_FACTOR}}
+    beside = sum(bytes_of_factor(target, matrix.layers) for target, matrix in scaled.items())
+    return plan.rest + ALIGNED * len(plan.file) + ranges + beside + _SPARE
 
 
 def _open_ends(recipe: Recipe, decoder: Decoder) -> list[str]:

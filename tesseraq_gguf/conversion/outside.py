@@ -20,7 +20,7 @@ def round_outside(run: Run, model: Model, sensitivity: Sensitivity | None) -> No
     new = {name: type for name, type in types.items() if name not in kept}
     if new:
         run.progress.stage(f"Rounding {' and '.join(new)}")
-        kept |= round_embeddings(model.decoder, new, sensitivity, run.progress.advance, model.codebooks, run.weighed)
+        kept |= round_embeddings(model.decoder, new, sensitivity, run.progress.advance, model.grids(), run.weighed)
     if kept:
         work.keep_tensors(EMBEDDINGS, kept)
     else:

@@ -69,7 +69,7 @@ def _rounded(run: Run, model: Model) -> Iterator[BlockResult]:
     types, decoder = model.plan.types, model.decoder
     round_outside(run, model, None)
     run.progress.stage(f"Rounding {len(types)} matrices in {len(decoder)} blocks")
-    yield from round_blocks(decoder, types, run.work.finished, run.recipe.granularity, model.codebooks, run.weighed)
+    yield from round_blocks(decoder, types, run.work.finished, model.grids(run.recipe.granularity), run.weighed)
 
 
 def _learned(run: Run, model: Model, calibration: Calibration, finished: bool) -> Iterator[BlockResult]:
@@ -110,6 +110,7 @@ def walk_of(run: Run, model: Model, calibration: Calibration) -> Reconstruction:
         granularity=recipe.granularity,
         activations=recipe.scheme,
         codebooks=model.codebooks,
+        scaled=model.plan.scaled,
         salient=recipe.method_row.salient,
         team=run.team,
         empty=place_of(run, calibration).empty,

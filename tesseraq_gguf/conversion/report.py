@@ -10,7 +10,9 @@ from pathlib import Path
 
 from tesseraq_gguf.conversion.type_plan import TypePlan
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX
+from tesseraq_gguf.gguf_files.factors import place_of
 from tesseraq_gguf.gguf_files.inspection import inspect
+from tesseraq_gguf.types.facts import WITH_FACTOR
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def report_on(
     seen = inspect(out)
     grids = [t for t in seen.tensors if t.name in learned]
     weights = sum(math.prod(t.shape) for t in grids)
-    size = sum(t.bytes for t in grids) + sum(t.bytes for t in seen.tensors if t.name.endswith(SUFFIX))
+    factors = {place_of(t.name) for t in grids if t.type in WITH_FACTOR}
+    beside = [t for t in seen.tensors if t.name.endswith(SUFFIX) or t.name in factors]
+    size = sum(t.bytes for t in (*grids, *beside))
     return ConversionReport(
         out=out,
         bytes=seen.bytes,

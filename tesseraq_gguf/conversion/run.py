@@ -26,7 +26,7 @@ from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
-from tesseraq_gguf.types.grids import OwnCodebooks
+from tesseraq_gguf.types.grids import MatrixGrids, OwnCodebooks
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,10 @@ class Model:
     plan: TypePlan
     codebooks: OwnCodebooks = field(default_factory=dict)
 
+    def grids(self, granularity: str = "group") -> MatrixGrids:
+        """Return what gives the matrices their grids, with what shares a scale: `group` or `channel`."""
+        return MatrixGrids(granularity, self.codebooks, self.plan.scaled)
+
 
 @contextmanager
 def begin(
@@ -168,6 +172,8 @@ def types_of(
     progress.stage("Asking llama.cpp's converter about the model")
     start = StartFile(recipe.start_file, decoder) if recipe.start_file else None
     plan = plan_types(recipe, decoder, tree, start.types if start else {})
+    if start:
+        plan = plan.with_factors(start.scaled)
     if recipe.mix:
         settled = recipe.rules or recipe.output_type or recipe.embedding_type != AUTO
         besides = ", but for what other options say" if settled else ""

@@ -61,6 +61,8 @@ class StartFile:
         self._names = self._matched(file, decoder)
         self.types = {name: self._type(name) for name in self._names}
         """Tensor types by checkpoint name."""
+        self.scaled = frozenset(name for name, there in self._names.items() if self._weights.has_factor(there))
+        """Matrices that have a factor."""
         if self._weights.ordered:
             raise UsageError(f"{self._said} has columns in an order of their own: nothing begins at such a file")
 

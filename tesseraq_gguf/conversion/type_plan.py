@@ -5,16 +5,17 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from tesseraq_gguf.arguments import spelled
 from tesseraq_gguf.conversion import mix
-from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type, matrix_of_gguf
-from tesseraq_gguf.converter.writer import FileMatrix, SourceCheck, check_source
+from tesseraq_gguf.converter.plain_types import EMBEDDINGS, OUTPUT, fitting_type
+from tesseraq_gguf.converter.writer import FileMatrix, SourceCheck, check_source, files_matrices
 from tesseraq_gguf.errors import ModelError, TesseraqError, UsageError
+from tesseraq_gguf.gguf_files.factors import bytes_of_factor
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.learning.bit_budget import bytes_of
 from tesseraq_gguf.methods.table import start_row
@@ -26,7 +27,7 @@ from tesseraq_gguf.recipe.conflicts import without_order
 from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.runtime.source import SourceTree
-from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, tensor_type
+from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, WITH_FACTOR, tensor_type
 from tesseraq_gguf.types.grids import Grid, grid_for
 
 ALIGNED = 32
@@ -91,9 +92,27 @@ class TypePlan:
         matrix = next(m for m in self.file.values() if name in m.names)  # a type of the GGUF file alone
         return -(-matrix.own_bytes * shape[0] * shape[1] // matrix.weights)
 
+    @property
+    def scaled(self) -> frozenset[str]:
+        """Matrices that can have a factor in the file, where their types know one."""
+        return frozenset(
+            n for matrix in self.file.values() if matrix.factor for n in matrix.names if n not in self.head
+        )
+
     def file_bytes(self) -> int:
         """Size of the file, but for what it says of how it was made."""
-        return self.rest + sum(-(-self.bytes_in_file(m) // ALIGNED) * ALIGNED for m in self.file.values())
+        matrices = sum(-(-self.bytes_in_file(m) // ALIGNED) * ALIGNED for m in self.file.values())
+        return self.rest + matrices + self._bytes_of_factors()
+
+    def _bytes_of_factors(self) -> int:
+        """Size of the factors of the file, with what its header says of them."""
+        learned, types = self.types.keys() | self.outside.keys(), self.in_file()
+        return sum(
+            bytes_of_factor(target, matrix.layers)
+            for target, matrix in self.file.items()
+            if types[target] in WITH_FACTOR
+            if (matrix.factor if matrix.names[0] in learned else matrix.own_factor)
+        )
 
     def bytes_in_file(self, matrix: FileMatrix) -> int:
         """Size of a matrix of the file."""
@@ -125,6 +144,11 @@ class TypePlan:
             plain={n: t for n, t in self.plain.items() if n not in chosen} | plain,
             chosen=dict(chosen),
         )
+
+    def with_factors(self, scaled: Set[str]) -> TypePlan:
+        """Return the plan with factors for these matrices alone."""
+        file = {target: replace(matrix, factor=scaled >= set(matrix.names)) for target, matrix in self.file.items()}
+        return replace(self, file=file)
 
     def candidates(self, recipe: Recipe, decoder: Decoder) -> dict[str, list[str]]:
         """Types that a budget may give each matrix of the blocks; those that a rule names are settled."""
@@ -272,10 +296,8 @@ def plan_plain(recipe: Recipe, source: ModelSource, tree: SourceTree) -> TypePla
         UsageError: types that cannot be meant, or a rule that matches nothing or what it cannot change.
     """
     if source.gguf and not recipe.rules:
-        opened = open_gguf(source.gguf)
-        matrices = [t for t in opened.tensors if len(t.shape) > 1]
-        file = {t.name: FileMatrix((t.name,), **matrix_of_gguf(t)) for t in matrices}
-        rest = opened.bytes - sum(t.bytes for t in matrices)
+        matrices, rest = files_matrices(open_gguf(source.gguf), tree.llama_cpp)
+        file = {target: FileMatrix((target,), **facts) for target, facts in matrices.items()}
     else:
         check = check_source(source, _shapes_to_place(source), tree=tree)
         file, rest = check.file, check.rest

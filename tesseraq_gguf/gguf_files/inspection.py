@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tesseraq_gguf import arguments
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, lost_orders
+from tesseraq_gguf.gguf_files.factors import factor_tensors
 from tesseraq_gguf.gguf_files.gguf_file import PROJECTOR, ArrayValue, GgufFile, TensorInfo, open_gguf
 from tesseraq_gguf.printing import printable
 from tesseraq_gguf.types.facts import TENSOR_TYPES, names
@@ -71,8 +72,8 @@ class Inspection:
         parts: how many files it consists of.
         bytes: its size, all parts together.
         bpw: bits of the file per weight of the model, everything counted.
-        weights: elements of all tensors, orders of columns left out.
-        block_bpw: bits per weight of the matrices in the blocks, orders of their columns included.
+        weights: elements of all tensors, orders of columns and factors of matrices left out.
+        block_bpw: bits per weight of the matrices in the blocks, orders of their columns and factors included.
         architecture: llama.cpp's name of the model's kind.
         file_type: name of `general.file_type`, None if the file has none.
         runs_on: in words: any llama.cpp, our runtime only, or nothing, since the file is broken.
@@ -115,7 +116,8 @@ def inspect(path: Path | str) -> Inspection:
     file = open_gguf(arguments.path("file", path))
     architecture = str(file.get("general.architecture", "unknown"))
     types = _totals(file.tensors)
-    weights = sum(t.weights for t in file.tensors if not t.name.endswith(SUFFIX))
+    beside = _beside_weights(file.tensors)
+    weights = sum(t.weights for t in file.tensors if t.name not in beside)
     custom = [t.type for t in types if t.custom]
     wanted = (*_GENERAL_KEYS, *(f"{architecture}.{key}" for key in _MODEL_KEYS))
     metadata = {key: _plain(file.get(key)) for key in wanted if key in file.entries}
@@ -184,7 +186,8 @@ def _facts(inspection: Inspection) -> Iterable[tuple[str, str]]:
     size = f"{inspection.bytes:,} bytes{parts}"
     yield "size", f"{size}, {inspection.bpw:.3f} bits per weight ({inspection.weights:,} weights)"
     if inspection.block_bpw:
-        yield "blocks", f"{inspection.block_bpw:.3f} bits per weight of their matrices, orders of columns included"
+        included = "orders of columns and factors included"
+        yield "blocks", f"{inspection.block_bpw:.3f} bits per weight of their matrices, {included}"
     yield "architecture", inspection.architecture
     if inspection.file_type:
         yield "file type", inspection.file_type
@@ -193,11 +196,17 @@ def _facts(inspection: Inspection) -> Iterable[tuple[str, str]]:
         yield key, str(value)
 
 
+def _beside_weights(tensors: Iterable[TensorInfo]) -> set[str]:
+    """Names of tensors that say how matrices are read: orders of columns, and factors."""
+    tensors = list(tensors)
+    return {t.name for t in tensors if t.name.endswith(SUFFIX)} | {t.name for t in factor_tensors(tensors).values()}
+
+
 def block_bits_per_weight(tensors: Iterable[TensorInfo]) -> float:
-    """Bits per weight of the matrices in the blocks with the orders of their columns; 0 if there are none."""
+    """Bits per weight of the matrices in the blocks, with orders of columns and factors; 0 if there are none."""
     blocks = [t for t in tensors if t.name.startswith("blk.")]
-    matrices = [t for t in blocks if len(t.shape) > 1]
-    counted = sum(t.bytes for t in blocks if t in matrices or t.name.endswith(SUFFIX))
+    matrices, beside = [t for t in blocks if len(t.shape) > 1], _beside_weights(blocks)
+    counted = sum(t.bytes for t in blocks if len(t.shape) > 1 or t.name in beside)
     return round(8 * counted / max(1, sum(t.weights for t in matrices)), 4)
 
 

@@ -16,7 +16,7 @@ The choice is an exact dynamic programme over bytes: no other assignment of the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -33,7 +33,7 @@ from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.types.facts import tensor_type
-from tesseraq_gguf.types.grids import Grid, grid_for
+from tesseraq_gguf.types.grids import GROUPED, Grid, MatrixGrids
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _MOST_UNITS = 200_000
@@ -144,13 +144,16 @@ class Watched:
 
 
 @torch.no_grad()
-def costs_of(matrix: Watched, types: Sequence[str], granularity: str = "group") -> dict[str, float]:
+def costs_of(
+    matrix: Watched, types: Sequence[str], grids: MatrixGrids = GROUPED, name: str = "a matrix"
+) -> dict[str, float]:
     """Estimate what a matrix costs in each type when it is rounded to nearest, in nats per token.
 
     Args:
         matrix: with what it is fed and felt.
         types: which to try.
-        granularity: what shares a scale.
+        grids: gives it its grids.
+        name: its checkpoint name.
     """
     weight, importance = matrix.weight, matrix.importance
     costs = {}
@@ -158,7 +161,7 @@ def costs_of(matrix: Watched, types: Sequence[str], granularity: str = "group") 
         if tensor_type(type).is_float:  # sixteen bits are taken to cost nothing
             costs[type] = 0.0
             continue
-        grid = grid_for(type, weight.shape[1], granularity)
+        grid = grids.of(name, weight, type)
         order, rounded = order_for(weight, importance, grid), torch.empty_like(weight)
         rounded[:, order] = grid.dequantize(grid.quantize(weight[:, order], importance[order]))
         costs[type] = matrix.cost(rounded)
@@ -181,6 +184,7 @@ class CostMeter:
         candidates: types to try for each matrix, by checkpoint name; matrices not named are not measured.
         granularity: what shares a scale.
         palette: where matrices are kept as they were rounded; None keeps none, and costs are of rounding to nearest.
+        scaled: matrices that can have a factor in the file, by checkpoint name.
         costs: of the blocks' matrices in types that are worth their bytes, by checkpoint name.
         final: final hidden states, float32 [samples, length, hidden].
         bottom: gradient below the first block, of the same shape.
@@ -189,9 +193,14 @@ class CostMeter:
     candidates: Mapping[str, Sequence[str]]
     granularity: str
     palette: Palette | None = None
+    scaled: Collection[str] = frozenset()
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     final: Tensor = field(default_factory=lambda: torch.empty(0))
     bottom: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def _grids(self) -> MatrixGrids:
+        return MatrixGrids(self.granularity, scaled=self.scaled)
 
     def block(self, block: LoadedBlock, passed: Passed) -> None:
         """Take a block with what its matrices were fed and felt.
@@ -206,7 +215,7 @@ class CostMeter:
                 matrix = Watched(module.weight.detach(), *passed[name])
                 # which types are worth it, some rows tell
                 judged = matrix if self.palette is None else matrix.some(_JUDGED)
-                costs = costs_of(judged, self.candidates[full_name], self.granularity)
+                costs = costs_of(judged, self.candidates[full_name], self._grids, full_name)
                 if self.palette is not None:
                     costs = self._painted(full_name, matrix, costs, rounded)
                 numbers = torch.tensor(list(costs.values()))
@@ -228,7 +237,7 @@ class CostMeter:
             if tensor_type(type).is_float:
                 found[type] = costs[type]
                 continue
-            grid = grid_for(type, matrix.weight.shape[1], self.granularity)
+            grid = self._grids.of(name, matrix.weight, type)
             order, value = order_for(matrix.weight, matrix.importance, grid), torch.empty_like(matrix.weight)
             tensor = painted(matrix.weight[:, order], moment[order][:, order], grid)
             value[:, order] = grid.dequantize(tensor)

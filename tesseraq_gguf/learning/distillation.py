@@ -35,7 +35,7 @@ from tesseraq_gguf.models.finite import check_finite, finite
 from tesseraq_gguf.models.handed import BlockInputs
 from tesseraq_gguf.models.quantised import Quantised
 from tesseraq_gguf.paths import temporary_sibling
-from tesseraq_gguf.types.grids import Arrays, grid_of
+from tesseraq_gguf.types.grids import Arrays, own_grid
 from tesseraq_gguf.types.quantized import QuantizedTensor, plain_vector
 
 LearnedBlock = dict[str, QuantizedTensor]
@@ -338,7 +338,7 @@ class _Variables:
         relaxed = {
             (n, key): variable
             for n, t in self._matrices.items()
-            for key, variable in grid_of(t.type).relax(_parameters(t)).items()
+            for key, variable in own_grid(t).relax(_parameters(t)).items()
         }
         relaxed |= {(n, "norm"): torch.zeros_like(v) for n, v in vectors.items()}
         self._variables = {key: v.requires_grad_() for key, v in relaxed.items()}
@@ -348,7 +348,7 @@ class _Variables:
         """Matrices float32 [out, in] by module name and vectors by parameter name, differentiable."""
         weights = {}
         for name, tensor in self._matrices.items():
-            grid, arrays = grid_of(tensor.type), _parameters(tensor)
+            grid, arrays = own_grid(tensor), _parameters(tensor)
             scale, zero = grid.realise(self._of(name), arrays)
             q = grid.levels(tensor)
             weights[name.removesuffix(".weight")] = Affine.apply(q, scale, zero).flatten(-2)
@@ -402,7 +402,7 @@ class _Variables:
         """Matrices and vectors as they leave, by checkpoint name."""
         learned = {prefix + name: tensor for name, tensor in self._kept.items()}
         for name, tensor in self._matrices.items():
-            grid = grid_of(tensor.type)
+            grid = own_grid(tensor)
             arrays = grid.tighten(self._of(name), _parameters(tensor))
             learned[prefix + name] = grid.assemble(tensor.arrays["q"], arrays)
         return learned | {prefix + n: plain_vector(v) for n, v in self.realise()[1].items()}

@@ -19,7 +19,7 @@ from tesseraq_gguf.methods.gptq import compensate
 from tesseraq_gguf.models.decoder import Decoder
 from tesseraq_gguf.models.head import ANSWERS, Head
 from tesseraq_gguf.types.facts import tensor_type
-from tesseraq_gguf.types.grids import UNIVERSAL, Grid, OwnCodebooks, grid_for, grid_of
+from tesseraq_gguf.types.grids import GROUPED, Grid, MatrixGrids, grid_of
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _CHUNK = 1 << 24
@@ -37,7 +37,7 @@ def round_embeddings(
     types: Mapping[str, str],
     sensitivity: Sensitivity | None,
     report: Callable[[int, int], None] = lambda *_: None,
-    codebooks: OwnCodebooks = UNIVERSAL,
+    matrix_grids: MatrixGrids = GROUPED,
     importance: Mapping[str, Tensor] | None = None,
 ) -> dict[str, QuantizedTensor]:
     """Round embedding and output matrix.
@@ -47,7 +47,7 @@ def round_embeddings(
         types: tensor type by checkpoint name; matrices not named stay as they are.
         sensitivity: what the model feels; None rounds to nearest.
         report: called with (weights done, weights in all) of one matrix.
-        codebooks: those that the model brings.
+        matrix_grids: gives them their grids.
         importance: weights of the squared errors of columns, float32 [in] by checkpoint name, where rounding is to
             nearest.
 
@@ -57,7 +57,7 @@ def round_embeddings(
     rounded = {}
     for name, type in types.items():
         weight, moment = decoder.matrix(name), _moment(decoder, name, sensitivity)
-        grid = grid_for(type, weight.shape[1], "group", codebooks)
+        grid = matrix_grids.of(name, weight, type)
         rounded[name] = round_matrix(weight, grid, moment, decoder.device, report, (importance or {}).get(name))
     return rounded
 
@@ -106,17 +106,19 @@ def round_matrix(
 
 @dataclass(frozen=True)
 class EndsPassed:
-    """What passes the ends of a model.
+    """What passes the ends of a model, and what their grids are.
 
     Attributes:
         tokens: calibration tokens, int64 [samples, length].
         final: final hidden states on them, before the final norm, float32 [samples, length, hidden].
         bottom: gradient of the answers' log-probability below the first block, of the same shape.
+        grids: gives embedding and output matrix their grids.
     """
 
     tokens: Tensor
     final: Tensor
     bottom: Tensor
+    grids: MatrixGrids = GROUPED
 
 
 @torch.no_grad()
@@ -144,8 +146,9 @@ def embedding_costs(
         importance += _of_mean_one(passed.bottom[..., : weight.shape[1]].square().mean((0, 1)))
     before = decoder.stem(passed.tokens)[0] if name == decoder.embedding_name() else None
     costs, kept = {}, {}
-    for type in _worthy(weight, importance, types):
-        grid = grid_of(type)
+    grids = {type: passed.grids.of(name, weight, type) for type in types}
+    for type in _worthy(weight, importance, grids):
+        grid = grids[type]
         tensor = round_matrix(weight, grid, None, decoder.device, importance=importance)
         rounded = grid.dequantize(tensor)
         cost = 0.0
@@ -161,14 +164,14 @@ def embedding_costs(
     return costs
 
 
-def _worthy(weight: Tensor, importance: Tensor, types: Sequence[str]) -> list[str]:
+def _worthy(weight: Tensor, importance: Tensor, grids: Mapping[str, Grid]) -> list[str]:
     """Types that no smaller one is better than, by what they do to some of the rows."""
     some = weight[torch.linspace(0, len(weight) - 1, min(_SOME, len(weight))).long()]
     errors = {
         type: float(((g.dequantize(g.quantize(some, importance)) - some).square() * importance).mean())
-        for type, g in ((type, grid_of(type)) for type in types)
+        for type, g in grids.items()
     }
-    return undominated(errors, {type: tensor_type(type).bits_per_weight for type in types})
+    return undominated(errors, {type: tensor_type(type).bits_per_weight for type in grids})
 
 
 def _of_mean_one(values: Tensor) -> Tensor:

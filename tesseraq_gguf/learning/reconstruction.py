@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -37,7 +37,7 @@ from tesseraq_gguf.methods.rare_experts import Visits, counted, in_all, on_both_
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite, origin
 from tesseraq_gguf.models.handed import Arguments
-from tesseraq_gguf.types.grids import Grid, OwnCodebooks, grid_for
+from tesseraq_gguf.types.grids import Grid, MatrixGrids, OwnCodebooks
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, column_order, plain_vector
 
 Finished = Callable[[int], "BlockResult | None"]
@@ -91,6 +91,7 @@ class Reconstruction:
         granularity: what shares a scale: `group` or `channel`.
         activations: how activations of the quantised chain are rounded.
         codebooks: those that the model brings.
+        scaled: matrices that can have a factor in the file, by checkpoint name.
         salient: which channels come to salient places, where a type has these.
         team: the processes that learn together.
         empty: makes the tensors that hidden states are kept in.
@@ -107,6 +108,7 @@ class Reconstruction:
     granularity: str = "group"
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     codebooks: OwnCodebooks = field(default_factory=dict)
+    scaled: Collection[str] = frozenset()
     salient: Score = "error"
     team: Team = field(default_factory=Team)
     empty: Empty = torch.empty
@@ -231,7 +233,7 @@ class Reconstruction:
         grids = dict(problem.grids)
         rounded = round_rare(problem, visits)
         learned = self.method.learn(problem) if problem.grids else {}
-        problem.grids = grids
+        problem.grids = grids | problem.grids
         return learned | rounded
 
     def _learn_in_parts(
@@ -258,6 +260,7 @@ class Reconstruction:
         self, block: LoadedBlock, full: Tensor, quantised: Tensor, sensitivity: Tensor, arguments: Arguments
     ) -> BlockProblem:
         index, matrices = block.index, block.matrices()
+        grids = MatrixGrids(self.granularity, self.codebooks, self.scaled)
         named = {name: self.types.get(f"{block.prefix}{name}.weight") for name in matrices}
         made = self.decoder.walk.state.made(index)
         if made is not None:  # what only passes through is not the block's to answer for
@@ -266,7 +269,7 @@ class Reconstruction:
         return BlockProblem(
             block=block,
             grids={
-                name: grid_for(t, matrices[name].weight.shape[1], self.granularity, self.codebooks)
+                name: grids.of(f"{block.prefix}{name}.weight", matrices[name].weight.detach(), t)
                 for name, t in named.items()
                 if t is not None
             },

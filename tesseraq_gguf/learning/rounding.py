@@ -16,7 +16,7 @@ from torch import Tensor
 from tesseraq_gguf.learning.reconstruction import BlockResult, Finished, leaving
 from tesseraq_gguf.learning.reordering import plan_moves
 from tesseraq_gguf.models.decoder import Decoder
-from tesseraq_gguf.types.grids import UNIVERSAL, OwnCodebooks, grid_for, grid_of
+from tesseraq_gguf.types.grids import GROUPED, MatrixGrids, grid_of
 
 _LENGTH = 32
 """Tokens that are run to find out which matrices read the same."""
@@ -26,8 +26,7 @@ def round_blocks(
     decoder: Decoder,
     types: Mapping[str, str],
     finished: Finished,
-    granularity: str = "group",
-    codebooks: OwnCodebooks = UNIVERSAL,
+    matrix_grids: MatrixGrids = GROUPED,
     importance: Mapping[str, Tensor] | None = None,
 ) -> Iterator[BlockResult]:
     """Round the matrices of every block: the baseline every method must beat.
@@ -36,8 +35,7 @@ def round_blocks(
         decoder: the model.
         types: tensor type of each matrix to round, by checkpoint name.
         finished: gives what an earlier run rounded.
-        granularity: what shares a scale: `group` or `channel`.
-        codebooks: those that the model brings.
+        matrix_grids: gives the matrices their grids.
         importance: weights of the squared errors of columns, float32 [in] by checkpoint name; others count alike.
 
     Yields:
@@ -55,7 +53,7 @@ def round_blocks(
         modules = block.matrices()
         named = {name: types.get(f"{block.prefix}{name}.weight") for name in modules}
         grids = {
-            name: grid_for(type, modules[name].in_features, granularity, codebooks)
+            name: matrix_grids.of(f"{block.prefix}{name}.weight", modules[name].weight.detach(), type)
             for name, type in named.items()
             if type is not None
         }

@@ -1,8 +1,9 @@
 """Powers of two that bring matrices to where the scales of their type are finest.
 
 Scales of NVFP4 are floats of 8 bits, with even steps below 2^-7 that are too coarse for the weights of most models.
-The type's own remedy is a factor for a whole tensor, but most graphs of llama.cpp leave it out. Here the factor goes
-where it costs nothing: into the norm, or the rows of the linear, that makes what a matrix reads, as AWQ's scales do.
+The type's own remedy is a factor for a whole matrix, but many graphs of llama.cpp leave it out. Matrices that have
+none get it here, where it costs nothing: in the norm, or the rows of the linear, that makes what a matrix reads, as
+AWQ's scales do.
 """
 
 from __future__ import annotations

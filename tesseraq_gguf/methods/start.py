@@ -89,6 +89,7 @@ class AsGiven:
         for name, w in problem.matrices().items():
             tensor = self.given(problem.full_name(name))
             tensor = QuantizedTensor(tensor.type, {key: a.to(w.device) for key, a in tensor.arrays.items()})
+            problem.grids[name] = problem.grids[name].of(tensor.arrays)
             starts[name] = Start(tensor, within_codes(w, tensor, problem.grids[name]))
         return starts
 

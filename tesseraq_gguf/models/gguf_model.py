@@ -26,10 +26,12 @@ from torch import Tensor
 from tesseraq_gguf.errors import ModelError
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX, natural, orders_of
 from tesseraq_gguf.gguf_files.dequantize import arrays_of, dequantized, own_codebooks
+from tesseraq_gguf.gguf_files.factors import factor_tensors, factors_of
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, TensorInfo
 from tesseraq_gguf.models.checkpoint import Checkpoint
 from tesseraq_gguf.models.experts import Forms, expert_of, unroll
 from tesseraq_gguf.models.gguf_config import Described, Header, Rotary, describe
+from tesseraq_gguf.types.facts import FACTOR
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 _CHUNK = 1 << 20
@@ -193,6 +195,7 @@ class GgufCheckpoint(Checkpoint):
             raise ModelError(f"{file.path} cannot be read as a GGUF model: {reason}") from error
         self.config = model.config.to_dict() | {"architectures": [self.described.kind.class_name]}
         self._file, self._orders, self._codebooks = file, orders_of(file), own_codebooks(file)
+        self._factors = factors_of(file)
         places = Places(self.described)
         _check_complete(self.described.header, {places.tensor(name) for name in self._shapes})
         self._places = {name: self._fitting(name, places[name]) for name in self._shapes}
@@ -241,7 +244,7 @@ class GgufCheckpoint(Checkpoint):
         weights: NDArray[np.float32] = np.empty((len(data), place.tensor.shape[0]), np.float32)
         step = max(1, _CHUNK // weights.shape[1])
         for start in range(0, len(data), step):
-            part = self._numbers(place.tensor, data[start : start + step])
+            part = self._numbers(place, data[start : start + step])
             weights[start : start + step] = part
             finite = finite and bool(np.isfinite(part).all())
         weights = weights.reshape(self.shape(name))
@@ -260,7 +263,7 @@ class GgufCheckpoint(Checkpoint):
         if len(self.shape(name)) < 2:
             return self.read(name)[rows]
         there = which if place.rows is None else place.rows[which]
-        weights = self._numbers(place.tensor, self._data(name)[there])
+        weights = self._numbers(place, self._data(name)[there])
         return self._restored(place, weights.reshape(len(which), *self.shape(name)[1:]))
 
     def type_of(self, name: str) -> str:
@@ -276,7 +279,13 @@ class GgufCheckpoint(Checkpoint):
         place, data = self._places[name], self._data(name)
         rows = np.array(data) if place.rows is None else data[place.rows]
         arrays = arrays_of(place.tensor.type, rows, self._codebooks)
+        if (factor := self._factor(place)) is not None:
+            arrays[FACTOR] = np.full((len(rows), 1), factor)
         return QuantizedTensor(place.tensor.type, {key: torch.from_numpy(array) for key, array in arrays.items()})
+
+    def has_factor(self, name: str) -> bool:
+        """Whether a parameter has a factor in the file."""
+        return self._factor(self._places[name]) is not None
 
     @property
     def ordered(self) -> bool:
@@ -292,8 +301,14 @@ class GgufCheckpoint(Checkpoint):
         rows = self.shape(name)[0]
         return data[place.layer * rows : (place.layer + 1) * rows]
 
-    def _numbers(self, tensor: TensorInfo, data: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return natural(dequantized(tensor, data, self._codebooks), self._orders.get(tensor.name))
+    def _numbers(self, place: Place, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+        tensor, factor = place.tensor, self._factor(place)
+        numbers = natural(dequantized(tensor, data, self._codebooks), self._orders.get(tensor.name))
+        return numbers if factor is None else numbers * factor
+
+    def _factor(self, place: Place) -> np.float32 | None:
+        factors = self._factors.get(place.tensor.name)
+        return None if factors is None else factors[place.layer or 0]
 
     def _restored(self, place: Place, weights: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(weights - np.float32(place.shift) if place.shift else weights)
@@ -319,7 +334,8 @@ def _skeleton(described: Described) -> Any:
 def _check_complete(header: Header, places: set[str]) -> None:
     """Refuse a file with tensors that the model has no place for, or without some that it needs."""
     missing = sorted(places - header.tensors.keys(), key=_natural_order)
-    there = {name for name in header.tensors if not name.endswith(SUFFIX)}
+    factors = {tensor.name for tensor in factor_tensors(header.tensors.values()).values()}
+    there = {name for name in header.tensors if not name.endswith(SUFFIX)} - factors
     unused = sorted(there - places - header.used, key=_natural_order)
     kind = f"a model of the architecture {header.architecture!r}"
     if missing:

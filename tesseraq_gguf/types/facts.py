@@ -20,6 +20,9 @@ from tesseraq_gguf.errors import UsageError
 FORMAT_VERSION = 1
 """Value of the GGUF key `tesseraq.format_version`; grows when a layout changes."""
 
+FACTOR = "factor"
+"""Array of a matrix whose file has a factor for all of it: float32 [rows, 1], the same in every row."""
+
 
 @dataclass(frozen=True)
 class Codebooks:
@@ -68,6 +71,7 @@ class TensorType:
             fit either, or is None, f16.
         without_order: the type to take for matrices whose columns can have no order; None if this type wants none.
         codebooks: what its codes are looked up in; None where they count evenly spaced values.
+        factor: whether a file may have a factor for a whole matrix of it, in a tensor beside it.
     """
 
     name: str
@@ -82,6 +86,7 @@ class TensorType:
     fallback: str | None = None
     without_order: str | None = None
     codebooks: Codebooks | None = None
+    factor: bool = False
 
     @property
     def is_float(self) -> bool:
@@ -127,7 +132,7 @@ _ROWS = (
     TensorType("q8_0", 8, 7, 32, 34, "stock", plain=True),
     TensorType("iq4_nl", 20, 25, 32, 18, "stock"),
     TensorType("mxfp4", 39, 38, 32, 17, "fp4"),
-    TensorType("nvfp4", 40, 39, 64, 36, "fp4", recent=True),
+    TensorType("nvfp4", 40, 39, 64, 36, "fp4", recent=True, factor=True),
     TensorType("q2_k", 10, 21, 256, 84, "kquants", fallback="q4_0"),
     TensorType("q3_k", 11, 11, 256, 110, "kquants", fallback="q4_0"),
     TensorType("q4_k", 12, 14, 256, 144, "kquants", fallback="q5_0"),
@@ -156,6 +161,9 @@ ORDERED_TYPES = names(lambda t: t.ordered)
 
 WITH_CODEBOOKS = names(lambda t: t.codebooks)
 """Types whose codes name codewords of codebooks."""
+
+WITH_FACTOR = names(lambda t: t.factor)
+"""Types of matrices that may have a factor."""
 
 LAYOUTS: dict[str, Codebooks] = {t.codebooks.layout: t.codebooks for t in TENSOR_TYPES.values() if t.codebooks}
 """What there are codebooks of: types of one layout have the same."""

@@ -140,6 +140,17 @@ class Grid(ABC):
         """Return the grid of a model that brings its own codebooks, int8; this one where the type has none."""
         return self
 
+    def with_factor_for(self, weight: Tensor) -> Grid:
+        """Return the grid of a matrix, float32 [rows, columns], in a file that has a factor for it.
+
+        This one where the type knows no factors.
+        """
+        return self
+
+    def of(self, arrays: Mapping[str, Tensor]) -> Grid:
+        """Return the grid of a matrix that is there already, whose stored parameters may bring a factor."""
+        return self
+
     def levels(self, tensor: QuantizedTensor) -> Tensor:
         """What scales multiply once the zero-point is taken off it: [rows, groups, group], codes where uniform."""
         return self.grouped(tensor.arrays["q"])

@@ -3,7 +3,8 @@
 A grid quantises, dequantises and searches parameters in torch; it knows no loss.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.types.facts import OfFamilies, tensor_type
 from tesseraq_gguf.types.grid import Arrays, Grid
 from tesseraq_gguf.types.per_channel import per_channel
+from tesseraq_gguf.types.quantized import QuantizedTensor
 
 GRIDS: Mapping[str, Grid] = OfFamilies("grid")
 """The grids that methods can learn on, by tensor type."""
@@ -60,4 +62,44 @@ def grid_for(type: str, columns: int, granularity: str, codebooks: OwnCodebooks 
     return per_channel(grid, columns)
 
 
-__all__ = ["GRIDS", "UNIVERSAL", "Arrays", "Grid", "OwnCodebooks", "grid_for", "grid_of"]
+@dataclass(frozen=True)
+class MatrixGrids:
+    """Gives the matrices of a model their grids.
+
+    Attributes:
+        granularity: what shares a scale: `group` or `channel`.
+        codebooks: those that the model brings.
+        scaled: matrices that can have a factor in the file, by checkpoint name, where their types know one.
+    """
+
+    granularity: str = "group"
+    codebooks: OwnCodebooks = field(default_factory=dict)
+    scaled: Collection[str] = frozenset()
+
+    def of(self, name: str, weight: Tensor, type: str) -> Grid:
+        """Return the grid of a matrix.
+
+        Args:
+            name: its checkpoint name.
+            weight: float32 [rows, columns].
+            type: its tensor type.
+
+        Raises:
+            UsageError: the type cannot have one scale per row, and is to have it.
+        """
+        grid = grid_for(type, weight.shape[1], self.granularity, self.codebooks)
+        return grid.with_factor_for(weight) if name in self.scaled else grid
+
+
+GROUPED = MatrixGrids()
+"""A scale per group, and nothing in the file besides the matrices."""
+
+
+def own_grid(tensor: QuantizedTensor) -> Grid:
+    """Return the grid of a matrix that is there already."""
+    return grid_of(tensor.type).of(tensor.arrays)
+
+
+__all__ = [
+    "GRIDS", "GROUPED", "UNIVERSAL", "Arrays", "Grid", "MatrixGrids", "OwnCodebooks", "grid_for", "grid_of", "own_grid",
+]  # fmt: skip

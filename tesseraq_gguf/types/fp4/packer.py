@@ -6,7 +6,8 @@ d·level, exact in float32.
 
 MXFP4 has blocks of 32 weights, d = 2^(e - 128) (E8M0, halved for the units of levels). NVFP4 has blocks of 64 with four
 scales, unsigned floats of 4 bits of exponent and 3 of mantissa (UE4M3), halved too. Its files may have a factor for a
-whole tensor in another tensor, `<name>.scale`, which is not written here: see docs/formats.md.
+whole tensor, or for each expert of a stack, in another tensor, `<name>.scale`: the array `factor` here, which has no
+part in the bytes. Values are then (d·level)·factor. See docs/formats.md.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tesseraq_gguf.types.facts import FACTOR
 from tesseraq_gguf.types.stock.packer import Codes, check_codes, check_columns, join_nibbles, split_nibbles
 
 FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12)
@@ -53,7 +55,8 @@ def decode_ue4m3(code: NDArray[np.uint8]) -> NDArray[np.float32]:
 class Fp4Packer:
     """Packer of MXFP4 or NVFP4.
 
-    Its arrays: `q` uint8 [rows, columns], `d` uint8 [rows, columns / group].
+    Its arrays: `q` uint8 [rows, columns], `d` uint8 [rows, columns / group]; and `factor` float32 [rows, 1] where the
+    file has one, which `unpack` does not know.
 
     Attributes:
         type: name of the type.
@@ -91,9 +94,10 @@ class Fp4Packer:
         return {"q": _from_signs(q).reshape(rows, -1), "d": blocks[:, :, :groups].reshape(rows, -1)}
 
     def dequantize(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Weights float32 [rows, columns]: d·level, exact in float32."""
+        """Weights float32 [rows, columns]: d·level, exact in float32, and times the factor if there is one."""
         levels = np.asarray(FP4_LEVELS, np.float32)[arrays["q"]]
-        return levels * np.repeat(self.decode(arrays["d"]), self.group, axis=1)
+        weights = levels * np.repeat(self.decode(arrays["d"]), self.group, axis=1)
+        return weights * arrays[FACTOR] if FACTOR in arrays else weights
 
 
 MXFP4 = Fp4Packer("mxfp4", 32, 32, NO_E8M0 - 1, decode_e8m0)
