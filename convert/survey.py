@@ -52,7 +52,7 @@ class Survey:
         ours = namer.names_of(job["matrices"])
         there = {target for target, _ in self._tensors()}
         torn = {target for target, places in plan.by_target.items() if any(p.at is not None for _, p in places)}
-        read = factors_read(Path(job["llama_cpp"]), gguf.MODEL_ARCH_NAMES[self._model.model_arch], there) - torn
+        read = factors_read(Path(job["llama_cpp"]), self._model.gguf_writer.arch, there) - torn
         found = {}
         for target, info in self._tensors():
             if len(info.shape) > 1 and target in self._made:

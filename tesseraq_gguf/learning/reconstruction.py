@@ -269,7 +269,7 @@ class Reconstruction:
         return BlockProblem(
             block=block,
             grids={
-                name: grids.of(f"{block.prefix}{name}.weight", matrices[name].weight.detach(), t)
+                name: grids.of_layer(f"{block.prefix}{name}.weight", matrices[name], t)
                 for name, t in named.items()
                 if t is not None
             },

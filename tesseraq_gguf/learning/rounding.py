@@ -53,7 +53,7 @@ def round_blocks(
         modules = block.matrices()
         named = {name: types.get(f"{block.prefix}{name}.weight") for name in modules}
         grids = {
-            name: matrix_grids.of(f"{block.prefix}{name}.weight", modules[name].weight.detach(), type)
+            name: matrix_grids.of_layer(f"{block.prefix}{name}.weight", modules[name], type)
             for name, type in named.items()
             if type is not None
         }

@@ -3,14 +3,14 @@
 A grid quantises, dequantises and searches parameters in torch; it knows no loss.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.types.facts import OfFamilies, tensor_type
+from tesseraq_gguf.types.facts import WITH_FACTOR, OfFamilies, tensor_type
 from tesseraq_gguf.types.grid import Arrays, Grid
 from tesseraq_gguf.types.per_channel import per_channel
 from tesseraq_gguf.types.quantized import QuantizedTensor
@@ -87,8 +87,18 @@ class MatrixGrids:
         Raises:
             UsageError: the type cannot have one scale per row, and is to have it.
         """
-        grid = grid_for(type, weight.shape[1], self.granularity, self.codebooks)
-        return grid.with_factor_for(weight) if name in self.scaled else grid
+        return self._of(name, type, weight.shape[1], lambda: weight)
+
+    def of_layer(self, name: str, layer: nn.Linear, type: str) -> Grid:
+        """Return the grid of a linear layer's matrix as `of` does.
+
+        Its weight, which may be read from a file each time, is asked for only where a factor is made for it.
+        """
+        return self._of(name, type, layer.in_features, lambda: layer.weight.detach())
+
+    def _of(self, name: str, type: str, columns: int, weight: Callable[[], Tensor]) -> Grid:
+        grid = grid_for(type, columns, self.granularity, self.codebooks)
+        return grid.with_factor_for(weight()) if name in self.scaled and type in WITH_FACTOR else grid
 
 
 GROUPED = MatrixGrids()

@@ -1,4 +1,4 @@
-"""Which factors graphs read, by llama.cpp's source: the pinned one, and a made-up one that hands them on in all ways."""
+"""Which factors graphs read, by llama.cpp's source: the pinned one, and a made-up one with all ways to do it."""
 
 from __future__ import annotations
 
