@@ -71,11 +71,12 @@ def said_of(file) -> int:
         ("mixtral", "gptq", 2e-2),
         ("gemma3", "rtn", 5e-3),
         ("llama-bias", "rtn", 5e-3),
+        ("qwen3", "rtn", 5e-3),
     ],
 )
 def test_llama_cpp_computes_what_torch_does(kind, method, near, make_model, long_text, tmp_path):  # noqa: F811
     out, text, source = tmp_path / "out.gguf", tmp_path / "text", uneven(make_model(kind, LOUD), tmp_path / "model")
-    ends = {} if kind == "gemma3" else {"output_type": "nvfp4"}
+    ends = {} if kind in ("gemma3", "qwen3") else {"output_type": "nvfp4"}
     recipe = recipe_of(source, out, long_text, type="nvfp4", method=method, **ends)
     planned = plan(recipe).bytes
     convert(recipe)
