@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -86,15 +87,19 @@ def _measured(run: Run, model: Model, tokens: Tensor) -> TypePlan:
     run.progress.stage("Measuring what each matrix costs in each type")
     decoder = model.decoder
     with tempfile.TemporaryDirectory(prefix="tesseraq-") as folder:
+        grids = MatrixGrids(run.recipe.granularity, scaled=model.plan.scaled)
         # hundreds of experts are not rounded in all types: what each alone costs must do there
-        palette = None if _streams(decoder) else Palette(Path(folder))
-        candidates = model.plan.candidates(run.recipe, decoder)
-        meter = CostMeter(dict(candidates), run.recipe.granularity, palette, model.plan.scaled)
+        palette = None if _streams(decoder) else Palette(Path(folder), partial(_matrix, decoder), grids)
+        meter = CostMeter(dict(model.plan.candidates(run.recipe, decoder)), grids, palette)
         measure_sensitivity(decoder, tokens, run.recipe.seed, run.progress.advance, meter)
         budget = _Budget(run.recipe, model, meter, tokens)
         if palette is None:
             return budget.choice({})
         return _mended(run, model, budget, palette)
+
+
+def _matrix(decoder: Decoder, name: str) -> Tensor:
+    return decoder.matrix(name).to(decoder.device)
 
 
 def _streams(decoder: Decoder) -> bool:
@@ -222,7 +227,7 @@ def _end(recipe: Recipe, decoder: Decoder, name: str, meter: CostMeter, tokens: 
     types = [t for t in types if t not in ORDERED_TYPES]  # columns of an embedding have no order
     types = list(dict.fromkeys(types)) or ["f16"]
     careful = [t for t in types if not tensor_type(t).plain]
-    passed = EndsPassed(tokens, meter.final, meter.bottom, MatrixGrids(scaled=meter.scaled))
+    passed = EndsPassed(tokens, meter.final, meter.bottom, replace(meter.grids, granularity="group"))
     costs = embedding_costs(decoder, name, careful, passed, meter.palette)
     # eight bits are taken to cost nothing: what they do is far below what the other types do
     costs = {t: 0.0 for t in types if tensor_type(t).plain} | costs

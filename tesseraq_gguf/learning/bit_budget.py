@@ -16,7 +16,7 @@ The choice is an exact dynamic programme over bytes: no other assignment of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import gcd
 
@@ -25,23 +25,20 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import UsageError
-from tesseraq_gguf.learning.column_order import InputStatistics, likeness, order_of, score
-from tesseraq_gguf.learning.palette import Palette, undominated, with_order
-from tesseraq_gguf.learning.palette import rounded as painted
+from tesseraq_gguf.learning.palette import Palette, order_for, painted, undominated
 from tesseraq_gguf.learning.sensitivity import Passed
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import stack_of
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, check_finite
 from tesseraq_gguf.types.facts import tensor_type
-from tesseraq_gguf.types.grids import GROUPED, Grid, MatrixGrids
-from tesseraq_gguf.types.quantized import QuantizedTensor
+from tesseraq_gguf.types.grids import GROUPED, MatrixGrids
 
 _MOST_UNITS = 200_000
 """Sizes that the dynamic programme tells apart; where there are more, sizes are rounded up."""
 
 
 _JUDGED = 128
-"""Rows of a matrix that are rounded in all types, before the whole is in those that are worth their bytes."""
+"""Rows of a matrix that its types are judged by, where a palette rounds the whole in those that are chosen."""
 
 
 @dataclass(frozen=True)
@@ -168,39 +165,25 @@ def costs_of(
     return costs
 
 
-def order_for(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
-    """Return the order of columns that a matrix alone would get where its type wants one, int64 [in]."""
-    if grid.places is None:
-        return torch.arange(weight.shape[1], device=weight.device)
-    scores = score([weight], InputStatistics(importance, importance), "error")
-    return order_of(scores, likeness([weight]), None, *grid.places)
-
-
 @dataclass
 class CostMeter:
     """Measures what types cost while the sensitivity is measured.
 
     Attributes:
         candidates: types to try for each matrix, by checkpoint name; matrices not named are not measured.
-        granularity: what shares a scale.
-        palette: where matrices are kept as they were rounded; None keeps none, and costs are of rounding to nearest.
-        scaled: matrices that can have a factor in the file, by checkpoint name.
+        grids: gives matrices their grids.
+        palette: rounds whole matrices when a choice asks; None rounds none, and costs are of rounding to nearest.
         costs: of the blocks' matrices in types that are worth their bytes, by checkpoint name.
         final: final hidden states, float32 [samples, length, hidden].
         bottom: gradient below the first block, of the same shape.
     """
 
     candidates: Mapping[str, Sequence[str]]
-    granularity: str
+    grids: MatrixGrids = GROUPED
     palette: Palette | None = None
-    scaled: Collection[str] = frozenset()
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     final: Tensor = field(default_factory=lambda: torch.empty(0))
     bottom: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def _grids(self) -> MatrixGrids:
-        return MatrixGrids(self.granularity, scaled=self.scaled)
 
     def block(self, block: LoadedBlock, passed: Passed) -> None:
         """Take a block with what its matrices were fed and felt.
@@ -208,45 +191,39 @@ class CostMeter:
         Raises:
             NotFiniteError: a cost is not finite: none could be told from another.
         """
-        rounded: dict[tuple[str, str], QuantizedTensor] = {}
+        fed: dict[str, Tensor] = {}
         for name, module in block.matrices().items():
             full_name = f"{block.prefix}{name}.weight"
             if full_name in self.candidates and name in passed:
                 matrix = Watched(module.weight.detach(), *passed[name])
-                # which types are worth it, some rows tell
-                judged = matrix if self.palette is None else matrix.some(_JUDGED)
-                costs = costs_of(judged, self.candidates[full_name], self._grids, full_name)
-                if self.palette is not None:
-                    costs = self._painted(full_name, matrix, costs, rounded)
+                fed[full_name] = matrix.fed
+                costs = self._costs(full_name, matrix)
                 numbers = torch.tensor(list(costs.values()))
                 check_finite({full_name: numbers}, "the costs of its types", TAKE_ANOTHER)
                 self.costs[full_name] = costs
         if self.palette is not None:
-            self.palette.keep(f"block-{block.index:04d}", rounded)
+            self.palette.feed(fed)
 
-    def _painted(
-        self, name: str, matrix: Watched, costs: Mapping[str, float], rounded: dict[tuple[str, str], QuantizedTensor]
-    ) -> dict[str, float]:
-        """Round a matrix well in the types that are worth it, and return what these cost then."""
+    def _costs(self, name: str, matrix: Watched) -> dict[str, float]:
+        """What a matrix costs in its types; rounded well, where a palette will round it, in those that are worth it."""
+        if self.palette is None:
+            return costs_of(matrix, self.candidates[name], self.grids, name)
+        some, share = matrix.some(_JUDGED), len(matrix.weight) / min(_JUDGED, len(matrix.weight))
+        costs = costs_of(some, self.candidates[name], self.grids, name)
         sizes = {type: tensor_type(type).bits_per_weight for type in costs}
         # experts of a stack have one type: none is left out for some of them
         worthy = list(costs) if stack_of(name) else undominated(costs, sizes)
-        moment = matrix.fed.T @ matrix.fed / len(matrix.fed)
-        found = {}
-        for type in worthy:
-            if tensor_type(type).is_float:
-                found[type] = costs[type]
-                continue
-            grid = self._grids.of(name, matrix.weight, type)
-            order, value = order_for(matrix.weight, matrix.importance, grid), torch.empty_like(matrix.weight)
-            tensor = painted(matrix.weight[:, order], moment[order][:, order], grid)
-            value[:, order] = grid.dequantize(tensor)
-            found[type] = matrix.cost(value)
-            rounded[name, type] = QuantizedTensor(tensor.type, {key: a.cpu() for key, a in tensor.arrays.items()})
-            if grid.ordered:
-                key, kept = with_order(name, type, order.cpu())
-                rounded[key] = kept
-        return found
+        # errors of rows have nothing to do with each other: what all cost is what some do, times as many
+        return {type: share * self._well(some, type, name) for type in worthy}
+
+    def _well(self, matrix: Watched, type: str, name: str) -> float:
+        """What a matrix costs in a type when it is rounded as a palette does."""
+        if tensor_type(type).is_float:
+            return 0.0
+        grid, value = self.grids.of(name, matrix.weight, type), torch.empty_like(matrix.weight)
+        tensor, order = painted(matrix.weight, matrix.fed, grid)
+        value[:, order] = grid.dequantize(tensor)
+        return matrix.cost(value)
 
     def ends(self, final: Tensor, bottom: Tensor) -> None:
         """Keep final hidden states and the gradient below the first block."""

@@ -145,7 +145,7 @@ def embedding_costs(
     if name == decoder.embedding_name():
         importance += _of_mean_one(passed.bottom[..., : weight.shape[1]].square().mean((0, 1)))
     before = decoder.stem(passed.tokens)[0] if name == decoder.embedding_name() else None
-    costs, kept = {}, {}
+    costs = {}
     grids = {type: passed.grids.of(name, weight, type) for type in types}
     for type in _worthy(weight, importance, grids):
         grid = grids[type]
@@ -158,9 +158,8 @@ def embedding_costs(
             moved = decoder.stem(passed.tokens, {name: rounded})[0] - before
             cost += 0.5 * float((moved * passed.bottom).sum(-1).square().mean())
         costs[type] = cost
-        kept[name, type] = tensor
-    if palette is not None and kept:
-        palette.keep(name.replace("/", "_"), kept)
+        if palette is not None:
+            palette.keep({name: tensor}, type)
     return costs
 
 

@@ -1,4 +1,4 @@
-"""A palette: matrices rounded once in each type that they may have, so that any choice among these can be tried.
+"""A palette: matrices rounded once in each type that a choice gives them, so that choices can be tried on the model.
 
 What a type costs a matrix is measured with all others as they are (`bit_budget.py`). At few bits costs do not add up:
 what one matrix loses, another feels. So a choice is run as a whole, and mended where other choices, found by counting
@@ -8,14 +8,18 @@ some kinds of matrices for more or less, end nearer to the model's answers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tesseraq_gguf.learning.column_order import InputStatistics, likeness, order_of, score
 from tesseraq_gguf.methods.gptq import compensate
 from tesseraq_gguf.types.facts import tensor_type
-from tesseraq_gguf.types.grids import Grid
+from tesseraq_gguf.types.grids import GROUPED, Grid, MatrixGrids
 from tesseraq_gguf.types.quantized import ORDER, QuantizedTensor, column_order, load_tensors, save_tensors
 
 _DAMPING = 0.01
@@ -30,40 +34,81 @@ Choice = Mapping[str, str]
 """Types by checkpoint name."""
 
 
-@dataclass
 class Palette:
-    """Rounded matrices on disk.
+    """Matrices in the types that choices have given them so far, on disk. Each is rounded when a choice first asks.
 
-    Attributes:
+    Args:
         folder: where they are kept; it is there.
-        kept: types of what is kept, by checkpoint name.
+        weight: gives a matrix by checkpoint name, float32 [out, in].
+        grids: gives matrices their grids.
     """
 
-    folder: Path
-    kept: dict[str, dict[str, Path]] = field(default_factory=dict)
+    def __init__(self, folder: Path, weight: Callable[[str], Tensor], grids: MatrixGrids = GROUPED) -> None:
+        self._folder, self._weight, self._grids = folder, weight, grids
+        self._kept: dict[tuple[str, str], Path] = {}
+        self._fed: dict[str, Path] = {}
 
-    def keep(self, file: str, tensors: Mapping[tuple[str, str], QuantizedTensor]) -> None:
-        """Keep matrices, and orders of their columns, by checkpoint name and type, in a file of that name."""
-        place = self.folder / f"{file}.safetensors"
-        save_tensors(place, {f"{type}/{name}": tensor for (name, type), tensor in tensors.items()})
-        for name, type in tensors:
-            self.kept.setdefault(name, {})[type] = place
+    def keep(self, tensors: Mapping[str, QuantizedTensor], type: str) -> None:
+        """Keep a matrix in a type, and the order of its columns, by checkpoint name."""
+        place = self._folder / f"{len(self._kept)}.safetensors"
+        save_tensors(place, dict(tensors))
+        self._kept |= {(name, type): place for name in tensors}
+
+    def feed(self, fed: Mapping[str, Tensor]) -> None:
+        """Keep what matrices are fed, [tokens, in] by checkpoint name, to be rounded by."""
+        alike: dict[int, str] = {}
+        place = self._folder / f"fed-{len(self._fed)}.safetensors"
+        kept = {}
+        for name, x in fed.items():
+            if alike.setdefault(x.data_ptr(), name) == name:
+                kept[name] = x.to(torch.bfloat16).cpu().contiguous()
+            self._fed[name] = place
+        save_file(kept, place, {name: alike[x.data_ptr()] for name, x in fed.items()})
 
     def of(self, choice: Choice, names: Iterable[str]) -> dict[str, QuantizedTensor]:
-        """Return matrices in the types of a choice, with orders of their columns, as far as they are kept so."""
+        """Return matrices in the types of a choice, with orders of their columns; those never fed are missing."""
         found: dict[str, QuantizedTensor] = {}
-        loaded: dict[Path, dict[str, QuantizedTensor]] = {}
         for name in names:
             type = choice.get(name, "")
-            place = self.kept.get(name, {}).get(type)
-            if place is None:
-                continue
-            if place not in loaded:
-                loaded[place] = load_tensors(place)[0]
-            for kept in (name, _order_of(name)):
-                if (tensor := loaded[place].get(f"{type}/{kept}")) is not None:
-                    found[kept] = tensor
+            if (name, type) not in self._kept and name in self._fed and not tensor_type(type).is_float:
+                self.keep(self._painted(name, type), type)
+            if (name, type) in self._kept:
+                found |= load_tensors(self._kept[name, type])[0]
         return found
+
+    def _painted(self, name: str, type: str) -> dict[str, QuantizedTensor]:
+        weight = self._weight(name)
+        grid = self._grids.of(name, weight, type)
+        tensor, order = painted(weight, self._was_fed(name).to(weight.device), grid)
+        found = {name: QuantizedTensor(tensor.type, {key: array.cpu() for key, array in tensor.arrays.items()})}
+        return found | ({_order_of(name): column_order(order.cpu())} if grid.ordered else {})
+
+    def _was_fed(self, name: str) -> Tensor:
+        with safe_open(self._fed[name], "pt") as file:
+            return file.get_tensor(file.metadata()[name]).float()
+
+
+def painted(weight: Tensor, fed: Tensor, grid: Grid) -> tuple[QuantizedTensor, Tensor]:
+    """Round a matrix by what it is fed.
+
+    Args:
+        weight: float32 [out, in].
+        fed: float32 [tokens, in].
+        grid: of the type.
+
+    Returns:
+        The matrix with its columns in the order that its type wants, and that order, int64 [in].
+    """
+    order, moment = order_for(weight, fed.square().mean(0), grid), fed.T @ fed / len(fed)
+    return rounded(weight[:, order], moment[order][:, order], grid), order
+
+
+def order_for(weight: Tensor, importance: Tensor, grid: Grid) -> Tensor:
+    """Return the order of columns that a matrix alone would get where its type wants one, int64 [in]."""
+    if grid.places is None:
+        return torch.arange(weight.shape[1], device=weight.device)
+    scores = score([weight], InputStatistics(importance, importance), "error")
+    return order_of(scores, likeness([weight]), None, *grid.places)
 
 
 def rounded(weight: Tensor, moment: Tensor, grid: Grid) -> QuantizedTensor:
@@ -86,11 +131,6 @@ def undominated(costs: Mapping[str, float], sizes: Mapping[str, float]) -> list[
         if not found or costs[type] < costs[found[-1]]:
             found.append(type)
     return found
-
-
-def with_order(name: str, type: str, order: Tensor) -> tuple[tuple[str, str], QuantizedTensor]:
-    """Return what a palette keeps of an order of columns, int64 [in]."""
-    return (_order_of(name), type), column_order(order)
 
 
 def _order_of(name: str) -> str:

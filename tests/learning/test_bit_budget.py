@@ -91,7 +91,7 @@ def test_costs_are_the_divergence_that_a_matrix_alone_makes(make_model):  # noqa
     """To second order and over few tokens: within a factor, and in the right order."""
     decoder = Decoder(make_model("llama"), CPU)
     names = list(decoder.matrix_shapes())
-    meter = CostMeter({name: ["tsq2", "tsq4"] for name in names}, "group")
+    meter = CostMeter({name: ["tsq2", "tsq4"] for name in names})
     costs = []
     for seed in range(12):  # answers are drawn: the mean of some passes
         measure_sensitivity(decoder, TOKENS, seed, witness=meter)
@@ -122,6 +122,17 @@ def test_types_with_salient_places_are_tried_in_an_order():
     assert costs["ptq1_61"] < 0.25 * as_it_stands
 
 
+def test_some_rows_tell_what_all_cost():
+    random = torch.Generator().manual_seed(5)
+    weight, fed = torch.randn(1024, 128, generator=random), torch.randn(400, 128, generator=random)
+    matrix = Watched(weight, fed, torch.randn(400, 1024, generator=random))
+    some = matrix.some(128)
+    assert [len(some.weight), some.felt.shape[1], len(matrix.some(4096).weight)] == [128, 128, 1024]
+    whole, part = (costs_of(m, ["tsq2", "tsq3", "tsq4"]) for m in (matrix, some))
+    for type, cost in whole.items():
+        assert 8 * part[type] == pytest.approx(cost, rel=0.3)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_costs_of_the_embedding_are_in_the_same_unit(kind, make_model):  # noqa: F811
     """Gemma's is both ends, Llama's two; what each alone makes of the answers."""
@@ -132,7 +143,7 @@ def test_costs_of_the_embedding_are_in_the_same_unit(kind, make_model):  # noqa:
     for name in ends:
         costs, true = [], 0.0
         for seed in range(8):
-            meter = CostMeter({}, "group")
+            meter = CostMeter({})
             measure_sensitivity(decoder, TOKENS, seed, witness=meter)
             passed = EndsPassed(TOKENS, meter.final, meter.bottom)
             costs.append(embedding_costs(decoder, name, ["tsq4"], passed)["tsq4"])

@@ -9,27 +9,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tesseraq_gguf.learning.bit_budget import Item, choose
-from tesseraq_gguf.learning.palette import Palette, mend, rounded, undominated, with_order
+from tesseraq_gguf.learning.palette import Palette, mend, painted, rounded, undominated
 from tesseraq_gguf.types.grids import grid_of
 
 SIZES = {"tsq2": 18, "tsq3": 26, "tsq4": 34}
 
 
-def test_what_is_kept_comes_back_in_the_types_of_a_choice(tmp_path):
-    random, palette = torch.Generator().manual_seed(0), Palette(tmp_path)
-    weight, moment = torch.randn(8, 256, generator=random), torch.eye(256)
-    order = torch.randperm(256, generator=random)
-    kept = {("a.weight", type): rounded(weight, moment, grid_of(type)) for type in ("tsq2", "tsq4")}
-    kept |= {("b.weight", "ptq1_61"): rounded(weight[:, order], moment, grid_of("ptq1_61"))}
-    kept |= dict([with_order("b.weight", "ptq1_61", order)])
-    palette.keep("one", kept)
-    choice = {"a.weight": "tsq4", "b.weight": "ptq1_61", "c.weight": "tsq2"}
+def test_matrices_are_rounded_when_a_choice_asks_and_once(tmp_path):
+    random, asked = torch.Generator().manual_seed(0), []
+    weights = {name: torch.randn(8, 256, generator=random) for name in ("a.weight", "b.weight", "c.weight")}
+    fed = torch.randn(64, 256, generator=random).bfloat16().float()
+
+    def weight(name):
+        asked.append(name)
+        return weights[name]
+
+    palette = Palette(tmp_path, weight)
+    palette.feed({"a.weight": fed, "b.weight": fed, "c.weight": 2 * fed})
+    assert asked == []
+    choice = {"a.weight": "tsq4", "b.weight": "ptq1_61", "c.weight": "f16", "d.weight": "tsq2"}
     found = palette.of(choice, choice)
-    assert list(found) == ["a.weight", "b.weight", "b.order"]
-    assert torch.equal(found["a.weight"].arrays["q"], kept["a.weight", "tsq4"].arrays["q"])
-    assert found["b.order"].is_order
-    assert torch.equal(found["b.order"].arrays["values"].long(), order)
-    assert palette.of({"a.weight": "tsq3"}, ["a.weight"]) == {}
+    assert set(found) == {"a.weight", "b.weight", "b.order"}
+    assert asked == ["a.weight", "b.weight"]
+    again = palette.of(choice, choice)
+    assert asked == ["a.weight", "b.weight"]
+    for one in (found, again):
+        tensor, _ = painted(weights["a.weight"], fed, grid_of("tsq4"))
+        assert torch.equal(one["a.weight"].arrays["q"], tensor.arrays["q"])
+        tensor, order = painted(weights["b.weight"], fed, grid_of("ptq1_61"))
+        assert torch.equal(one["b.weight"].arrays["q"], tensor.arrays["q"])
+        assert one["b.order"].is_order and torch.equal(one["b.order"].arrays["values"].long(), order)
+    # what is rounded elsewhere is kept beside it
+    palette.keep({"d.weight": found["a.weight"]}, "tsq2")
+    assert list(palette.of({"d.weight": "tsq2"}, ["d.weight"])) == ["d.weight"]
+    assert palette.of({"d.weight": "tsq3"}, ["d.weight"]) == {}
 
 
 def test_rounding_for_a_palette_sees_what_a_matrix_is_fed():

@@ -227,7 +227,7 @@ def test_an_expert_that_no_token_comes_to_has_no_costs(rigged, make_model):  # n
     """And does not stop the pass that measures them."""
     rigged(METHODS["gptq"], (), ())
     decoder = Decoder(make_model("qwen3-moe"), CPU)
-    meter = CostMeter({name: ["tsq3"] for name in decoder.matrix_shapes()}, "group")
+    meter = CostMeter({name: ["tsq3"] for name in decoder.matrix_shapes()})
     measure_sensitivity(decoder, TOKENS, 0, witness=meter)
     missing = decoder.matrix_shapes().keys() - meter.costs.keys()
     assert missing == _late_matrices(decoder, 0) | _late_matrices(decoder, 1)

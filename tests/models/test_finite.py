@@ -247,7 +247,7 @@ def test_sensitivity_of_short_sequences_is_finite(length, make_model):  # noqa: 
 def test_costs_that_are_not_finite_name_their_matrix(make_model):  # noqa: F811
     decoder = Decoder(make_model("llama"), CPU)
     block = decoder.load_block(1)
-    meter = CostMeter({UP: ["tsq2", "tsq3"]}, "group")
+    meter = CostMeter({UP: ["tsq2", "tsq3"]})
     with pytest.raises(NotFiniteError, match=re.escape(UP)):
         meter.block(block, {"mlp.up_proj": (torch.full((4, 128), 1e25), torch.full((4, 192), 1e15))})
 
