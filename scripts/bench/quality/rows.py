@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tesseraq_gguf.methods.table import METHODS, STARTS
+from tesseraq_gguf.recipe.readers import STOCK
 from tesseraq_gguf.types.facts import ORDERED_TYPES, names
 from tesseraq_gguf.types.grids import grid_of
 
@@ -138,19 +139,20 @@ def all_rows() -> list[Row]:
     ]  # fmt: skip
 
 
-def file_rows(samples: int | None = None, sizes: Sequence[str] = ()) -> list[Row]:
+def file_rows(samples: int | None = None, sizes: Sequence[str] = (), came_as: str = "") -> list[Row]:
     """Return the rows of a model that files are compared on by their whole size, in the order of measuring.
 
     Args:
         samples: calibration sequences of a model that is too large for the preset's.
         sizes: of files whose types are chosen, as `--target-size` takes them.
+        came_as: a type that is not among the candidates then: the model's weights are on its grid.
     """
     return [
         Row("reference", REFERENCE, "none", None, False, (("cp", "{plain_f16}", "{out}"),), study=FILES, mix="F16"),
         *(_file_of_llama(mix) for mix in LLAMA_MIXES),
         *(row for type in FILE_TYPES for row in _files_of_ours(type, type.upper(), samples)),
         *(row for mix in NAMED_MIXES for row in _files_of_ours(f"mix:{mix.lower()}", mix, samples)),
-        *(row for size in sizes for row in _files_of_a_size(size, samples)),
+        *(row for size in sizes for row in _files_of_a_size(size, samples, came_as)),
     ]
 
 
@@ -170,14 +172,16 @@ def _files_of_ours(type: str, title_of_types: str, samples: int | None) -> Itera
         yield Row(row, OURS, title, None, False, commands, study=FILES, mix=title_of_types)
 
 
-def _files_of_a_size(size: str, samples: int | None) -> Iterator[Row]:
+def _files_of_a_size(size: str, samples: int | None, came_as: str) -> Iterator[Row]:
+    candidates = ",".join(type for type in STOCK if type != came_as)
     for name, title, options in _LEARNED:
         command = (
-            "{cli}", "convert", "{plain_model}", "{out}", "--target-size", size, "--candidates", "stock", *options,
+            "{cli}", "convert", "{plain_model}", "{out}", "--target-size", size, "--candidates", candidates, *options,
             *_learning(samples),
         )  # fmt: skip
         row = f"ours-size-{size.lower()}-{name}"
-        yield Row(row, OURS, title, None, False, (command,), study=FILES, mix=f"chosen for {size}")
+        note = f"types chosen among all stock types but {came_as}" if came_as in STOCK else ""
+        yield Row(row, OURS, title, None, False, (command,), study=FILES, mix=f"chosen for {size}", note=note)
 
 
 def _learning(samples: int | None) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class Subject:
 
     def all_rows(self) -> list[Row]:
         """Return the files that are made of it."""
-        return all_rows() if self.name == DEMO else file_rows(self.samples, self.sizes)
+        return all_rows() if self.name == DEMO else file_rows(self.samples, self.sizes, self.came_as.lower())
 
     @property
     def results(self) -> str:
