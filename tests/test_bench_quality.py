@@ -226,11 +226,15 @@ def test_results_know_the_program_and_what_its_presets_stand_for(tmp_path: Path)
         subprocess.run(["git", "-C", str(tmp_path), *person, *words], check=True, capture_output=True)
 
     git("init")
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
+    (tmp_path / "docs").mkdir()
+    for name in ("file", "docs/file"):
+        (tmp_path / name).write_text("1")
+        git("add", name)
     git("commit", "-m", "x")
     clean = program(tmp_path)
     assert clean
+    (tmp_path / "docs" / "file").write_text("2")
+    assert program(tmp_path) == clean
     (tmp_path / "file").write_text("2")
     assert program(tmp_path) == f"{clean}-dirty"
     result = a_result(commit=clean, date="2026-01-02", figures={"fast": fast})

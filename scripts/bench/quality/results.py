@@ -68,11 +68,18 @@ class Result:
 
 
 def program(root: Path) -> str | None:
-    """Return what `git describe` calls the tree, with `-dirty` if files were changed; None outside a repository."""
-    described = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or None
+    """Return what `git describe` calls the tree, with `-dirty` if the program was changed; None outside a repository.
+
+    Documents are not the program: rows that are measured one after the other change them.
+    """
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    described = git("describe", "--always")
+    changed = described and git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)docs")
+    return f"{described}-dirty" if changed else described or None
 
 
 def figures_of(row: Row, filled: Mapping[str, str]) -> dict[str, dict[str, float]]:
