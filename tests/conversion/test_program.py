@@ -10,7 +10,8 @@ from tesseraq_gguf.conversion.program import LEARNING, learning_program, learnin
 
 HOME = Path(tesseraq_gguf.__file__).parent
 HARMLESS = {
-    "arguments", "errors", "gguf_files.gguf_file", "learning.palette", "paths", "runtime.pypi", "tensor_files",
+    "arguments", "errors", "gguf_files.factors", "gguf_files.gguf_file", "learning.palette", "paths", "runtime.pypi",
+    "tensor_files",
 }  # fmt: skip
 """What learning modules import that decides nothing by itself: facts of types and recipes stand in a run's identity."""
 
