@@ -23,6 +23,7 @@ from tesseraq_gguf.cli.convert import convert
 from tesseraq_gguf.cli.eval import evaluate
 from tesseraq_gguf.cli.inspect import inspect
 from tesseraq_gguf.cli.output import INTERRUPTED, Stopped, Terminated, print_line
+from tesseraq_gguf.cli.recipe import recipe
 from tesseraq_gguf.cli.serve import chat, serve
 from tesseraq_gguf.cli.text import write_text
 from tesseraq_gguf.compute.torchrun import rank as process_rank
@@ -44,6 +45,7 @@ for command, name in (
     (evaluate, "eval"),
     (compare, "compare"),
     (inspect, "inspect"),
+    (recipe, "recipe"),
     (write_text, "write-text"),
     (chat, "chat"),
     (serve, "serve"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 
 import torch
 
@@ -53,6 +55,8 @@ def metadata_of(
     entries: dict[str, str | int] = {
         "general.file_type": file_type,
         "tesseraq.method": options.said_of(recipe),
+        "tesseraq.command": shlex.join(options.command_of(recipe)),
+        "tesseraq.version": version("tesseraq-gguf"),
         "tesseraq.recipe": json.dumps(options.settings_of(recipe) if calibration else {"seed": recipe.seed}),
     }
     if recipe.scheme.rounds:

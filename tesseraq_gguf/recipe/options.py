@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tesseraq_gguf.arguments import Reader, choice, device, flag, number, path, secret, spelled, text
+from tesseraq_gguf.arguments import Reader, as_option, choice, device, flag, number, path, secret, spelled, text
 from tesseraq_gguf.compute.schemes import KEY_VALUE_BITS, SCHEMES
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.methods.table import METHODS, PARTS, STARTS
@@ -80,6 +80,7 @@ class Option:
         identity: what of it decides what blocks learn. Options that decide one thing together declare the same.
         metadata: what the file says of it, beside its preset.
         said: what the file's one line says of it.
+        beside: whether the file is the same with and without it.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Option:
     identity: Entries = _none
     metadata: Entries = _none
     said: Callable[[Recipe], str] = lambda _: ""
+    beside: bool = False
 
 
 def _listed(names: Any) -> str:
@@ -186,12 +188,12 @@ _OPTIONS = (
     Option(
         "mmproj", optional(path),
         "Also write the projector of a model that sees or hears, as chat and serve take it, to this file.",
-        MAKE, kind=Path, metavar="FILE", always=True, clash=conflicts.projector,
+        MAKE, kind=Path, metavar="FILE", always=True, clash=conflicts.projector, beside=True,
     ),
     Option(
         "mmproj_type", choice("type of a projector", PROJECTOR_TYPES),
         f"Tensor type of its matrices: {_listed(PROJECTOR_TYPES)}.",
-        MAKE, always=True, idle=conflicts.without_projector,
+        MAKE, always=True, idle=conflicts.without_projector, beside=True,
     ),
     Option(
         "no_mtp", flag, "Leave the model's head for speculation (MTP, nextn) out of the file.",
@@ -234,11 +236,12 @@ _OPTIONS = (
         "write_imatrix", optional(path),
         "Also write an importance matrix of the calibration to this GGUF file, for llama-quantize.",
         CALIBRATION, kind=Path, metavar="FILE", clash=conflicts.write_imatrix, idle=conflicts.without_calibration,
+        beside=True,
     ),
     Option(
         "token", optional(secret), "Token of the hub, for models that are gated or private.",
         MACHINE, unset="HF_TOKEN of the environment, or the one of hf auth login", always=True,
-        idle=conflicts.without_hub,
+        idle=conflicts.without_hub, beside=True,
     ),
     Option("device", device, "auto, cpu, cuda, cuda:1, …", MACHINE),
     Option(
@@ -246,13 +249,13 @@ _OPTIONS = (
         "Memory of the device for activations kept from block to block (800M, 16G, …); if they need more, a GPU's go "
         "to main memory, and those there to disk.",
         MACHINE, metavar="SIZE", unset="a quarter of a GPU's free memory, half of the free main memory",
-        idle=conflicts.without_calibration,
+        idle=conflicts.without_calibration, beside=True,
     ),
     Option(
         "work_dir", optional(path), "Where finished blocks are kept until the file is whole. By default beside OUT.",
-        MACHINE, kind=Path,
+        MACHINE, kind=Path, beside=True,
     ),
-    Option("fresh", flag, "Throw the blocks of an earlier run away.", MACHINE, kind=bool),
+    Option("fresh", flag, "Throw the blocks of an earlier run away.", MACHINE, kind=bool, beside=True),
     Option(
         "seed", at_least(0), "The same seed, options and machine give the same file.",
         MACHINE, kind=int, identity=lambda recipe: {"seed": recipe.seed},
@@ -365,6 +368,40 @@ def settings_of(recipe: Recipe) -> dict[str, object]:
     settings: dict[str, object] = {"preset": recipe.preset, **asdict(recipe.settings), "seed": recipe.seed}
     own = {key: value for option in _OPTIONS for key, value in option.metadata(recipe).items()}
     return settings | {key: value for key, value in own.items() if value is not None}
+
+
+def command_of(recipe: Recipe) -> list[str]:
+    """Return the words of the command that makes the file again, with names of files in place of their paths.
+
+    The output is called out.gguf, whatever it was called, and what does not change the file is left out.
+    """
+    runner = ["torchrun", f"--nproc-per-node={recipe.processes}", "-m"] if recipe.processes > 1 else []
+    program = "tesseraq_gguf" if runner else "tesseraq-gguf"
+    words = [*runner, program, "convert", _without_folder(recipe.model), "out.gguf"]
+    for name in recipe.chosen():
+        option = OPTIONS[name]
+        if option.group and not option.beside:
+            words += _as_words(option, getattr(recipe, name))
+    return words
+
+
+def _as_words(option: Option, value: Any) -> list[str]:
+    name = as_option(option.name)
+    if option.kind is bool:
+        return [name]
+    if option.many:
+        return [word for pattern, type in value for word in (name, f"{pattern}={type}")]
+    if isinstance(value, tuple):
+        return [name, ",".join(value)]
+    if isinstance(value, Path):
+        return [name, value.name]
+    start, mark, rest = str(value).partition(readers.FROM_FILE)
+    return [name, f"{start}{mark}{_without_folder(rest)}" if mark else _without_folder(str(value))]
+
+
+def _without_folder(given: str) -> str:
+    """A path's last part; what is no path, such as a name on the hub, stays."""
+    return Path(given).name if Path(given).exists() else given
 
 
 def said_of(recipe: Recipe) -> str:

@@ -118,12 +118,25 @@ class Recipe:
         """
         for name, option in OPTIONS.items():
             object.__setattr__(self, name, option.read(name, getattr(self, name)))
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        if self.embedding_type is None and self.start_file is None:
-            chosen = self.target_size is not None or self.mix is not None
-            unnamed = AUTO if chosen else "q8_0" if self.learns else self.type
-            object.__setattr__(self, "embedding_type", unnamed)
-        refuse_conflicts(self, given)
+        given = self._given()
+        if self.embedding_type is None:
+            object.__setattr__(self, "embedding_type", self._unnamed_embedding)
+        refuse_conflicts(self, set(given))
+
+    def chosen(self) -> list[str]:
+        """Return the names of the fields that are not as they are unless something is given."""
+        found = self._given()
+        return [name for name in found if name != "embedding_type" or self.embedding_type != self._unnamed_embedding]
+
+    def _given(self) -> list[str]:
+        return [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+
+    @property
+    def _unnamed_embedding(self) -> str | None:
+        if self.start_file is not None:
+            return None
+        chosen = self.target_size is not None or self.mix is not None
+        return AUTO if chosen else "q8_0" if self.learns else self.type
 
     @property
     def settings(self) -> Preset:

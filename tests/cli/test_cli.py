@@ -31,6 +31,7 @@ COMMANDS = [
     ["eval"],
     ["compare"],
     ["inspect"],
+    ["recipe"],
     ["write-text"],
     ["chat"],
     ["serve"],
@@ -244,6 +245,8 @@ BAD = [
     ("convert model out.gguf third", "unexpected extra argument"),
     ("frobnicate", "No such command"),
     ("inspect missing.gguf", "no file at missing.gguf"),
+    ("recipe missing.gguf", "no file at missing.gguf"),
+    ("recipe good.gguf", "good.gguf does not say how it was made"),
     ("inspect a-folder", "is a folder"),
     ("inspect empty.gguf", "is empty"),
     ("inspect other.gguf", "is not a GGUF file"),
@@ -493,6 +496,24 @@ def test_convert_learns_a_tiny_model(run, tiny_model, long_text, tmp_path, monke
     assert "block 1/2" in answer.err
     assert "block 2/2" in answer.err
     assert [f.name for f in tmp_path.iterdir()] == ["out.gguf"]
+
+
+@pytest.mark.slow
+def test_the_command_that_a_file_names_makes_it_again(run, tiny_model, long_text, tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    out, text = tmp_path / "first" / "mine.gguf", tmp_path / "text.txt"
+    shutil.copy(long_text, text)
+    options = ("--method", "gptq", "--type", "q4_0", "--tensor-type", "down|up=tsq3", "--samples", 4, "--seqlen", 32)
+    assert run("convert", tiny_model, out, *options, "--calibration", text, "--seed", 5).code == 0
+    program, *words = shlex.split(run("recipe", out).out)
+    assert program == "tesseraq-gguf"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model, tmp_path / tiny_model.name)
+    assert run(*words).code == 0
+    assert (tmp_path / "out.gguf").read_bytes() == out.read_bytes()
+    told = run("recipe", out)
+    assert "calibration text: text.txt" in told.err and "tesseraq-gguf: " in told.err
+    assert json.loads(run("recipe", out, "--json").out)["command"] == shlex.join(["tesseraq-gguf", *words])
 
 
 def test_inspect(run, tiny_gguf):
