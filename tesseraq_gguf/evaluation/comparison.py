@@ -263,9 +263,14 @@ def _text(request: Request) -> Text:
     """The chunks of the text that are run.
 
     Raises:
-        UsageError: it is too short.
+        UsageError: it is too short, or no text: llama.cpp would end the process.
     """
-    text = tokenised(request.reference, request.text.read_bytes(), request.ctx)
+    read = request.text.read_bytes()
+    try:
+        read.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{request.text} is not UTF-8 text: byte {error.start:,} is none of a character") from None
+    text = tokenised(request.reference, read, request.ctx)
     if text.length < 2 * request.ctx:
         raise UsageError(
             f"the text {request.text} is too short: {text.length} tokens; chunks of {request.ctx} need at least "

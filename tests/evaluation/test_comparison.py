@@ -171,6 +171,14 @@ def test_what_is_not_finite_is_refused(tmp_path, tiny_gguf, cache, monkeypatch):
     assert found.done == 0 and not cache.exists()
 
 
+@pytest.mark.runtime
+def test_what_is_no_text_is_refused(tiny_gguf, base_gguf, tmp_path):
+    for data in (b"a\xff" * 1000, b"a" * 1000 + "ä".encode()[:1], "\ud800".encode("utf-8", "surrogatepass") * 500):
+        (tmp_path / "text").write_bytes(data)
+        with pytest.raises(UsageError, match="text is not UTF-8 text: byte"):
+            compare(Request(tiny_gguf, (base_gguf,), tmp_path / "text", 64))
+
+
 def test_a_file_is_given_once_and_not_alone(tiny_gguf, long_text):
     with pytest.raises(UsageError, match=r"tiny\.gguf is given twice"):
         compare(Request(tiny_gguf, (tiny_gguf,), long_text))
