@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tesseraq_gguf.cli.output import INTERRUPTED, Stopped, Terminated, bar, print_json
+from tesseraq_gguf.cli.output import bar, going_on, print_json
 from tesseraq_gguf.cli.parameters import Json, of_fields, takes
 from tesseraq_gguf.cli.runtime import with_runtime
 from tesseraq_gguf.errors import UsageError
@@ -110,11 +110,8 @@ def _run(request: Request) -> Comparison:
         with bar() as watch:
             return comparison.compare(request, watch)
 
-    try:
+    with going_on():
         return with_runtime(run)
-    except (KeyboardInterrupt, Terminated) as error:
-        said = "stopped; what is finished is kept, run the same command again to go on"
-        raise Stopped(said, getattr(error, "code", INTERRUPTED)) from None
 
 
 def _write_table(found: Comparison, place: Path) -> None:

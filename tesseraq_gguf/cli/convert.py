@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tesseraq_gguf.cli.output import INTERRUPTED, Stopped, Terminated, print_json, quieten_transformers, size
+from tesseraq_gguf.cli.output import going_on, print_json, quieten_transformers, size
 from tesseraq_gguf.cli.parameters import Json, given, of_a_recipe, takes
 from tesseraq_gguf.compute.torchrun import rank as process_rank
 from tesseraq_gguf.errors import UsageError
@@ -62,11 +62,8 @@ def convert(
     rules = _rules(tensor_types, named.pop("rules", ()))
     recipe = Recipe(**named | ({"rules": rules} if rules else {}))
     refuse_conflicts(recipe, named.keys())  # also those that were given as they are by default
-    try:
+    with going_on():
         report = _run(recipe, dry_run)
-    except (KeyboardInterrupt, Terminated) as error:
-        said = "stopped; what is finished is kept, run the same command again to go on"
-        raise Stopped(said, getattr(error, "code", INTERRUPTED)) from None
     if report is None:
         return  # the first process tells
     from tesseraq_gguf.conversion.report import PlanReport

@@ -36,6 +36,20 @@ class Terminated(SystemExit):
         super().__init__(TERMINATED)
 
 
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Say of what a signal ends that the same command goes on from there.
+
+    Raises:
+        Stopped: a signal ended it.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated) as error:
+        said = "stopped; what is finished is kept, run the same command again to go on"
+        raise Stopped(said, getattr(error, "code", INTERRUPTED)) from None
+
+
 def print_json(data: Any) -> None:
     """Print JSON that every reader takes."""
     print(to_json(data))

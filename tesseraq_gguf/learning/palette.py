@@ -56,14 +56,15 @@ class Palette:
 
     def feed(self, fed: Mapping[str, Tensor]) -> None:
         """Keep what matrices are fed, [tokens, in] by checkpoint name, to be rounded by."""
-        alike: dict[int, str] = {}
         place = self._folder / f"fed-{len(self._fed)}.safetensors"
-        kept = {}
-        for name, x in fed.items():
-            if alike.setdefault(x.data_ptr(), name) == name:
-                kept[name] = x.to(torch.bfloat16).cpu().contiguous()
-            self._fed[name] = place
-        save_file(kept, place, {name: alike[x.data_ptr()] for name, x in fed.items()})
+        kept, first = dict[str, Tensor](), dict[str, str]()
+        for name, given in fed.items():
+            x = given.to(torch.bfloat16).cpu()
+            # several matrices have one input
+            first[name] = next((other for other, seen in kept.items() if torch.equal(seen, x)), name)
+            kept.setdefault(first[name], x)
+        save_file(kept, place, first)
+        self._fed |= dict.fromkeys(fed, place)
 
     def of(self, choice: Choice, names: Iterable[str]) -> dict[str, QuantizedTensor]:
         """Return matrices in the types of a choice, with orders of their columns; those never fed are missing."""

@@ -37,7 +37,7 @@ def test_the_command_in_a_file_makes_the_same_recipe(options, run, monkeypatch, 
 
     monkeypatch.setattr("tesseraq_gguf.conversion.pipeline.convert", capture)
     alone = {name: value for name, value in options.items() if name != "processes"}
-    recipe = Recipe("OWNER/model@main", tmp_path / "other.gguf", device="cpu", work_dir="w", fresh=True, **alone)
+    recipe = Recipe("OWNER/model@main", tmp_path / "other.gguf", device="cpu", work_dir=Path("w"), fresh=True, **alone)
     program, *words = command_of(recipe)
     assert program == "tesseraq-gguf"
     run(*words)
@@ -53,8 +53,8 @@ def test_a_command_has_names_in_place_of_paths(tmp_path):
         "torchrun --nproc-per-node=2 -m tesseraq_gguf convert model out.gguf --init file:start.gguf "
         "--calibration text.txt"
     )
-    rules = {"down|up": "q8_0", "lm_head": "f16"}
-    mixed = Recipe("demo", "out.gguf", type="q4_k_m", rules=rules, embedding_type="q6_k")
+    rules = (("down|up", "q8_0"), ("lm_head", "f16"))
+    mixed = Recipe("demo", Path("out.gguf"), type="q4_k_m", rules=rules, embedding_type="q6_k")
     assert shlex.join(command_of(mixed)) == (
         "tesseraq-gguf convert demo out.gguf --type q4_k_m --tensor-type 'down|up=q8_0' --tensor-type lm_head=f16 "
         "--embedding-type q6_k"
