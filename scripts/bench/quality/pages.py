@@ -137,7 +137,8 @@ def _files(measured: Measured, setting: Setting) -> list[str]:
             f"{options.chunks} chunks of {options.ctx} tokens of {options.text.name} are measured; everything is "
             f"calibrated on {options.samples * options.seqlen:,} tokens of {options.calibration.name}. Our rows were "
             f"learned with `{options.preset}`, and their embedding is q8_0 where the notes name none. Where 256 "
-            "does not divide a row, K types take another type for it, in llama-quantize and here alike: the notes say which. Files stand by their "
+            "does not divide a row, K types take another type for it, in llama-quantize and here alike: the notes say "
+            "which. Files stand by their "
             "whole size. Times are wall time and, in parentheses, processor time of all threads."
         ),
         prose(PROGRAMS_SAID),
