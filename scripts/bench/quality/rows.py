@@ -130,6 +130,10 @@ _FORMER_PASS = "its last pass is the former one, which compared a quarter of the
 _MIXED = "the calibration text and 131,072 tokens of the model's own (`tesseraq-gguf write-text`)"
 
 
+# of a model that came quantised: the types that lose nothing of it
+_HOLD_THE_LEVELS_OF = {"q4_1": ("q4_1", "q5_1")}
+
+
 def all_rows() -> list[Row]:
     """Return every row, in the order in which they are measured."""
     return [
@@ -145,7 +149,7 @@ def file_rows(samples: int | None = None, sizes: Sequence[str] = (), came_as: st
     Args:
         samples: calibration sequences of a model that is too large for the preset's.
         sizes: of files whose types are chosen, as `--target-size` takes them.
-        came_as: a type that is not among the candidates then: the model's weights are on its grid.
+        came_as: the type whose levels the model's weights are on; no type that has them is a candidate then.
     """
     return [
         Row("reference", REFERENCE, "none", None, False, (("cp", "{plain_f16}", "{out}"),), study=FILES, mix="F16"),
@@ -173,14 +177,15 @@ def _files_of_ours(type: str, title_of_types: str, samples: int | None) -> Itera
 
 
 def _files_of_a_size(size: str, samples: int | None, came_as: str) -> Iterator[Row]:
-    candidates = ",".join(type for type in STOCK if type != came_as)
+    left_out = _HOLD_THE_LEVELS_OF.get(came_as, ())
+    candidates = ",".join(type for type in STOCK if type not in left_out)
     for name, title, options in _LEARNED:
         command = (
             "{cli}", "convert", "{plain_model}", "{out}", "--target-size", size, "--candidates", candidates, *options,
             *_learning(samples),
         )  # fmt: skip
         row = f"ours-size-{size.lower()}-{name}"
-        note = f"types chosen among all stock types but {came_as}" if came_as in STOCK else ""
+        note = f"types chosen among all stock types but {' and '.join(left_out)}" if left_out else ""
         yield Row(row, OURS, title, None, False, (command,), study=FILES, mix=f"chosen for {size}", note=note)
 
 
