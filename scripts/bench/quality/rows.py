@@ -106,7 +106,7 @@ LLAMA_TYPES = {
     "q8_0": "Q8_0",
 }
 LLAMA_MIXES = (
-    "IQ2_XXS", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M",
+    "IQ2_XXS", "IQ2_M", "Q2_K_S", "Q2_K", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_K_S", "Q4_K_M",
 )  # fmt: skip
 """What llama-quantize is told where files are compared by their whole size."""
 
@@ -119,7 +119,7 @@ _LEARNED = (
 )
 """Ends of names of rows, methods as tables say them, and as the program does."""
 
-FILE_TYPES = ("tsq2", "bcq2", "tsq3", "tsq4", "q2_k", "q3_k", "q4_0", "q4_k")
+FILE_TYPES = ("tsq2", "bcq2", "tsq3", "tsq4", "q2_k", "q3_k", "q4_0", "q4_k", "iq4_nl")
 """Types of our own rows there."""
 
 AUTOROUND_BITS = 2 + (16 + 2) / 64
