@@ -22,8 +22,8 @@ class Listener(SilentProgress):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def step(self, block: int, blocks: int, done: int, total: int) -> None:
-        self.steps += 1
+    def step(self, block: int, blocks: int, done: int, total: int, doing: str) -> None:
+        self.steps += bool(total)
 
     def block(self, result: BlockResult, blocks: int) -> None:
         self.results.append(result)

@@ -40,6 +40,14 @@ class Asked:
         int | None,
         typer.Option("--generate", help="Let every file write so many answers, and tell what breaks."),
     ] = None
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="TASK,…", help="Ask every file tasks of lm-evaluation-harness, as eval takes them."),
+    ] = None
+    limit: Annotated[int | None, typer.Option(help="Ask so many items of each task. By default all.")] = None
+    shots: Annotated[
+        int | None, typer.Option(help="Examples before each item.", show_default="what the task says, mostly 0")
+    ] = None
     fresh: Annotated[bool, typer.Option("--fresh", help="Leave aside what earlier runs found.")] = False
     table: Annotated[Path | None, typer.Option("--csv", help="Write a table for other programs.")] = None
     report: Annotated[Path | None, typer.Option("--report", help="Write a page with plots, .html.")] = None
@@ -47,30 +55,27 @@ class Asked:
 
     def check(self) -> None:
         """Refuse outputs that cannot be written, or that are what is read, before any work is done."""
-        from tesseraq_gguf.evaluation.comparison_page import check_plot
+        from tesseraq_gguf.pages import check_place, check_plot
 
-        inputs = [file for file in (self.reference, *self.files, self.text) if file.exists()]
         for option, place in (("--csv", self.table), ("--report", self.report), ("--plot", self.plot)):
-            if place is None:
-                continue
-            if place.is_dir():
-                raise UsageError(f"{option} {place} is a folder")
-            if not place.absolute().parent.is_dir():
-                raise UsageError(f"{option}: the folder {place.absolute().parent} does not exist")
-            if place.exists() and any(map(place.samefile, inputs)):
-                raise UsageError(f"{option} {place} is a file that is compared: name another one")
+            if place is not None:
+                check_place(option, place, (self.reference, *self.files, self.text))
         if self.report:
             check_plot("--report", self.report, (".html",))
         if self.plot:
             check_plot("--plot", self.plot, (".svg", ".png"))
+        for option, value in (("--limit", self.limit), ("--shots", self.shots)):
+            if value is not None and self.tasks is None:
+                raise UsageError(f"{option} has no meaning without --tasks")
 
     def request(self) -> Request:
         """Return what to compare."""
         from tesseraq_gguf.evaluation.comparison import Request
 
         files = tuple(self.files)
-        asked = (self.ctx, self.chunks, self.memory_at, self.speed, self.generate, self.fresh)
-        return Request(self.reference, files, self.text, *asked)
+        tasks = tuple(self.tasks.split(",")) if self.tasks is not None else ()
+        asked = (self.ctx, self.chunks, self.memory_at, self.speed, self.generate)
+        return Request(self.reference, files, self.text, *asked, tasks, self.limit, self.shots, self.fresh)
 
     def write(self, found: Comparison) -> None:
         """Write what is to be written."""
@@ -127,10 +132,11 @@ def _write_table(found: Comparison, place: Path) -> None:
 
 
 def _print(found: Comparison) -> None:
-    from tesseraq_gguf.evaluation.comparison_page import ANSWERS, GENERATED, NAME, SPREAD, costs
+    from tesseraq_gguf.evaluation.comparison_page import ANSWERS, GENERATED, NAME, SPREAD, costs, tasks
 
     console = Console()
-    for columns in (ANSWERS, SPREAD, costs(found), *([GENERATED] if found.reference.generated else [])):
+    written = GENERATED if found.reference.generated else ()
+    for columns in filter(None, (ANSWERS, SPREAD, costs(found), written, tasks(found))):
         console.print(_table([NAME, *columns], [found.reference, *found.files]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from tesseraq_gguf.cli.output import going_on, print_json, quieten_transformers,
 from tesseraq_gguf.cli.parameters import Json, given, of_a_recipe, takes
 from tesseraq_gguf.compute.torchrun import rank as process_rank
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.pages import check_place, check_plot
 from tesseraq_gguf.recipe.options import MAKE, OPTIONS, refuse_conflicts
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.recipe.rules import read_rules
@@ -40,6 +42,14 @@ def convert(
             rich_help_panel=MAKE,
         ),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            help="Write a page, .html: types, held-out divergence, losses of blocks, and how they went.",
+            rich_help_panel=MAKE,
+        ),
+    ] = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -62,18 +72,37 @@ def convert(
     rules = _rules(tensor_types, named.pop("rules", ()))
     recipe = Recipe(**named | ({"rules": rules} if rules else {}))
     refuse_conflicts(recipe, named.keys())  # also those that were given as they are by default
+    if report:
+        _check_page(report, recipe, dry_run)
     with going_on():
-        report = _run(recipe, dry_run)
-    if report is None:
+        made = _run(recipe, dry_run)
+    if made is None:
         return  # the first process tells
     from tesseraq_gguf.conversion.report import PlanReport
 
+    if report and not isinstance(made, PlanReport):
+        from tesseraq_gguf.conversion.page import write_page
+
+        write_page(made, report)
     if as_json:
-        print_json({name: getattr(report, name) for name in report.__dataclass_fields__})
-    elif isinstance(report, PlanReport):
-        _print_plan(report)
+        print_json(asdict(made))
+    elif isinstance(made, PlanReport):
+        _print_plan(made)
     else:
-        _print_report(report)
+        _print_report(made)
+
+
+def _check_page(place: Path, recipe: Recipe, dry: bool) -> None:
+    """Refuse a place for the page that cannot be meant, before any work is done.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if dry:
+        raise UsageError("--report tells what was learned, and --dry-run learns nothing")
+    used = (recipe.out, recipe.write_imatrix, recipe.imatrix, recipe.mmproj, recipe.calibration, recipe.model)
+    check_place("--report", place, [Path(other) for other in used if other])
+    check_plot("--report", place, (".html",))
 
 
 def _rules(file: Path | None, given: Sequence[str]) -> tuple[tuple[str, str], ...]:

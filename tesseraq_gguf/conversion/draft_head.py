@@ -51,5 +51,6 @@ def _learned(run: Run, model: Model, types: Mapping[str, str]) -> dict[str, Quan
         run.progress.stage(f"Rounding {what}")
         return round_draft_head(model.decoder, types, run.progress.advance, model.codebooks)
     run.progress.stage(f"Learning {what}")
-    steps = replace(walk_of(run, model, run.calibration), report=lambda _, *done: run.progress.advance(*done))
+    walk = walk_of(run, model, run.calibration)
+    steps = replace(walk, report=lambda _block, done, total, _doing: run.progress.advance(done, total))
     return learn_draft_head(steps, quantised_of(run, model, {}), types, run.calibration)

@@ -74,10 +74,11 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
         report = team.from_first(
             lambda: replace(
                 report_on(recipe.out, started, model.plan.learned_in_file(), model.plan.fallbacks),
-                resumed=told.resumed,
+                resumed=sum(block.resumed for block in told.blocks),
                 divergence=distance,
                 held_out=run.held_out,
-                kept_start=told.kept_start,
+                kept_start=sum(block.kept_start for block in told.blocks),
+                learned=told.blocks,
             )
         )
         if not team.first:

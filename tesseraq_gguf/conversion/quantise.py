@@ -11,6 +11,7 @@ from tesseraq_gguf.compute.hidden_states import Place, choose_place
 from tesseraq_gguf.compute.schemes import Range
 from tesseraq_gguf.conversion.identity import SENSITIVITY_TOKENS
 from tesseraq_gguf.conversion.outside import dequantized_outside, round_outside, types_outside
+from tesseraq_gguf.conversion.report import BlockReport, block_report
 from tesseraq_gguf.conversion.run import Model, Run
 from tesseraq_gguf.conversion.work_directory import work_folder
 from tesseraq_gguf.learning.calibration import Calibration
@@ -30,29 +31,26 @@ class Told:
     """What a quantisation tells besides what it leaves in the work directory.
 
     Attributes:
-        resumed: blocks that an earlier run had finished.
-        kept_start: blocks in which learning ended worse than it began, and was undone.
+        blocks: how each block went.
         ranges: static ranges of what matrices are fed, by checkpoint name, where the scheme has them.
     """
 
-    resumed: int
-    kept_start: int
+    blocks: tuple[BlockReport, ...]
     ranges: Mapping[str, Range]
 
 
 def quantise(run: Run, model: Model) -> Told:
     """Quantise the model and keep each block as soon as it is finished."""
-    resumed, kept_start, ranges = 0, 0, dict[str, Range]()
+    blocks, ranges = list[BlockReport](), dict[str, Range]()
     for result in _results(run, model):
         if not result.resumed:
             run.work.keep(result)
-        resumed += result.resumed
-        kept_start += result.verdict is not None and result.verdict.kept_start
+        blocks.append(block_report(result))
         if result.rare:
             run.progress.note(_rare(result))
         ranges |= result.ranges
         run.progress.block(result, len(model.decoder))
-    return Told(resumed, kept_start, ranges)
+    return Told(tuple(blocks), ranges)
 
 
 def _results(run: Run, model: Model) -> Iterator[BlockResult]:
@@ -106,7 +104,7 @@ def walk_of(run: Run, model: Model, calibration: Calibration) -> Reconstruction:
         types=model.plan.types,
         seed=recipe.seed,
         autocast=run.autocast,
-        report=lambda block, done, total: run.progress.step(block, len(decoder), done, total),
+        report=lambda block, done, total, doing: run.progress.step(block, len(decoder), done, total, doing),
         granularity=recipe.granularity,
         activations=recipe.scheme,
         codebooks=model.codebooks,

@@ -5,14 +5,50 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tesseraq_gguf.conversion.type_plan import TypePlan
 from tesseraq_gguf.gguf_files.column_orders import SUFFIX
 from tesseraq_gguf.gguf_files.factors import place_of
 from tesseraq_gguf.gguf_files.inspection import inspect
+from tesseraq_gguf.learning.reconstruction import BlockResult
+from tesseraq_gguf.methods.held_out import Verdict
+from tesseraq_gguf.methods.problem import Mark
 from tesseraq_gguf.types.facts import WITH_FACTOR
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """How a block went.
+
+    Attributes:
+        index: its position, from 0.
+        loss_before: mean loss over some samples with weights rounded to nearest; None if not measured.
+        loss_after: the same with the learned weights.
+        verdict: how learning ended on the sequences held out; None where nothing was learned or none are held out.
+        seconds: time it took, in whichever run.
+        resumed: whether an earlier run had learned it.
+        curve: how the loss went.
+    """
+
+    index: int
+    loss_before: float | None
+    loss_after: float | None
+    verdict: Verdict | None
+    seconds: float
+    resumed: bool
+    curve: tuple[Mark, ...]
+
+    @property
+    def kept_start(self) -> bool:
+        """Whether learning ended worse than it began, and was undone."""
+        return self.verdict is not None and self.verdict.kept_start
+
+
+def block_report(result: BlockResult) -> BlockReport:
+    """Return a result without what was learned."""
+    return BlockReport(**{field.name: getattr(result, field.name) for field in fields(BlockReport)})
 
 
 @dataclass(frozen=True)
@@ -33,6 +69,7 @@ class ConversionReport:
             that nothing was learned on; None where nothing was calibrated.
         held_out: tokens of these sequences.
         kept_start: blocks in which learning ended worse than it began on these sequences, and was undone.
+        learned: how each block went; empty where nothing was learned.
     """
 
     out: Path
@@ -47,6 +84,7 @@ class ConversionReport:
     divergence: float | None = None
     held_out: int = 0
     kept_start: int = 0
+    learned: tuple[BlockReport, ...] = ()
 
 
 def report_on(

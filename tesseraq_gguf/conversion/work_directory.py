@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.learning.reconstruction import BlockResult
 from tesseraq_gguf.methods.held_out import Verdict
+from tesseraq_gguf.methods.problem import Mark
 from tesseraq_gguf.paths import temporary_sibling
 from tesseraq_gguf.recipe.recipe import Recipe
 from tesseraq_gguf.types.quantized import QuantizedTensor, load_tensors, save_tensors
@@ -176,11 +177,14 @@ class WorkDirectory:
 
     def keep(self, result: BlockResult) -> None:
         """Write a finished block; it appears whole or not at all."""
-        notes = {"loss_before": json.dumps(result.loss_before), "loss_after": json.dumps(result.loss_after)}
+        told = ("loss_before", "loss_after", "seconds")
+        notes = {name: json.dumps(getattr(result, name)) for name in told}
         if result.ranges:
             notes["ranges"] = json.dumps(result.ranges)
         if result.verdict:
             notes["verdict"] = json.dumps(asdict(result.verdict))
+        if result.curve:
+            notes["curve"] = json.dumps([astuple(mark) for mark in result.curve])
         save_tensors(self._file(_block(result.index)), result.tensors, notes)
 
     def finished(self, index: int) -> BlockResult | None:
@@ -189,10 +193,13 @@ class WorkDirectory:
         if not file.is_file():
             return None
         tensors, notes = load_tensors(file)
-        before, after = json.loads(notes["loss_before"]), json.loads(notes["loss_after"])
         ranges = {name: (low, high) for name, (low, high) in json.loads(notes.get("ranges", "{}")).items()}
         verdict = Verdict(**json.loads(notes["verdict"])) if "verdict" in notes else None
-        return BlockResult(index, tensors, before, after, 0.0, resumed=True, ranges=ranges, verdict=verdict)
+        before, after, seconds = (json.loads(notes[name]) for name in ("loss_before", "loss_after", "seconds"))
+        curve = tuple(Mark(*mark) for mark in json.loads(notes.get("curve", "[]")))
+        return BlockResult(
+            index, tensors, before, after, seconds, resumed=True, ranges=ranges, verdict=verdict, curve=curve
+        )
 
     def block(self, index: int, finish: bool = False) -> dict[str, QuantizedTensor]:
         """Return what was learned for a finished block, or what a last pass over it left."""

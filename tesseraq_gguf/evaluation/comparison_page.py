@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import html
-import io
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.util import find_spec
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.evaluation.comparison import Compared, Comparison
 from tesseraq_gguf.evaluation.generation import LONGEST
 from tesseraq_gguf.evaluation.speed import ANSWER, PROMPT, Speed
+from tesseraq_gguf.pages import document, drawn, svg, table
 from tesseraq_gguf.paths import temporary_sibling
 
 _WORST = 12
@@ -27,38 +25,11 @@ _BEFORE, _AFTER = 24, 4
 _BINS = 32
 """Stretches of a chunk that divergence is averaged over."""
 
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --faint: #888; --mark: #f59e0b55; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, th.text { text-align: left; }
-td.text { text-align: left; white-space: normal; font: 13px/1.5 ui-monospace, monospace; }
-mark { background: var(--mark); color: inherit; border-radius: 3px; }
-p.note, .faint { color: var(--faint); }
-figure { margin: 1rem 0; background: #fff; border-radius: 6px; padding: .5rem; }
-figure svg { max-width: 100%; height: auto; }
-"""
-
-
-def check_plot(option: str, place: Path, kinds: Sequence[str]) -> None:
-    """Refuse a place for a drawing that cannot be meant, before any work is done.
-
-    Raises:
-        UsageError: its name ends in none of the kinds, or matplotlib is missing.
-    """
-    if place.suffix not in kinds:
-        raise UsageError(f"{option} {place}: its name must end in {' or '.join(kinds)}")
-    if not find_spec("matplotlib"):
-        raise UsageError(f"{option} needs matplotlib; run: pip install 'tesseraq-gguf[plot]'")
-
 
 def write_plot(found: Comparison, place: Path) -> None:
     """Draw divergence against bits per weight, with the front that no smaller file is below, as .svg or .png."""
     with temporary_sibling(place) as partial:
-        partial.write_bytes(_drawn(lambda axes: _front(axes, found), place.suffix.removeprefix(".")))
+        partial.write_bytes(drawn(lambda axes: _front(axes, found), place.suffix.removeprefix(".")))
 
 
 def write_page(found: Comparison, place: Path) -> None:
@@ -79,25 +50,20 @@ def page(found: Comparison) -> str:
         _table([NAME, *ANSWERS, *SPREAD], [found.reference, *found.files]),
         "<p class='note'>KLD: divergence from the reference's answers in nats per token. Δp: difference of the next "
         "token's probability. Same top: positions with the same most likely token.</p>",
-        f"<figure>{_svg(lambda axes: _front(axes, found))}</figure>",
+        f"<figure>{svg(lambda axes: _front(axes, found))}</figure>",
         "<h2>Size, memory and speed</h2>",
         _table([NAME, *costs(found)], [found.reference, *found.files]),
         "<p class='note'>bpw: bits per weight, of the whole file and of the matrices in its blocks. Memory is what "
         f"llama.cpp plans for {request.memory_at:,} tokens. A prompt has {PROMPT} tokens, an answer {ANSWER}; × is the "
         "ratio to the first file, and the best of three rounds in turns counts.</p>",
+        *_tasks(found),
         *_written(found),
         "<h2>Where in a chunk</h2>",
-        f"<figure>{_svg(lambda axes: _by_position(axes, found))}</figure>",
+        f"<figure>{svg(lambda axes: _by_position(axes, found))}</figure>",
         "<h2>Where answers differ most</h2>",
         *(_worst(found, file) for file in found.files),
     ]
-    title = f"{name}: comparison"
-    return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-        f"<meta name='viewport' content='width=device-width'><style>{_STYLE}</style></head><body>"
-        + "\n".join(parts)
-        + "</body></html>\n"
-    )
+    return document(f"{request.reference.name}: comparison", parts)
 
 
 Column = tuple[str, Callable[[Compared], str]]
@@ -143,6 +109,16 @@ GENERATED: Sequence[Column] = (
 """Columns of what files write."""
 
 
+def tasks(found: Comparison) -> Sequence[Column]:
+    """Columns of what tasks found: the task and its metric, and the figure with its standard error."""
+
+    def said(file: Compared, name: str) -> str:
+        result = next(result for result in file.tasks if result.name == name)
+        return f"{result.value:.4f}" + (f" ± {result.stderr:.4f}" if result.stderr is not None else "")
+
+    return [(result.name, partial(said, name=result.name)) for result in found.reference.tasks]
+
+
 def _rates(what: str, found: Comparison, rate: Callable[[Speed], float]) -> Iterator[Column]:
     first = found.files[0].speed
     if first is not None:
@@ -160,9 +136,19 @@ def front(files: Iterable[Compared]) -> list[Compared]:
 
 
 def _table(columns: Sequence[Column], files: Sequence[Compared]) -> str:
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading, _ in columns)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(said(f))}</td>" for _, said in columns) + "</tr>" for f in files)
-    return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    return table([heading for heading, _ in columns], ([said(file) for _, said in columns] for file in files))
+
+
+def _tasks(found: Comparison) -> list[str]:
+    if not found.reference.tasks:
+        return []
+    items = {result.task: result.items for result in found.reference.tasks}
+    told = ", ".join(f"{html.escape(task)} {count:,}" for task, count in items.items())
+    return [
+        "<h2>Tasks</h2>",
+        _table([NAME, *tasks(found)], [found.reference, *found.files]),
+        f"<p class='note'>Of lm-evaluation-harness. Items asked: {told}. ± is one standard error.</p>",
+    ]
 
 
 def _written(found: Comparison) -> list[str]:
@@ -230,25 +216,3 @@ def _by_position(axes: Any, found: Comparison) -> None:
     axes.set_ylabel("KLD, nats per token")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize=8, frameon=False)
-
-
-def _svg(draw: Callable[[Any], None]) -> str:
-    """A drawing to stand in a page."""
-    drawn = _drawn(draw, "svg").decode()
-    return re.sub(r"^.*?(?=<svg)", "", drawn, flags=re.DOTALL)
-
-
-def _drawn(draw: Callable[[Any], None], kind: str) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    # the same bytes whenever the same is drawn
-    with matplotlib.rc_context({"svg.hashsalt": "tesseraq-gguf", "svg.fonttype": "path"}):
-        figure = Figure(figsize=(8.5, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        draw(axes)
-        out = io.BytesIO()
-        figure.savefig(out, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-        return out.getvalue()

@@ -29,7 +29,7 @@ from tesseraq_gguf.compute.hidden_states import Empty
 from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.compute.schemes import ActivationScheme
 from tesseraq_gguf.methods.held_out import HeldOut
-from tesseraq_gguf.methods.problem import BlockProblem, Method
+from tesseraq_gguf.methods.problem import BlockProblem, Method, Report
 from tesseraq_gguf.methods.rare_experts import RARE, Visits
 from tesseraq_gguf.models.decoder import LoadedBlock
 from tesseraq_gguf.models.experts import Expert, Experts
@@ -165,11 +165,12 @@ class Mixture:
         problem.verdict = part.verdict
         return of_the_first(problem, learned)
 
-    def _reported(self, part: int) -> Callable[[int, int], None]:
+    def _reported(self, part: int) -> Report:
         """Report steps of a part of the block: the first is the rest, the others are experts."""
         problem = self.problem
         parts = 1 + sum(-(-len(experts) // problem.team.size) for experts in problem.block.mixtures.values())
-        return lambda done, total: problem.report(part * total + done, parts * total)
+        named = f"part {part + 1} of {parts}: " if parts > 1 else ""
+        return lambda done, total, doing: problem.report(part * total + done, parts * total, named + doing)
 
     @torch.no_grad()
     def _with_answers(self, inputs: Tensor) -> Tensor:
@@ -288,6 +289,7 @@ class Mixture:
             team=Team(),
             samples=len(inputs),
             held_out=None,
+            curve=[],
             importance={n: problem.importance[f"{name}.{n}"] for n in names if f"{name}.{n}" in problem.importance},
         )
         if apart is not None and len(apart):

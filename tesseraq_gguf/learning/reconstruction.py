@@ -32,7 +32,7 @@ from tesseraq_gguf.learning.column_order import Score
 from tesseraq_gguf.learning.mixture import TOGETHER, Mixture, dequantized, of_the_first
 from tesseraq_gguf.learning.reordering import InputWatch, plan_moves
 from tesseraq_gguf.methods.held_out import HeldOut, Verdict
-from tesseraq_gguf.methods.problem import BlockProblem, Method, Weights
+from tesseraq_gguf.methods.problem import BlockProblem, Mark, Method, Weights
 from tesseraq_gguf.methods.rare_experts import Visits, counted, in_all, on_both_chains, rarely, round_rare
 from tesseraq_gguf.models.decoder import Decoder, LoadedBlock
 from tesseraq_gguf.models.finite import TAKE_ANOTHER, finite, origin
@@ -64,6 +64,7 @@ class BlockResult:
         ranges: static ranges of what the matrices are fed, by checkpoint name, where the scheme has them.
         rare: matrices of experts that calibration hardly visited, by checkpoint name: they were rounded, not learned.
         verdict: how learning ended on the sequences held out; None where nothing was learned or none are held out.
+        curve: how the loss went while the block was learned.
     """
 
     index: int
@@ -75,6 +76,7 @@ class BlockResult:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     rare: tuple[str, ...] = ()
     verdict: Verdict | None = None
+    curve: tuple[Mark, ...] = ()
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Reconstruction:
         types: tensor type of each matrix to learn, by checkpoint name; matrices not named keep their weights.
         seed: makes a run repeatable.
         autocast: dtype of matrix products while learning.
-        report: called with (block, steps done, steps in all).
+        report: told of a block how learning goes on.
         granularity: what shares a scale: `group` or `channel`.
         activations: how activations of the quantised chain are rounded.
         codebooks: those that the model brings.
@@ -104,7 +106,7 @@ class Reconstruction:
     types: Mapping[str, str]
     seed: int
     autocast: torch.dtype
-    report: Callable[[int, int, int], None] = lambda *_: None
+    report: Callable[[int, int, int, str], None] = lambda *_: None
     granularity: str = "group"
     activations: ActivationScheme = field(default_factory=ActivationScheme)
     codebooks: OwnCodebooks = field(default_factory=dict)
@@ -190,6 +192,7 @@ class Reconstruction:
         the depth.
         """
         started = time.monotonic()
+        problem.report(0, 0, "running it on what it is fed")
         ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
         watch = InputWatch()
         with watch.watching(problem.block, ordered), counted(problem) as visits:
@@ -225,6 +228,7 @@ class Reconstruction:
             ranges={problem.full_name(name): r for name, r in ranges.items()},
             rare=tuple(map(problem.full_name, rare)),
             verdict=problem.verdict,
+            curve=tuple(problem.curve),
         )
         return result, weights
 
@@ -280,7 +284,7 @@ class Reconstruction:
             device=self.decoder.device,
             autocast=self.autocast,
             generator=torch.Generator().manual_seed(seed),
-            report=lambda done, total: self.report(index, done, total),
+            report=partial(self.report, index),
             team=self.team,
             importance={n: h.to(self.decoder.device) for n, h in block.by_module(self.importance).items()},
         )

@@ -72,6 +72,7 @@ class AWQ:
         Raises:
             NotFiniteError: errors overflow, so none could be told from another.
         """
+        problem.report(0, 0, "looking for scales of channels")
         found = problem.folds()
         enlarge(problem, found)
         # no fold changes what a later fold's matrices read, so all can be measured at once

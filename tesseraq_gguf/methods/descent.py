@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from tesseraq_gguf.errors import NotFiniteError
-from tesseraq_gguf.methods.problem import BlockProblem
+from tesseraq_gguf.methods.problem import BlockProblem, Mark
 from tesseraq_gguf.models.finite import finite, origin
 
 _EVERY = 16
 """Steps after which the losses of a GPU are looked at: looking waits for it."""
+
+_MARKS = 20
+"""Points of a block's curve of losses."""
 
 
 class Descent:
@@ -21,13 +24,20 @@ class Descent:
     Args:
         problem: the block.
         adam: with all variables.
+        doing: what it is told to do.
+        total: steps that the curve of losses is of.
+        done: steps of these that were taken before.
     """
 
-    def __init__(self, problem: BlockProblem, adam: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, problem: BlockProblem, adam: torch.optim.Optimizer, doing: str, total: int, done: int = 0
+    ) -> None:
         self._problem, self._adam = problem, adam
+        self._doing, self._total, self._done = doing, total, done
         self._variables = [v for group in adam.param_groups for v in group["params"]]
         self._steps = 0
         self._losses = torch.zeros((), device=problem.device)
+        self._marked = 0, 0.0
 
     def step(self, loss: Tensor, weights: Mapping[str, Tensor]) -> None:
         """Take a step.
@@ -47,6 +57,9 @@ class Descent:
         self._losses += loss.detach()
         if self._losses.device.type == "cpu" or self._steps % _EVERY == 0:
             self._look(weights)
+        if self._steps - self._marked[0] >= self._total / _MARKS:
+            self._mark()
+        self._problem.report(self._done + self._steps, self._total, self._doing)
 
     def end(self, weights: Callable[[], Mapping[str, Tensor]]) -> None:
         """Look at what the last step left.
@@ -59,6 +72,14 @@ class Descent:
         """
         if not all(map(finite, [self._losses, *self._variables])):
             self._stop(weights())
+        self._mark()
+
+    def _mark(self) -> None:
+        losses, (steps, before) = float(self._losses), self._marked
+        if self._steps > steps:
+            mean = (losses - before) / (self._steps - steps)
+            self._problem.curve.append(Mark(self._doing, self._done + self._steps, mean))
+            self._marked = self._steps, losses
 
     def _look(self, weights: Mapping[str, Tensor]) -> None:
         if not finite(self._losses):

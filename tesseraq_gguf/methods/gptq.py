@@ -52,11 +52,14 @@ class GPTQ:
 
     def start(self, problem: BlockProblem) -> dict[str, Start]:
         """Round each matrix of the block against the second moments of its inputs, by module name."""
+        problem.report(0, 0, "looking at what matrices are fed")
         moments = problem.second_moments(self.samples)
-        return {
-            name: compensate(w, moments[name], problem.grids[name], self.damping, problem.full_name(name))
-            for name, w in problem.matrices().items()
-        }
+        starts = {}
+        for name, weight in problem.matrices().items():
+            problem.report(0, 0, f"rounding {name} column by column")
+            grid = problem.grids[name]
+            starts[name] = compensate(weight, moments[name], grid, self.damping, problem.full_name(name))
+        return starts
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def better(
         vectors: parameters of the block that were learned along with them, by name within the block. It gets them if
             the end is kept.
     """
+    problem.report(0, 0, "judging what was learned")
     vectors = vectors or {}
     kept_start = _is_worse(problem, _losses(problem, _learned_on(problem), start, end, vectors, _AT_ONCE))
     if problem.held_out is not None:

@@ -62,12 +62,11 @@ class OmniQuant:
         ]
         adam = torch.optim.Adam(groups, fused=True)
         slower = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: 1 - step / self.steps)
-        descent = Descent(problem, adam)
-        for step in range(self.steps):
+        descent = Descent(problem, adam, "learning ranges", self.steps)
+        for _ in range(self.steps):
             weights = {name: m.weight() for name, m in clipped.items()}
             descent.step(problem.loss(weights, problem.draw(self.batch)), weights)
             slower.step()
-            problem.report(step + 1, self.steps)
         descent.end(lambda: {name: m.weight() for name, m in clipped.items()})
         kept = better(problem, begun, {name: matrix.finish() for name, matrix in clipped.items()})
         return {name: Start(tensor, clipped[name].original) for name, tensor in kept.items()}

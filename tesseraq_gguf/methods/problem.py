@@ -27,6 +27,25 @@ Weights = Mapping[str, Tensor]
 """Weights of a block's matrices by module name, float32 [out, in]."""
 
 
+Report = Callable[[int, int, str], None]
+"""Called with (steps done, steps in all, what is being done); 0 in all where they are not counted."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far the loss was at a point of learning.
+
+    Attributes:
+        doing: what was done.
+        steps: done of it until then.
+        loss: mean over the steps since the last mark.
+    """
+
+    doing: str
+    steps: int
+    loss: float
+
+
 @dataclass
 class BlockProblem:
     """One block to learn.
@@ -42,7 +61,7 @@ class BlockProblem:
         device: where to compute.
         autocast: dtype of matrix products while learning; float32 means no autocast.
         generator: the block's own random numbers, a function of the run's seed and the block's index alone.
-        report: called with (steps done, steps in all) while learning.
+        report: told how learning goes on.
         rounding: rounds activations of the quantised chain; None leaves them.
         team: the processes that learn together; inputs and targets are this one's share.
         samples: samples of all processes together; None means that these are all.
@@ -50,6 +69,7 @@ class BlockProblem:
         verdict: how learning ended on these, once a method has (`held_out.better`).
         importance: weights of the squared errors of columns, float32 [in] by module name, of an importance matrix that
             rounding to nearest goes by.
+        curve: how the loss of what this process learned on went.
     """
 
     block: LoadedBlock
@@ -61,13 +81,14 @@ class BlockProblem:
     device: torch.device
     autocast: torch.dtype
     generator: torch.Generator
-    report: Callable[[int, int], None]
+    report: Report
     rounding: ActivationRounding | None = None
     team: Team = field(default_factory=Team)
     samples: int | None = None
     held_out: HeldOut | None = None
     verdict: Verdict | None = None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    curve: list[Mark] = field(default_factory=list)
 
     def full_name(self, name: str) -> str:
         """Return the checkpoint name of a matrix of the block, by its module name."""

@@ -96,13 +96,12 @@ class Ptq161:
         ]
         adam = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0, fused=True)
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
-        descent = Descent(problem, adam)
-        for step in range(self.steps):
+        descent = Descent(problem, adam, "learning scales", self.steps)
+        for _ in range(self.steps):
             weights = {name: m.weight() for name, m in matrices.items()}
             loss = self.loss(problem, weights, _vectors(problem, columns), problem.draw(self.batch))
             descent.step(loss, weights)
             slower.step()
-            problem.report(step + 1, self.steps)
         descent.end(lambda: {name: m.weight() for name, m in matrices.items()})
         learned = {name: matrix.finish() for name, matrix in matrices.items()}
         with torch.no_grad():

@@ -85,12 +85,11 @@ class ScaledRounding:
             fused=True,
         )
         slower = torch.optim.lr_scheduler.CosineAnnealingLR(adam, self.steps)
-        descent = Descent(problem, adam)
-        for step in range(self.steps):
+        descent = Descent(problem, adam, "learning what weights are divided by", self.steps)
+        for _ in range(self.steps):
             weights = {name: m.weight() for name, m in matrices.items()}
             descent.step(problem.loss(weights, problem.draw(self.batch)), weights)
             slower.step()
-            problem.report(step + 1, self.steps)
         descent.end(lambda: {name: m.weight() for name, m in matrices.items()})
         return better(problem, begun, {name: matrix.finish() for name, matrix in matrices.items()})
 

@@ -91,7 +91,6 @@ class TesseraQ:
         begun = {name: start.tensor for name, start in starts.items()}
         soft = {name: SoftMatrix(start, problem.grids[name]) for name, start in starts.items()}
         del starts  # weights that rounding errors have moved: no longer needed
-        total = len(self.soft_shares) * self.steps
         for stage, share in enumerate(self.soft_shares):
             for matrix in soft.values():
                 matrix.harden(share)
@@ -99,10 +98,10 @@ class TesseraQ:
                     matrix.settle_scale()
                 if stage == self.settle_zeros:
                     matrix.settle_zero()
-            self._stage(problem, soft, stage * self.steps, total)
+            self._stage(problem, soft, stage)
         return better(problem, begun, {name: matrix.finish() for name, matrix in soft.items()})
 
-    def _stage(self, problem: BlockProblem, soft: dict[str, SoftMatrix], done: int, total: int) -> None:
+    def _stage(self, problem: BlockProblem, soft: dict[str, SoftMatrix], stage: int) -> None:
         groups: list[dict[str, Any]] = []
         for share in sorted({m.parameter_share for m in soft.values()}):
             alike = [m for m in soft.values() if m.parameter_share == share]
@@ -115,11 +114,12 @@ class TesseraQ:
                 },
                 {"params": [m.zero for m in alike if m.zero.requires_grad], "lr": self.zero_rate * share},
             ]
-        descent = Descent(problem, torch.optim.Adam([g for g in groups if g["params"]], fused=True))
-        for step in range(self.steps):
+        adam, stages = torch.optim.Adam([g for g in groups if g["params"]], fused=True), len(self.soft_shares)
+        doing = f"stage {stage + 1} of {stages}, {100 * self.soft_shares[stage]:.0f} % soft"
+        descent = Descent(problem, adam, doing, stages * self.steps, stage * self.steps)
+        for _ in range(self.steps):
             weights = {name: m.weight(problem.autocast) for name, m in soft.items()}
             descent.step(problem.loss(weights, problem.draw(self.batch)), weights)
-            problem.report(done + step + 1, total)
         descent.end(lambda: {name: m.weight(problem.autocast) for name, m in soft.items()})
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
 
-from tesseraq_gguf.cli.progress import ConvertProgress, TimeLeft, block_line
+from tesseraq_gguf.cli.progress import ConvertProgress, TimeLeft, block_line, losses
 from tesseraq_gguf.learning.reconstruction import BlockResult
 from tesseraq_gguf.methods.held_out import Verdict
 
@@ -40,7 +41,7 @@ def test_without_a_terminal_there_are_only_lines():
         progress.stage("learning")
         for index in range(3):
             for done in range(50):
-                progress.step(index, 3, done, 50)
+                progress.step(index, 3, done, 50, "rounding")
             progress.block(BlockResult(index, {}, 100.0, 10.0, 5.0), 3)
         progress.note("a note about [brackets] that is much longer than the forty columns of this console")
         progress.advance(3, 4)
@@ -56,9 +57,35 @@ def test_on_a_terminal_there_are_bars_with_the_time_left():
     with ConvertProgress(console) as progress:
         progress.stage("learning")
         progress.block(BlockResult(0, {}, 100.0, 10.0, 300.0), 3)
-        progress.step(1, 3, 25, 50)
+        progress.step(1, 3, 25, 50, "stage 10 of 20")
     assert "block 2/3" in out.getvalue()
     assert "8 min left" in out.getvalue()
+
+
+def test_on_a_terminal_it_says_what_is_done_and_draws_losses():
+    out = io.StringIO()
+    with ConvertProgress(Console(file=out, width=120, force_terminal=True)) as progress:
+        progress.stage("learning")
+        progress.block(BlockResult(0, {}, 100.0, 1.0, 300.0), 3)
+        progress.step(1, 3, 0, 0, "looking for scales of channels")
+        progress._bars.refresh()
+    assert "looking for scales of channels" in out.getvalue()
+    assert "losses of blocks  █ → ▁" in out.getvalue()
+    assert re.search(r"memory  \d+\.\d GB", out.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "drawn"),
+    [
+        ([(1000.0, 1.0), (100.0, 10.0)], "█▆ → ▁▃"),
+        ([(None, 1.0), (None, 1e7)], "▁█"),
+        ([(5.0, 5.0)], "▁ → ▁"),
+        ([(0.0, 0.0), (2.0, float("inf"))], "▁▁ → ▁·"),
+        ([(1.0, 1.0)] * 100, "▁" * 24 + " → " + "▁" * 24),
+    ],
+)
+def test_losses_are_drawn_on_one_scale(blocks, drawn):
+    assert losses(blocks) == drawn
 
 
 def test_time_left_comes_from_learned_blocks_only():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ def test_it_ends_with_the_divergence_on_what_is_held_out(options, make_model, lo
     resumed = convert(recipe, again := Listener())
     assert (resumed.divergence, resumed.kept_start) == (report.divergence, report.kept_start)
     assert [r.verdict for r in again.results] == [r.verdict for r in told.results]
+    assert [replace(block, resumed=False) for block in resumed.learned] == list(report.learned)
+    assert all(len(block.curve) == 20 and block.curve[-1].loss < block.curve[0].loss for block in report.learned)
     if options.get("finish"):
         before, after = map(float, re.findall(r"(\d\.\d+)", next(n for n in told.notes if "->" in n)))
         assert report.divergence == pytest.approx(min(before, after), abs=2e-4)

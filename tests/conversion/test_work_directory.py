@@ -10,6 +10,7 @@ from tesseraq_gguf.conversion.work_directory import WorkDirectory
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.learning.reconstruction import BlockResult
 from tesseraq_gguf.methods.held_out import Verdict
+from tesseraq_gguf.methods.problem import Mark
 from tesseraq_gguf.types.quantized import QuantizedTensor
 
 IDENTITY = {"model": "abc", "seed": 0, "preset": {"steps": 3}}
@@ -26,6 +27,7 @@ def _result(index: int) -> BlockResult:
         1.0,
         ranges={f"layers.{index}.w": (-0.1, 3.0)},
         verdict=Verdict(2.0, 2.25, True) if index else None,
+        curve=(Mark("rounding", 3, 2.0), Mark("rounding", 6, 1.5)) if index else (),
     )
 
 
@@ -40,7 +42,9 @@ def test_blocks_come_back_as_they_were(tmp_path):
         assert (found.index, found.loss_before, found.loss_after, found.resumed) == (1, 2.5, 1.25, True)
         assert found.ranges == {"layers.1.w": (-0.1, 3.0)}
         assert found.verdict == Verdict(2.0, 2.25, True)
-        assert work.finished(0).verdict is None
+        assert found.curve == (Mark("rounding", 3, 2.0), Mark("rounding", 6, 1.5))
+        assert found.seconds == 1.0
+        assert (work.finished(0).verdict, work.finished(0).curve) == (None, ())
         assert tensors.keys() == {"layers.1.w"}
         for name, array in _result(1).tensors["layers.1.w"].arrays.items():
             assert torch.equal(tensors["layers.1.w"].arrays[name], array)

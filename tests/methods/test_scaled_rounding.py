@@ -112,10 +112,12 @@ def test_it_lowers_the_loss(method, tensor_type, left, problem_on):
     problem = problem_on(tensor_type)
     before = loss_of(problem, {name: s.tensor for name, s in Nearest().start(problem).items()})
     told = []
-    problem.report = lambda done, total: told.append((done, total))
+    problem.report = lambda *said: told.append(said)
     learned = method.learn(problem)
     assert loss_of(problem, learned) < left * before
-    assert told[-1] == (60, 60)
+    assert [said[:2] for said in told if said[1]] == [(step, 60) for step in range(1, 61)]
+    assert [mark.steps for mark in problem.curve] == list(range(3, 61, 3))
+    assert problem.curve[-1].loss < problem.curve[0].loss
     assert set(learned) == set(problem.matrices())
 
 

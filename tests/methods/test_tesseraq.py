@@ -265,7 +265,7 @@ def test_variables_move_less_where_there_are_more_codes(type, share):
     starts = method.initialisation.start(problem)
     soft = {name: SoftMatrix(start, problem.grids[name]) for name, start in starts.items()}
     before = {name: matrix.rounding.detach().clone() for name, matrix in soft.items()}
-    method._stage(problem, soft, 0, 1)
+    method._stage(problem, soft, 0)
     for name, matrix in soft.items():
         moved = (matrix.rounding.detach() - before[name]).abs()
         assert float(moved.median()) == pytest.approx(1e-3 * share**0.5, rel=0.01)
@@ -355,12 +355,14 @@ def test_the_whole_course_is_the_papers(type, share, monkeypatch):
         settle_scales=2, settle_zeros=3, soft_shares=(0.8, 0.5, 0.3, 0.1, 0.02),
     )  # fmt: skip
     ours, papers = mlp_problem(type, 64, 128), mlp_problem(type, 64, 128)
-    course, told, loss = [], [], ours.loss
-    ours.report = lambda done, total: told.append((done, total))
+    course, told, losses, loss = [], [], [], ours.loss
+    ours.report = lambda *said: told.append(said)
 
     def seen(weights, samples):
         if torch.is_grad_enabled():
             course.append({name: w.detach().clone() for name, w in weights.items()})
+            losses.append(loss(weights, samples))
+            return losses[-1]
         return loss(weights, samples)
 
     monkeypatch.setattr(ours, "loss", seen)
@@ -376,4 +378,7 @@ def test_the_whole_course_is_the_papers(type, share, monkeypatch):
             off = (got[name] - wanted[name]).abs() / scale
             # Adam makes much of gradients that are next to nothing: of those, sums in another order may differ
             assert float(off.quantile(0.995)) < 1e-3, (step, name)
-    assert told == [(done, 15) for done in range(1, 16)]
+    said = [(done, total, doing) for done, total, doing in told if total]
+    assert said[::3] == [(1 + 3 * k, 15, f"stage {k + 1} of 5, {s} % soft") for k, s in enumerate((80, 50, 30, 10, 2))]
+    assert [done for done, *_ in said] == list(range(1, 16))
+    assert [mark.loss for mark in ours.curve] == pytest.approx([loss.item() for loss in losses])
