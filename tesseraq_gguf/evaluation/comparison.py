@@ -21,6 +21,7 @@ from tesseraq_gguf.evaluation.generation import Generated, check_count, generate
 from tesseraq_gguf.evaluation.perplexity import check_request
 from tesseraq_gguf.evaluation.side_by_side import Findings, Positions, Text, run, tokenised
 from tesseraq_gguf.evaluation.speed import Speed, speeds
+from tesseraq_gguf.evaluation.tasks import LoadedTasks, TaskResult, check_limit, evaluate_tasks, load_tasks
 from tesseraq_gguf.gguf_files.inspection import Inspection, inspect
 from tesseraq_gguf.runtime.load import memory_of
 from tesseraq_gguf.runtime.locate import find_runtime
@@ -46,6 +47,9 @@ class Request:
         memory_at: tokens of the context whose memory is told.
         timed: whether speed is measured.
         answers: questions that every file answers, or beginnings that it goes on with; None asks none.
+        tasks: tasks of lm-evaluation-harness, as `load_tasks` takes them.
+        limit: items of each task that are asked; None asks all.
+        shots: examples before each item; None leaves it to the task.
         fresh: whether what earlier runs found is left aside.
     """
 
@@ -57,6 +61,9 @@ class Request:
     memory_at: int = 4096
     timed: bool = True
     answers: int | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    shots: int | None = None
     fresh: bool = False
 
 
@@ -113,6 +120,7 @@ class Compared:
         answers: what that amounts to.
         speed: how fast it runs; None where that was not measured.
         generated: what it writes; None where it was not asked.
+        tasks: what tasks found; empty where none were asked.
     """
 
     file: Path
@@ -122,6 +130,7 @@ class Compared:
     answers: Answers
     speed: Speed | None = None
     generated: Generated | None = None
+    tasks: tuple[TaskResult, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """Return its figures by name, JSON-ready."""
@@ -138,6 +147,8 @@ class Compared:
             **{
                 f"generated_{name}": value for name, value in (asdict(self.generated) if self.generated else {}).items()
             },
+            **{f"task_{result.name}": result.value for result in self.tasks},
+            **{f"task_{result.name}_error": result.stderr for result in self.tasks},
         }
 
 
@@ -172,13 +183,15 @@ def compare(request: Request, watch: Watch = lambda *_: None) -> Comparison:
 
     Raises:
         FileFormatError: a GGUF file is missing or damaged, or llama.cpp refuses it.
-        UsageError: the text is missing or too short, files have other vocabularies, or one is named twice.
+        UsageError: the text is missing or too short, files have other vocabularies, one is named twice, or there is no
+            such task.
         RuntimeMissingError: the runtime is not built.
-        EvaluationError: a file cannot be run, or its answers are not finite.
+        EvaluationError: a file cannot be run, its answers are not finite, or a task failed.
     """
     facts = _checked(request)
     find_runtime()
     text = _text(request)
+    asked = _Tasks(request)
     findings = {file: Findings(request.reference, file, text) for file in request.files}
     for found in findings.values() if request.fresh else ():
         found.forget()
@@ -188,12 +201,35 @@ def compare(request: Request, watch: Watch = lambda *_: None) -> Comparison:
     count, begun = request.answers, _beginnings(text)
     wrote = {file: generate(file, begun, count, watch) for file in facts} if count else {}
 
+    did = {file: asked.of(file, watch) for file in facts}
+
     def compared(file: Path, positions: Positions) -> Compared:
-        answers = answers_of(positions)
-        return Compared(file, facts[file], memory[file], positions, answers, timed.get(file), wrote.get(file))
+        what = answers_of(positions), timed.get(file), wrote.get(file), did[file]
+        return Compared(file, facts[file], memory[file], positions, *what)
 
     files = tuple(compared(file, found.positions) for file, found in findings.items())
     return Comparison(request, compared(request.reference, _with_itself(files[0].positions)), files, text)
+
+
+class _Tasks:
+    """Tasks that every file is asked, loaded before anything else is done: most that is wrong with them shows there."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._loaded = self._load() if request.tasks else None
+
+    def of(self, file: Path, watch: Watch) -> tuple[TaskResult, ...]:
+        """Ask a file."""
+        if not self._request.tasks:
+            return ()
+        loaded, self._loaded = self._loaded or self._load(), None  # what is loaded serves once
+        found = evaluate_tasks(
+            file, loaded, self._request.limit, lambda what, *done: watch(f"{file.name}: {what}", *done)
+        )
+        return found.results
+
+    def _load(self) -> LoadedTasks:
+        return load_tasks(self._request.tasks, self._request.shots)
 
 
 def answers_of(positions: Positions) -> Answers:
@@ -249,6 +285,7 @@ def _checked(request: Request) -> dict[Path, Inspection]:
     arguments.integer("memory_at", request.memory_at, 1, "token")
     if request.answers is not None:
         check_count(arguments.spelled("generate"), request.answers)
+    check_limit(request.limit)
     if not request.files:
         raise UsageError("nothing to compare: give a reference and at least one more file")
     every = [file.absolute() for file in (request.reference, *request.files)]

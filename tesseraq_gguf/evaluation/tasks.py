@@ -57,6 +57,11 @@ class TaskResult:
     items: int
     shots: int | None
 
+    @property
+    def name(self) -> str:
+        """Task and metric, with the filter where there is one: `arc_easy acc`."""
+        return " ".join((self.task, self.metric, *([] if self.filter == "none" else [self.filter])))
+
 
 @dataclass(frozen=True)
 class TaskEvaluation:
@@ -144,8 +149,7 @@ def evaluate_tasks(
         RuntimeMissingError: the runtime is not built.
         EvaluationError: a task failed.
     """
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit must be at least 1, not {limit}")
+    check_limit(limit)
     import lm_eval
 
     from tesseraq_gguf.evaluation.harness import RuntimeLM
@@ -154,6 +158,16 @@ def evaluate_tasks(
     with _quiet(), _one_line(f"the tasks {', '.join(tasks.parts['tasks'])} failed"):
         found = lm_eval.evaluate(lm=model, task_dict=tasks.parts, limit=limit, log_samples=False)
     return TaskEvaluation(tuple(_results(found)), model.truncated, lm_eval.__version__)
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a number of items that cannot be meant.
+
+    Raises:
+        UsageError: it is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit must be at least 1, not {limit}")
 
 
 def _is_path(name: str) -> bool:

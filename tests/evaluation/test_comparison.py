@@ -23,6 +23,8 @@ from tesseraq_gguf.evaluation.generation import repeated
 from tesseraq_gguf.evaluation.perplexity import evaluate
 from tesseraq_gguf.evaluation.side_by_side import Findings, Positions, Text, _compared
 
+EVERYDAY = Path(__file__).parents[2] / "scripts" / "tasks" / "everyday.yaml"
+
 
 class Given:
     """A model that answers what it is given, float32 [positions, vocabulary]."""
@@ -205,6 +207,24 @@ def test_the_command_writes_what_it_is_asked_for(files, long_text, cache, run, t
     shown = run(*again, "--report", page_)
     assert "tsq2.gguf" in shown.out and "t/s" not in shown.out and "repeated" in shown.out
     assert "What they write" in page_.read_text(encoding="utf-8")
+
+
+@pytest.mark.runtime
+def test_every_file_is_asked_the_same_tasks(files, long_text, cache, run, tmp_path):
+    pytest.importorskip("lm_eval")
+    page_, asked = tmp_path / "page.html", ("--tasks", EVERYDAY, "--limit", 6, "--shots", 1)
+    command = ("compare", *files[:2], "--text", long_text, "--ctx", 64, "--chunks", 2, "--no-speed", *asked)
+    found = run(*command, "--report", page_, "--json")
+    assert found.code == 0, found.err
+    reference, other = (lambda f: (f["reference"], f["files"][0]))(json.loads(found.out))
+    alone = json.loads(run("eval", files[1], *asked, "--json").out)["tasks"]
+    assert {f"task_{row['task']} {row['metric']}": row["value"] for row in alone}.items() <= other.items()
+    assert reference.keys() == other.keys()
+    shown = page_.read_text(encoding="utf-8")
+    assert "everyday acc_norm" in shown and "Items asked: everyday 6." in shown
+    assert "everyday acc" in " ".join(run(*command).out.split())
+    missing = run("compare", *files[:2], "--text", long_text, "--tasks", tmp_path / "none.yaml")
+    assert missing.code and "no task file at" in missing.err
 
 
 @pytest.mark.runtime
