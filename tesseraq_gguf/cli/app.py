@@ -20,6 +20,7 @@ from tesseraq_gguf.arguments import ON_COMMAND_LINE
 from tesseraq_gguf.cli import runtime
 from tesseraq_gguf.cli.compare import compare
 from tesseraq_gguf.cli.convert import convert
+from tesseraq_gguf.cli.doctor import doctor
 from tesseraq_gguf.cli.eval import evaluate
 from tesseraq_gguf.cli.inspect import inspect
 from tesseraq_gguf.cli.output import INTERRUPTED, Stopped, Terminated, print_line
@@ -49,6 +50,7 @@ for command, name in (
     (write_text, "write-text"),
     (chat, "chat"),
     (serve, "serve"),
+    (doctor, "doctor"),
 ):
     app.command(name)(command)
 app.add_typer(runtime.app, name="runtime")

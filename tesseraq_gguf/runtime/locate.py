@@ -63,7 +63,7 @@ class Runtime:
         return self.lib / (f"ggml-cpu-{name}.dll" if self._system == "win32" else f"libggml-cpu-{name}.so")
 
     @property
-    def _target(self) -> Target:
+    def target(self) -> Target:
         """What it was built for."""
         given = self.manifest.get
         return Target(given("backend") or "cpu", bool(given("portable")), given("target"))
@@ -88,7 +88,7 @@ class Runtime:
         path = self._program(name)
         if not path.is_file():
             raise RuntimeMissingError(
-                f"the runtime in {self.root} has no program '{name}'; run: {self._target.build_command}"
+                f"the runtime in {self.root} has no program '{name}'; run: {self.target.build_command}"
             )
         return path
 

@@ -250,7 +250,7 @@ def probe_instruction_sets(cc: str) -> tuple[list[InstructionSet], list[Instruct
     Returns:
         `(usable, trapped)`: those whose program ran, and those the processor names but whose program was killed.
     """
-    named = _cpu_flags()
+    named = cpu_flags()
     usable: list[InstructionSet] = []
     trapped: list[InstructionSet] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -281,7 +281,8 @@ def _run_probe(cc: str, candidate: InstructionSet, folder: Path) -> int | None:
     return subprocess.run([str(program)], capture_output=True).returncode
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """What Linux says that an x86 processor has; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -181,7 +181,7 @@ def test_probes_run() -> None:
 
 
 def test_a_probe_that_traps_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain, "_cpu_flags", lambda: {"sse4_2", "avx", "f16c"})
+    monkeypatch.setattr(toolchain, "cpu_flags", lambda: {"sse4_2", "avx", "f16c"})
     codes = {"SSE42": 0, "AVX": -4, "F16C": None}
     monkeypatch.setattr(toolchain, "_run_probe", lambda cc, candidate, folder: codes[candidate.name])
     usable, trapped = toolchain.probe_instruction_sets("cc")
