@@ -6,11 +6,8 @@ verified.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +16,7 @@ from typing import IO, Any
 
 from tesseraq_gguf import errors
 from tesseraq_gguf.converter.graph_factors import factors_read
+from tesseraq_gguf.converter.nursery import child
 from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.plain_types import matrix_of_gguf
 from tesseraq_gguf.converter.row_order import Unplaceable
@@ -429,32 +427,12 @@ def _talk(job: Path, log: IO[str], progress: Reporter) -> dict[str, Any]:
     """Run the child process, pass on what it tells, return its last answer. It never outlives this call."""
     # everything it reads is on this machine: nothing to ask a hub for
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "tesseraq_gguf.converter.worker", str(job)]
     answer: dict[str, Any] = {}
-    child = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        encoding="utf-8",
-    )
-    assert child.stdout is not None
-    try:
-        for line in child.stdout:
+    with child(job, environment, log) as said:
+        for line in said:
             answer = json.loads(line)
             if answer["event"] == "note":
                 progress.note(answer["text"])
             elif answer["event"] == "progress":
                 progress.advance(answer["done"], answer["total"])
-        child.wait()
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):
-                    pipe.close()
     return answer

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from saved_logits import answered, logit_error, saved_logits
 
-from tesseraq_gguf.converter import writer
+from tesseraq_gguf.converter import nursery, writer
 from tesseraq_gguf.converter.writer import (
     Contents,
     Metadata,
@@ -426,24 +427,23 @@ def test_broken_block_files(make_model, learn, tmp_path):
     assert list(tmp_path.iterdir()) == [broken]
 
 
-def test_interrupting_ends_the_child_and_leaves_nothing(make_model, learn, tmp_path, monkeypatch):
-    source = make_model("llama")
+@pytest.mark.parametrize("forks", [True, False])
+def test_interrupting_ends_the_child_and_leaves_nothing(forks, make_model, learn, tmp_path, monkeypatch):
+    source, before = make_model("llama"), set(psutil.Process().children(recursive=True))
+    if not forks:
+        monkeypatch.delattr(os, "pidfd_open", raising=False)
     children = []
-    popen = subprocess.Popen
-
-    def remember(*args, **kwargs):
-        children.append(popen(*args, **kwargs))
-        return children[-1]
-
-    monkeypatch.setattr(writer.subprocess, "Popen", remember)
 
     class Interrupting(SilentReporter):
         def advance(self, done: int, total: int) -> None:
+            running = set(psutil.Process().children(recursive=True)) - before
+            children.extend(running)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_gguf(source, tmp_path / "out.gguf", Contents(learn(source)), Interrupting())
-    assert children[0].poll() is not None
+    kept = [kept.process.pid for kept in nursery._kept]
+    assert children and not any(child.is_running() for child in children if child.pid not in kept)
     assert list(tmp_path.iterdir()) == []
 
 
