@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,14 @@ import typer
 
 from tesseraq_gguf.cli.parameters import of_fields, takes
 from tesseraq_gguf.cli.runtime import with_runtime
+
+
+class Reasoning(str, Enum):
+    """What may be said of thinking, as llama-cli has it."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,13 @@ class Talk:
         list[Path] | None,
         typer.Option(metavar="FILE", help="An image that the first question is about; may be given often."),
     ] = None
+    reasoning: Annotated[
+        Reasoning,
+        typer.Option(help="Whether the model thinks before it answers; auto leaves it to the template."),
+    ] = Reasoning.AUTO
+    show_reasoning: Annotated[
+        bool, typer.Option("--show-reasoning", help="Show thoughts in full, where a terminal has one line of them.")
+    ] = False
 
 
 @takes(of_fields(Talk))
@@ -41,20 +57,23 @@ def chat(_: typer.Context, **options: Any) -> None:
     """Talk to a GGUF file.
 
     The file's own chat template is used. A file without one (a base model) goes on with your text instead.
-    /exit leaves, /reset forgets what was said, // begins a text with /, Ctrl-C stops an answer.
-    With --mmproj, /image FILE shows an image with the next question.
+    In a terminal it says which model it has, keeps the lines of earlier chats, and folds what the model thinks before
+    it answers, where the template marks that. Alt-Enter, or \\ before Enter, begins another line. /help lists
+    commands, // begins a text with /, Ctrl-C stops an answer, Ctrl-D leaves.
 
     \b
     Examples:
       tesseraq-gguf chat out.gguf
       tesseraq-gguf chat out.gguf -p "Once upon a time" --max-tokens 60 --temperature 0
+      tesseraq-gguf chat out.gguf --reasoning off
       tesseraq-gguf chat out.gguf --mmproj mmproj.gguf --image photo.jpg -p "What is this?"
     """
     from tesseraq_gguf.serving.chat import Beside
     from tesseraq_gguf.serving.chat import chat as run
 
     talk = Talk(**options)
-    beside = Beside(talk.template, talk.mmproj, talk.image or ())
+    thinking = None if talk.reasoning is Reasoning.AUTO else talk.reasoning is Reasoning.ON
+    beside = Beside(talk.template, talk.mmproj, talk.image or (), thinking, talk.show_reasoning)
     with_runtime(lambda: run(talk.file, talk.prompt, talk.max_tokens, talk.temperature, talk.seed, beside))
 
 

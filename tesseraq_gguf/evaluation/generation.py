@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
-from tesseraq_gguf.serving.chat import Conversation, has_template, load
+from tesseraq_gguf.serving.chat import has_template, load
+from tesseraq_gguf.serving.conversation import Conversation
 
 LONGEST = 256
 """Tokens of an answer at most."""

@@ -6,148 +6,45 @@ import contextlib
 import io
 import random
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from tesseraq_gguf.errors import ChatTemplateError, FileFormatError, TesseraqError, UsageError
+from tesseraq_gguf.errors import FileFormatError, TesseraqError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, open_gguf
-from tesseraq_gguf.printing import printable
 from tesseraq_gguf.runtime.threads import usable_cores
-from tesseraq_gguf.serving.images import check_projector, message, read_image, see
+from tesseraq_gguf.serving.commands import Talk
+from tesseraq_gguf.serving.conversation import SEEDS, Conversation, Model
+from tesseraq_gguf.serving.counting import Counter
+from tesseraq_gguf.serving.display import Folding
+from tesseraq_gguf.serving.images import check_projector, read_image, see
+from tesseraq_gguf.serving.talk import as_text, show_answer, talk, tell
+from tesseraq_gguf.serving.thinking import marks, set_thinking
 
 CONTEXT = 4096
 """Tokens of a conversation, unless the model was made for fewer."""
 
-EXIT, RESET, IMAGE = "/exit", "/reset", "/image"
-
 _TEMPLATE = "tokenizer.chat_template"
-_SEEDS = 2**32 - 1  # the last number that llama.cpp takes for a seed means none
-
-
-class Model(Protocol):
-    """What a conversation needs of llama-cpp-python's `Llama`."""
-
-    n_tokens: int
-
-    def n_ctx(self) -> int:
-        """Tokens that fit."""
-
-    def create_chat_completion(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        """Answer messages."""
-
-    def create_completion(self, prompt: str, **options: Any) -> Any:
-        """Go on with a text."""
-
-
-class ContextFullError(TesseraqError):
-    """What was said so far leaves no room for an answer."""
-
-
-class Conversation:
-    """A model and what was said so far.
-
-    Args:
-        model: a loaded model.
-        templated: whether the file has a chat template; without one every line is appended to one growing text.
-        max_tokens: most tokens of an answer; None goes on until the model stops or the context is full.
-        temperature: 0 always takes the most likely token.
-        seed: of the first answer; each after it has the next one, so that no question has the same answer twice.
-
-    Attributes:
-        images: what goes with the next line, as `images.read_image` gives it.
-        sees: whether the model was loaded with a projector.
-    """
-
-    def __init__(
-        self, model: Model, templated: bool, max_tokens: int | None, temperature: float, seed: int = 0
-    ) -> None:
-        self.model = model
-        self.templated = templated
-        self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.seed = seed
-        self.sees = False
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what was said; seeds go on."""
-        self.messages: list[dict[str, Any]] = []
-        self.images: list[str] = []
-        self.text = ""
-        self.cut = ""
-
-    def answer(self, line: str) -> Generator[str, None, None]:
-        """Say something and yield the answer as it comes. Stopping early keeps what has come.
-
-        Afterwards `cut` says why the answer ended before the model stopped: `length`, `context` or nothing.
-
-        Raises:
-            ContextFullError: the prompt alone fills the context; what was said stays as it was.
-            ChatTemplateError: the template makes no text of what was said.
-        """
-        self.cut = ""
-        came = ""
-        heard = False
-        stream = self._stream(line)
-        try:
-            for piece, reason in stream:
-                heard = True
-                if reason == "length":
-                    self.cut = "context" if self.model.n_tokens >= self.model.n_ctx() - 1 else "length"
-                if piece:
-                    came += piece
-                    yield piece
-        except ChatTemplateError as error:
-            raise ChatTemplateError(f"{error}. Another one can be given: --template FILE") from error
-        except ValueError as error:
-            if "exceed context window" not in str(error):
-                raise
-            raise ContextFullError(
-                f"the context of {self.model.n_ctx():,} tokens is full; {RESET} starts a new conversation"
-            ) from None
-        finally:
-            stream.close()
-            if heard:
-                self._remember(line, came)
-
-    def _stream(self, line: str) -> Generator[tuple[str, str | None], None, None]:
-        options = {"max_tokens": self.max_tokens, "temperature": self.temperature, "stream": True, "seed": self.seed}
-        self.seed = (self.seed + 1) % _SEEDS
-        if self.templated:
-            messages = [*self.messages, message(line, self.images)]
-            for chunk in self.model.create_chat_completion(messages, **options):
-                choice = chunk["choices"][0]
-                yield choice["delta"].get("content") or "", choice["finish_reason"]
-        else:
-            for chunk in self.model.create_completion(self.text + line, **options):
-                choice = chunk["choices"][0]
-                yield choice["text"], choice["finish_reason"]
-
-    def _remember(self, line: str, came: str) -> None:
-        if self.templated:
-            # templates want user and assistant by turns, so an answer that never came takes its question with it
-            if came:
-                self.messages += [message(line, self.images), {"role": "assistant", "content": came}]
-                self.images = []
-        else:
-            self.text += f"{line}{came}\n"
 
 
 @dataclass(frozen=True)
 class Beside:
-    """Files that a conversation takes beside the model's.
+    """What a conversation has beside the model's file.
 
     Attributes:
         template: a chat template in place of the GGUF file's own.
         projector: what images go through, as `convert` wrote it.
         images: what the first question is about.
+        thinking: whether the model thinks before it answers; None leaves it to the template.
+        shows_thoughts: whether a terminal shows thoughts in full.
     """
 
     template: Path | None = None
     projector: Path | None = None
     images: Sequence[Path] = ()
+    thinking: bool | None = None
+    shows_thoughts: bool = False
 
 
 def chat(
@@ -166,12 +63,12 @@ def chat(
         max_tokens: most tokens of an answer.
         temperature: 0 always takes the most likely token.
         seed: what chance begins at; None draws one, and says which.
-        beside: other files that it takes.
+        beside: what it has beside the file.
 
     Raises:
         FileFormatError: the file is missing, damaged, or no language model; or its projector is none of this model.
         UsageError: a number, the prompt, the template or an image cannot be meant.
-        ChatTemplateError: the template makes no text of what was said.
+        ChatTemplateError: the template makes no text of what was said, or does not let thinking be chosen.
         RuntimeMissingError: the runtime is not built.
         KeyboardInterrupt: Ctrl-C while `prompt` was being answered.
     """
@@ -179,36 +76,61 @@ def chat(
         raise UsageError(f"--max-tokens must be at least 1, not {max_tokens}")
     if not 0 <= temperature < float("inf"):
         raise UsageError(f"--temperature must be a number that is not negative, not {temperature}")
-    if seed is not None and not 0 <= seed < _SEEDS:
-        raise UsageError(f"--seed must be a number from 0 to {_SEEDS - 1}, not {seed}")
+    if seed is not None and not 0 <= seed < SEEDS:
+        raise UsageError(f"--seed must be a number from 0 to {SEEDS - 1}, not {seed}")
     beside = beside or Beside()
-    given = None if beside.template is None else _read_template(beside.template)
+    given = _given_template(open_gguf(file), beside)
     if prompt is not None:
-        prompt = _text(prompt, "the prompt")
+        prompt = as_text(prompt, "the prompt")
     templated = given is not None or has_template(open_gguf(file))
     images = _images(beside, templated)
     model = load(Path(file), given, projector=beside.projector) if beside.projector else load(Path(file), given)
     if seed is None:
-        seed = random.SystemRandom().randrange(_SEEDS)
+        seed = random.SystemRandom().randrange(SEEDS)
         if temperature:
-            _tell(f"seed {seed}")
+            tell(f"seed {seed}")
     conversation = Conversation(model, templated, max_tokens, temperature, seed)
     conversation.images, conversation.sees = images, beside.projector is not None
     if prompt is not None:
-        if not _print_answer(conversation, prompt):
+        if not show_answer(Talk(conversation), conversation.answer(prompt)):
             raise KeyboardInterrupt
         return
+    chat, read = _with_its_terminal(conversation, Path(file), given, beside)
     if not templated:
-        _tell("This file has no chat template: it goes on with your text instead of answering it.")
+        tell("This file has no chat template: it goes on with your text instead of answering it.")
+    talk(chat, read)
+
+
+def _with_its_terminal(
+    conversation: Conversation, file: Path, given: str | None, beside: Beside
+) -> tuple[Talk, Callable[[str], str]]:
+    """A chat, and what reads its lines."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused when it is its turn
-    if sys.stdin.isatty():
-        _tell(f"{EXIT} leaves, {RESET} forgets what was said, // begins a text with /, Ctrl-C stops an answer.")
-        if conversation.sees:
-            _tell(f"{IMAGE} FILE shows an image with the next question.")
+    if not sys.stdin.isatty():
+        return Talk(conversation), input
+    if not sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (gives input() editing and history)
-    talk(conversation, input)
+        return Talk(conversation), input
+    from tesseraq_gguf.serving.terminal import about, reader
+
+    model: Any = conversation.model
+    tell(about(file, model.n_ctx()))
+    template = given if given is not None else _own_template(open_gguf(file))
+    found = marks(template, lambda said: _formatter(model, template)(messages=said).prompt) if template else None
+    return Talk(conversation, Folding(found, beside.shows_thoughts), Counter(model)), reader()
+
+
+def _given_template(header: GgufFile, beside: Beside) -> str | None:
+    """The template that takes the place of the file's own, if one does."""
+    given = None if beside.template is None else _read_template(beside.template)
+    if beside.thinking is None:
+        return given
+    template = given if given is not None else _own_template(header)
+    if template is None:
+        raise UsageError("this file has no chat template that thinking could be turned on or off in")
+    return set_thinking(template, beside.thinking)
 
 
 def _images(beside: Beside, templated: bool) -> list[str]:
@@ -266,16 +188,22 @@ def load(
     if projector is not None and template is not None:
         model.chat_handler = see(llama_cpp, model, file, projector, template)
     elif template is not None:
-        ends, begins = model.token_eos(), model.token_bos()
-        formatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter(
-            template,
-            eos_token=model._model.token_get_text(ends) if ends >= 0 else "",
-            bos_token=model._model.token_get_text(begins) if begins >= 0 else "",
-            stop_token_ids=[ends],
-        )
-        model.chat_handler = formatter.to_chat_handler()
+        model.chat_handler = _formatter(model, template).to_chat_handler()
     loaded: Model = model
     return loaded
+
+
+def _formatter(model: Any, template: str) -> Any:
+    """What makes prompts of messages."""
+    from tesseraq_gguf.runtime import load_llama_cpp
+
+    ends, begins = model.token_eos(), model.token_bos()
+    return load_llama_cpp().llama_chat_format.Jinja2ChatFormatter(
+        template,
+        eos_token=model._model.token_get_text(ends) if ends >= 0 else "",
+        bos_token=model._model.token_get_text(begins) if begins >= 0 else "",
+        stop_token_ids=[ends],
+    )
 
 
 def has_template(header: GgufFile) -> bool:
@@ -301,108 +229,3 @@ def _read_template(path: Path) -> str:
         raise UsageError(f"the template {path} is not UTF-8 text") from None
     except OSError as error:
         raise UsageError(f"the template {path} cannot be read: {error.strerror or error}") from None
-
-
-def _text(said: str, what: str) -> str:
-    """Return what was typed as text. Bytes that are none have come as lone surrogates.
-
-    Raises:
-        UsageError: it is not UTF-8.
-    """
-    try:
-        return said.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeError:
-        raise UsageError(f"{what} is not UTF-8 text") from None
-
-
-def talk(conversation: Conversation, read: Callable[[str], str]) -> None:
-    """Read lines and print answers until `/exit` or the end of the input.
-
-    Args:
-        conversation: whom to talk to.
-        read: like `input`: takes the prompt sign, returns a line, raises EOFError at the end.
-    """
-    while True:
-        try:
-            if not _take_turn(conversation, read):
-                return
-        except KeyboardInterrupt:
-            _tell(f"\n{EXIT} leaves.")
-
-
-def _take_turn(conversation: Conversation, read: Callable[[str], str]) -> bool:
-    """Read a line and do what it says. Returns whether there is to be another."""
-    terminal = sys.stdin.isatty()
-    try:
-        line = _text(read("> " if terminal else ""), "the input").strip()
-    except EOFError:
-        return False
-    except UsageError as error:
-        if not terminal:
-            raise
-        _tell(str(error))
-        return True
-    if line == EXIT:
-        return False
-    if line == RESET:
-        conversation.reset()
-        _tell("Forgotten.")
-    elif line.split(maxsplit=1)[:1] == [IMAGE]:
-        _tell(_show(conversation, line))
-    elif line.startswith("/") and not line.startswith("//"):
-        _tell(
-            f"unknown command {printable(line.split()[0])}; there are {EXIT}, {RESET} and {IMAGE}. "
-            "A text that begins with / is said with two of them: //"
-        )
-    elif line:
-        try:
-            _print_answer(conversation, line[1:] if line.startswith("//") else line)
-        except ContextFullError as error:
-            _tell(str(error))
-        except ChatTemplateError as error:
-            if not conversation.messages:
-                raise  # it works with nothing
-            _tell(str(error))
-    return True
-
-
-def _show(conversation: Conversation, line: str) -> str:
-    """Put an image beside the next question. Returns what is said of it."""
-    file = line.removeprefix(IMAGE).strip()
-    if not conversation.sees:
-        return "This chat sees no images: begin it with --mmproj FILE, which convert wrote."
-    if not file:
-        return f"{IMAGE} wants the name of a file."
-    try:
-        conversation.images.append(read_image(Path(file)))
-    except UsageError as error:
-        return str(error)
-    return "Seen; ask about it."
-
-
-def _print_answer(conversation: Conversation, line: str) -> bool:
-    """Print an answer as it comes; Ctrl-C ends it there. Returns whether it came to its end."""
-    terminal = sys.stdout.isatty()
-    pieces = conversation.answer(line)
-    whole = False
-    try:
-        for piece in pieces:
-            sys.stdout.write(printable(piece, "\n\t") if terminal else piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
-        whole = True
-    except KeyboardInterrupt:
-        sys.stdout.write("\n")
-        _tell("(stopped)")
-    finally:
-        pieces.close()
-        sys.stdout.flush()
-    if conversation.cut == "context":
-        _tell(f"(the context of {conversation.model.n_ctx():,} tokens is full; {RESET} starts a new conversation)")
-    elif conversation.cut == "length":
-        _tell(f"(ended at --max-tokens {conversation.max_tokens})")
-    return whole
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

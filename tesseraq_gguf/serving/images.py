@@ -10,6 +10,9 @@ from typing import Any
 from tesseraq_gguf.errors import ChatTemplateError, FileFormatError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 
+ADDRESS = "data:image"
+"""How the address of an image that is in a message itself begins."""
+
 _PROBE = "tesseraq"
 
 
@@ -34,13 +37,19 @@ def read_image(file: Path) -> str:
         data = file.expanduser().read_bytes()
     except OSError as error:
         raise UsageError(f"the image {file} cannot be read: {error.strerror or error}") from None
-    return f"data:image;base64,{base64.b64encode(data).decode('ascii')}"
+    return f"{ADDRESS};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def message(line: str, images: Iterable[str]) -> dict[str, Any]:
     """What a user says, after images that are named by their addresses."""
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
     return {"role": "user", "content": [*parts, {"type": "text", "text": line}] if parts else line}
+
+
+def text_of(said: dict[str, Any]) -> str:
+    """The text of a message, without its images."""
+    content = said["content"]
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if "text" in part)
 
 
 def see(llama_cpp: Any, model: Any, file: Path, projector: Path, template: str) -> Any:

@@ -12,64 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_llama import FakeLlama, lines
 
 from tesseraq_gguf.errors import ChatTemplateError, UsageError
 from tesseraq_gguf.gguf_files.inspection import open_gguf
 from tesseraq_gguf.serving import chat
-from tesseraq_gguf.serving.chat import ContextFullError, Conversation, talk
+from tesseraq_gguf.serving import talk as talking
+from tesseraq_gguf.serving.commands import Talk
+from tesseraq_gguf.serving.conversation import ContextFullError, Conversation
 
 
-class FakeLlama:
-    """Answers with given pieces; a piece may be an exception."""
-
-    def __init__(self, *answers, context=100):
-        self.answers = list(answers)
-        self.context = context
-        self.n_tokens = 10
-        self.heard = []
-        self.options = {}
-        self.seeds = []
-
-    def n_ctx(self):
-        return self.context
-
-    def _pieces(self):
-        pieces, reason = self.answers.pop(0)
-        for piece in pieces:
-            if isinstance(piece, BaseException):
-                raise piece
-            yield piece, None
-        yield "", reason
-
-    def create_chat_completion(self, messages, **options):
-        self.heard.append(messages)
-        self.options = options
-        self.seeds.append(options["seed"])
-        yield {"choices": [{"delta": {"role": "assistant"}, "finish_reason": None}]}
-        for piece, reason in self._pieces():
-            yield {"choices": [{"delta": {"content": piece} if piece else {}, "finish_reason": reason}]}
-
-    def create_completion(self, prompt, **options):
-        self.heard.append(prompt)
-        self.options = options
-        for piece, reason in self._pieces():
-            yield {"choices": [{"text": piece, "finish_reason": reason}]}
+def talk(conversation, read):
+    talking.talk(Talk(conversation), read)
 
 
 FULL = ValueError("Requested tokens (120) exceed context window of 100")
-
-
-def lines(*said):
-    """What a user types, as a function like `input`; at its end the terminal closes."""
-    remaining = iter(said)
-
-    def read(_sign):
-        line = next(remaining, EOFError())
-        if isinstance(line, BaseException):
-            raise line
-        return line
-
-    return read
 
 
 def test_the_template_gets_the_whole_history():
@@ -102,10 +59,10 @@ def test_reset_forgets():
 
 def test_commands_empty_lines_and_the_end_of_input(capsys):
     model = FakeLlama((["Hello."], "stop"))
-    talk(Conversation(model, True, 7, 0), lines("", "  ", "/help", "hi"))
+    talk(Conversation(model, True, 7, 0), lines("", "  ", "/halp", "hi"))
     out, err = capsys.readouterr()
     assert out == "Hello.\n"
-    assert "unknown command /help; there are /exit, /reset and /image" in err
+    assert "unknown command /halp; /help lists those there are" in err
     assert len(model.heard) == 1
 
 

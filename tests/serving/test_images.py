@@ -14,8 +14,11 @@ from tiny_vision import make_vision_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
 from tesseraq_gguf.errors import ChatTemplateError, FileFormatError
-from tesseraq_gguf.serving.chat import Conversation, load, talk
+from tesseraq_gguf.serving.chat import load
+from tesseraq_gguf.serving.commands import Talk
+from tesseraq_gguf.serving.conversation import Conversation
 from tesseraq_gguf.serving.images import loops_over_parts, message, read_image
+from tesseraq_gguf.serving.talk import talk
 
 
 def picture(path: Path, colour: tuple[int, int, int], side: int = 56) -> Path:
@@ -120,11 +123,11 @@ def test_a_command_shows_an_image_with_the_next_question(tmp_path, capsys):
     model: Any = Blind()
     conversation = Conversation(model, True, 7, 0)
     lines = iter([f"/image {image}", "what?"])
-    talk(conversation, lambda _: next(lines, None) or _end())
+    talk(Talk(conversation), lambda _: next(lines, None) or _end())
     assert "begin it with --mmproj" in capsys.readouterr().err
     conversation.sees = True
     lines = iter([f"/image {image}", "/image none.png", "what?", "and?"])
-    talk(conversation, lambda _: next(lines, None) or _end())
+    talk(Talk(conversation), lambda _: next(lines, None) or _end())
     assert model.heard[0][-1]["content"] == "what?"
     assert [part["type"] for part in model.heard[1][-1]["content"]] == ["image_url", "text"]
     assert model.heard[2][-1]["content"] == "and?"
