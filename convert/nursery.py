@@ -202,9 +202,9 @@ def _grow_up(request: Mapping[str, Any], descriptors: list[int], work: Callable[
     except BaseException:
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for written in (sys.stdout, sys.stderr):
             with suppress(OSError):
-                stream.flush()
+                written.flush()
         os._exit(code)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -96,7 +97,7 @@ def test_a_nursery_that_is_gone_is_replaced(environment, tmp_path):
 
 
 def test_where_there_is_no_nursery_a_child_has_an_interpreter_of_its_own(environment, tmp_path, monkeypatch):
-    monkeypatch.setattr(nursery, "_nursery", lambda _: nursery._Nursery(0, {}, Closed(), None))
+    monkeypatch.setattr(nursery, "_nursery", lambda _: SimpleNamespace(socket=Closed()))
     monkeypatch.setattr(nursery, "_interpreter", lambda *_: open(os.devnull))  # noqa: SIM115, PTH123
     assert play(environment, tmp_path) == ([], "")
 

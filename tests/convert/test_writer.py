@@ -432,7 +432,7 @@ def test_interrupting_ends_the_child_and_leaves_nothing(forks, make_model, learn
     source, before = make_model("llama"), set(psutil.Process().children(recursive=True))
     if not forks:
         monkeypatch.delattr(os, "pidfd_open", raising=False)
-    children = []
+    children: list[psutil.Process] = []
 
     class Interrupting(SilentReporter):
         def advance(self, done: int, total: int) -> None:
