@@ -27,6 +27,7 @@ from tesseraq_gguf.converter.learned import LearnedTensors
 from tesseraq_gguf.converter.original import Original
 from tesseraq_gguf.converter.plan import Plan
 from tesseraq_gguf.converter.ranges import keep_within_range
+from tesseraq_gguf.converter.split import split
 from tesseraq_gguf.converter.survey import Survey, compare, write_outline
 from tesseraq_gguf.converter.upstream import Converter, feed
 from tesseraq_gguf.converter.verify import Expected, verify
@@ -77,14 +78,16 @@ def write(job: dict[str, Any], emit: Emit) -> None:
     else:
         writer = from_gguf(job, learned, plan, probe, emit)
     _add_metadata(writer, job, learned)
-    _write_file(writer, Path(job["out"]), emit)
+    if job["part_bytes"] is not None:
+        split(writer, job["part_bytes"], emit)
+    parts = _write_file(writer, Path(job["out"]), emit)
     emit({"event": "stage", "text": "verifying"})
     compared = 0
     if plan is not None and probe is not None:
-        compared = verify(Path(job["out"]), _expected(probe, plan, learned))
+        compared = verify(parts[0], _expected(probe, plan, learned))
     else:
-        open_gguf(Path(job["out"]))
-    emit({"event": "done", "verified": compared})
+        open_gguf(parts[0])
+    emit({"event": "done", "verified": compared, "parts": [part.name for part in parts]})
 
 
 def check_projector(job: dict[str, Any], emit: Emit) -> None:
@@ -165,9 +168,10 @@ class _Counted:
         self._told(self.nbytes)
 
 
-def _write_file(writer: Any, out: Path, emit: Emit) -> None:
-    infos = writer.tensors[0]
-    total = sum(info.nbytes for info in infos.values())
+def _write_file(writer: Any, out: Path, emit: Emit) -> list[Path]:
+    """Write the file, or its parts beside it; return what was written."""
+    infos = [info for part in writer.tensors for info in part.values()]
+    total = sum(info.nbytes for info in infos)
     free = shutil.disk_usage(out.parent).free
     if total > free:
         raise ConversionError(
@@ -181,8 +185,9 @@ def _write_file(writer: Any, out: Path, emit: Emit) -> None:
         done += count
         emit({"event": "progress", "done": done, "total": total})
 
-    for info in infos.values():
+    for info in infos:
         info.tensor = _Counted(info.tensor, told)
+    parts: list[Path] = writer.format_shard_names(out)
     try:
         writer.write_header_to_file(path=out)
         writer.write_kv_data_to_file()
@@ -190,6 +195,7 @@ def _write_file(writer: Any, out: Path, emit: Emit) -> None:
     finally:
         with contextlib.suppress(OSError):  # a full disk fails again here; the first failure is the one to tell
             writer.close()
+    return parts
 
 
 def _end_with_parent() -> None:

@@ -24,9 +24,10 @@ from tesseraq_gguf.converter.verify import verify_types
 from tesseraq_gguf.errors import ConversionError, ModelError, TesseraqError, UsageError
 from tesseraq_gguf.gguf_files.factors import bytes_of_factor, factor_tensors
 from tesseraq_gguf.gguf_files.gguf_file import GgufFile, open_gguf
+from tesseraq_gguf.gguf_files.parts import moved, parts_of
 from tesseraq_gguf.models.pieces import Piece
 from tesseraq_gguf.models.source import ModelSource
-from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.paths import temporary_home, temporary_sibling
 from tesseraq_gguf.runtime.progress import Reporter, SilentReporter
 from tesseraq_gguf.runtime.source import SourceTree, ensure_source
 from tesseraq_gguf.types.facts import TENSOR_TYPES, tensor_type
@@ -39,8 +40,8 @@ class WrittenFile:
     """A finished file.
 
     Attributes:
-        path: where it is.
-        bytes: its size.
+        path: where it is; of a split file the first part.
+        bytes: its size, all parts together.
         verified: how many of its tensors were compared with what was learned.
         notes: what the user should know: matrices that were not learned, and why.
         log: what llama.cpp's converter said.
@@ -53,12 +54,13 @@ class WrittenFile:
     log: str = field(repr=False)
 
 
-def check_output(out: Path, source: ModelSource | None = None) -> None:
+def check_output(out: Path, source: ModelSource | None = None, *, split: bool = False) -> None:
     """Refuse an output path before any work is done for it.
 
     Args:
         out: where the file is to be written.
         source: the model, which must not be written over.
+        split: whether it may become several files, which are named after it.
 
     Raises:
         UsageError: a folder, in a folder that is not there or cannot be written to, or a file that is not ours to
@@ -68,8 +70,9 @@ def check_output(out: Path, source: ModelSource | None = None) -> None:
         raise UsageError(f"the output {out} is a folder. Name a file in it, such as {out / 'model.gguf'}")
     if not out.parent.is_dir():
         raise UsageError(f"the folder of the output {out} does not exist. Make it first: mkdir -p {out.parent}")
-    if os.path.lexists(out):
-        _check_replaced(out, source)
+    for file in (out, *(parts_of(out) if split else ())):
+        if os.path.lexists(file):
+            _check_replaced(file, source)
     try:
         with tempfile.TemporaryDirectory(dir=out.parent):
             pass
@@ -104,6 +107,7 @@ class Contents:
             model that came as a GGUF file keeps its own type for these where that is smaller.
         metadata: entries to add, such as `tesseraq.method`; ints become uint32. `tesseraq.format_version` and
             `tesseraq.runtime` are there by themselves.
+        part_bytes: the most bytes of a file: a model that needs more is written in parts. None writes one file.
     """
 
     learned: Sequence[Path] = ()
@@ -111,6 +115,7 @@ class Contents:
     types: Mapping[str, str] = field(default_factory=dict)
     fallback_type: str = "q8_0"
     metadata: Metadata = field(default_factory=dict)
+    part_bytes: int | None = None
 
 
 def write_gguf(
@@ -126,7 +131,7 @@ def write_gguf(
 
     Args:
         source: the model the tensors were learned from.
-        out: the file to write; an existing GGUF file is replaced in one step.
+        out: the file to write; an existing GGUF file is replaced in one step. Parts are named after it.
         contents: what was learned, and what more the file holds.
         progress: told of each thing the user should know, and of bytes written.
         tree: the patched llama.cpp, by default the pinned one.
@@ -381,15 +386,16 @@ def _write(
         "learned": [str(file) for file in contents.learned],
         "pieces": {name: asdict(piece) for name, piece in contents.pieces.items()},
         "metadata": dict(contents.metadata),
+        "part_bytes": contents.part_bytes,
     }
-    check_output(out, source)
-    with temporary_sibling(out) as partial:
-        answer, log = _run(job | {"out": str(partial)}, source, told, tree)
-        verify_types(partial, contents.types)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        size = partial.stat().st_size
-    return WrittenFile(out, size, int(answer["verified"]), tuple(told.notes), log)
+    check_output(out, source, split=contents.part_bytes is not None)
+    with temporary_home(out) as home:
+        answer, log = _run(job | {"out": str(home / out.name)}, source, told, tree)
+        parts = [home / name for name in answer["parts"]]
+        verify_types(parts[0], contents.types)
+        size = sum(part.stat().st_size for part in parts)
+        path = moved(parts, out.parent)[0]
+    return WrittenFile(path, size, int(answer["verified"]), tuple(told.notes), log)
 
 
 def _run(

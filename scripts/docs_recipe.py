@@ -63,6 +63,7 @@ GIVEN: Mapping[str, Mapping[str, Any]] = {
     "mmproj": {"mmproj": "mmproj.gguf"},
     "mmproj_type": {"mmproj_type": "q8_0"},
     "no_mtp": {"no_mtp": True},
+    "split": {"split": "4G"},
     "work_dir": {"work_dir": "work"},
     "fresh": {"fresh": True},
     "seed": {"seed": 7},

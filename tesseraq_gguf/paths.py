@@ -33,15 +33,25 @@ def temporary_sibling(target: Path) -> Iterator[Path]:
     The path does not exist yet: the body makes a file or a folder there. An existing file at `target` is replaced in
     one step. What a killed process left of the same target is removed.
     """
+    with temporary_home(target) as home:
+        partial = home / target.name
+        yield partial
+        partial.replace(target)
+
+
+@contextmanager
+def temporary_home(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target` to build in, and remove it afterwards: the body moves out what is to stay.
+
+    What a killed process left of the same target is removed.
+    """
     prefix, suffix = f".{target.name}.", ".partial"
     _remove_abandoned(target.parent, prefix, suffix)
     home = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=target.parent))
-    partial = home / target.name
     alive = FileLock(home / _ALIVE)
     try:
         with alive:
-            yield partial
-            partial.replace(target)
+            yield home
     finally:
         shutil.rmtree(home, ignore_errors=True)
 

@@ -48,9 +48,9 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
     source, tree = _prepared("convert", recipe, progress)
     device = resolve_device(recipe.device)
     if not recipe.learns:
-        write_unlearned(recipe, source, tree, progress)
+        out = write_unlearned(recipe, source, tree, progress)
         write_projector(recipe, source, tree, progress)
-        return report_on(recipe.out, started)
+        return report_on(out, started)
     decoder = Decoder(source, device)
     with joined(recipe.calibrates) as team:
         with begin(recipe, decoder, team, tree, progress) as (run, model):
@@ -59,7 +59,7 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
             model = choose_types(run, model)
             model = design_codebooks(run, model)
             model = preprocess(run, model)
-            told, distance = quantise(run, model), None
+            told, distance, out = quantise(run, model), None, recipe.out
             if team.first:  # the others wait for its report
                 run = run.alone()
                 finish(run, model)
@@ -67,13 +67,13 @@ def convert(recipe: Recipe, progress: Progress | None = None) -> ConversionRepor
                 distance = measure(run, model, told.ranges)
                 finish_head(run, model)
                 write_squares(run, model)
-                write(run, model, told.ranges)
+                out = write(run, model, told.ranges)
                 write_projector(recipe, source, tree, progress)
                 keep_choice(run, model.plan)
                 run.end()
         report = team.from_first(
             lambda: replace(
-                report_on(recipe.out, started, model.plan.learned_in_file(), model.plan.fallbacks),
+                report_on(out, started, model.plan.learned_in_file(), model.plan.fallbacks),
                 resumed=sum(block.resumed for block in told.blocks),
                 divergence=distance,
                 held_out=run.held_out,
@@ -112,7 +112,7 @@ def _prepared(what: str, recipe: Recipe, progress: Progress) -> tuple[ModelSourc
     if not isinstance(recipe, Recipe):
         raise UsageError(f"{what} takes a Recipe, such as Recipe('demo', 'out.gguf'), not {type(recipe).__name__}")
     check_types(recipe)
-    check_output(recipe.out)
+    check_output(recipe.out, split=recipe.split is not None)
     if recipe.write_imatrix:
         check_output(recipe.write_imatrix)
     _spare_inputs(recipe)
@@ -122,7 +122,7 @@ def _prepared(what: str, recipe: Recipe, progress: Progress) -> tuple[ModelSourc
     hub = Hub(recipe.token, progress.advance)
     source = resolve_model(recipe.model, progress.stage, understood=recipe.learns or bool(recipe.rules), hub=hub)
     for out in filter(None, (recipe.out, recipe.write_imatrix)):
-        check_output(out, source)
+        check_output(out, source, split=recipe.split is not None and out == recipe.out)
     tree = ensure_source(progress)
     check_projector(recipe, source, tree)
     check_head(recipe, source)

@@ -56,8 +56,8 @@ class ConversionReport:
     """What a conversion made.
 
     Attributes:
-        out: the file.
-        bytes: its size.
+        out: the file; of a split file the first part.
+        bytes: its size, all parts together.
         bits_per_weight: of the whole file.
         block_bits_per_weight: of the matrices that were learned; 0 if none was.
         blocks: decoder blocks.

@@ -4,6 +4,7 @@ beside it."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from tesseraq_gguf.compute.schemes import Range
 from tesseraq_gguf.conversion.identity import metadata_of
@@ -21,8 +22,8 @@ from tesseraq_gguf.runtime.source import SourceTree
 from tesseraq_gguf.types.facts import tensor_type
 
 
-def write(run: Run, model: Model, ranges: Mapping[str, Range]) -> None:
-    """Write what was learned.
+def write(run: Run, model: Model, ranges: Mapping[str, Range]) -> Path:
+    """Write what was learned; return the file, or the first of its parts.
 
     Args:
         run: the run.
@@ -37,8 +38,9 @@ def write(run: Run, model: Model, ranges: Mapping[str, Range]) -> None:
         pieces=model.decoder.pieces(),
         types=plan.in_file(),
         metadata=metadata_of(recipe, file_type, run.calibration, ranges, run.importance),
+        part_bytes=recipe.split,
     )
-    write_gguf(model.source, recipe.out, contents, progress, run.tree)
+    return write_gguf(model.source, recipe.out, contents, progress, run.tree).path
 
 
 def write_squares(run: Run, model: Model) -> None:
@@ -55,11 +57,11 @@ def write_squares(run: Run, model: Model) -> None:
     run.progress.note(f"{out}: an importance matrix of {sequences} sequences of {length} tokens, for llama-quantize")
 
 
-def write_unlearned(recipe: Recipe, source: ModelSource, tree: SourceTree, progress: Progress) -> None:
-    """Write a model of which nothing is learned.
+def write_unlearned(recipe: Recipe, source: ModelSource, tree: SourceTree, progress: Progress) -> Path:
+    """Write a model of which nothing is learned; return the file, or the first of its parts.
 
     It is whatever llama.cpp's converter takes: the learner need not know the architecture.
     """
     progress.stage(f"Writing {recipe.out.name} in {recipe.type}; nothing is learned")
-    contents = Contents(types=plan_plain(recipe, source, tree).in_file())
-    write_plain(source, recipe.out, recipe.type, contents, progress, tree)
+    contents = Contents(types=plan_plain(recipe, source, tree).in_file(), part_bytes=recipe.split)
+    return write_plain(source, recipe.out, recipe.type, contents, progress, tree).path

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tesseraq_gguf.errors import FileFormatError
+from tesseraq_gguf.gguf_files.parts import part_name, part_of
 from tesseraq_gguf.types.facts import TENSOR_TYPES
 
 PROJECTOR = "clip"
@@ -41,7 +41,6 @@ _LONGEST_NAME = 63  # GGML_MAX_NAME, without the closing zero
 _MOST_DIMENSIONS = 4
 _SMALLEST_ENTRY = 8 + 4 + 1
 _SMALLEST_INFO = 8 + 4 + 8 + 4 + 8
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 _AGAIN = "The download or copy is incomplete or damaged; get the file again"
 
 
@@ -175,21 +174,18 @@ def open_gguf(path: Path | str) -> GgufFile:
         raise FileFormatError(f"{path} is corrupt: its number among the parts of a split file makes no sense. {_AGAIN}")
     if count <= 1:
         return first
-    named = _PART.search(path.name)
+    named = part_of(path.name)
     if number:
-        name = f"the one that ends in -00001-of-{count:05}.gguf"
-        if named:
-            name = f"{path.name[: named.start()]}-00001-of-{named[2]}.gguf"
+        name = part_name(named.stem, 0, named.count) if named else f"the one that ends in {part_name('', 0, count)}"
         raise FileFormatError(f"{path} is part {number + 1} of {count}. Give the first part, {name}; all are then read")
-    if named is None or (int(named[1]), int(named[2])) != (1, count):
+    if named is None or (named.index, named.count) != (0, count):
         raise FileFormatError(
-            f"{path} is the first of {count} parts, and its name must end in -00001-of-{count:05}.gguf: by it the "
+            f"{path} is the first of {count} parts, and its name must end in {part_name('', 0, count)}: by it the "
             "others are found. Give all parts the names that they had"
         )
-    stem = path.name[: named.start()]
     parts = [first]
     for index in range(1, count):
-        file = path.with_name(f"{stem}-{index + 1:05}-of-{count:05}.gguf")
+        file = path.with_name(part_name(named.stem, index, count))
         if not file.exists():
             raise FileFormatError(
                 f"{path}: part {index + 1} of {count} is missing, {file.name}. All parts must be in one folder"

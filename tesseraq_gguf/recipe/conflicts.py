@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tesseraq_gguf.arguments import spelled
+from tesseraq_gguf.gguf_files.parts import SUFFIX, part_of
 from tesseraq_gguf.methods.table import METHODS
 from tesseraq_gguf.recipe.readers import AUTO
 from tesseraq_gguf.types.facts import ORDERED_TYPES, TENSOR_TYPES, WITH_CODEBOOKS, tensor_type
@@ -111,6 +112,14 @@ def write_imatrix(recipe: Recipe) -> str | None:
     if recipe.write_imatrix is None or recipe.write_imatrix.absolute() != Path(recipe.out).absolute():
         return None
     return f"{spelled('write_imatrix')} {recipe.write_imatrix} is the output itself: name another file"
+
+
+def split(recipe: Recipe) -> str | None:
+    """Parts are named after the output."""
+    out = Path(recipe.out)
+    if recipe.split is None or (out.suffix in ("", SUFFIX) and part_of(out.name) is None):
+        return None
+    return f"with {spelled('split')} parts are named after the output: give it a name such as model{SUFFIX}"
 
 
 def without_order(type: str) -> str:

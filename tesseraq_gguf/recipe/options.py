@@ -200,6 +200,11 @@ _OPTIONS = (
         MAKE, kind=bool, always=True,
     ),
     Option(
+        "split", optional(readers.size),
+        "Write parts of so many bytes at most (4G, …) where the file is larger: NAME-00001-of-00003.gguf and so on.",
+        MAKE, metavar="SIZE", always=True, clash=conflicts.split,
+    ),
+    Option(
         "preset", choice("preset", tuple(PRESETS)), f"How much to spend: {_listed(PRESETS)} (the paper's setting).",
         LEARN, idle=conflicts.without_preset, identity=_spent,
     ),

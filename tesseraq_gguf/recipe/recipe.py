@@ -65,6 +65,7 @@ class Recipe:
         mmproj: the file to write the projector to, which images and sound go through; None writes none.
         mmproj_type: tensor type of its matrices, one of `options.PROJECTOR_TYPES`.
         no_mtp: leave the model's head for speculation out of the file.
+        split: bytes that a file may have: a larger one is written in parts, by llama.cpp's names. None writes one file.
         work_dir: where finished blocks are kept until the file is written; None means a folder beside `out`.
         fresh: throw finished blocks of an earlier run away.
         seed: makes the run repeatable.
@@ -105,6 +106,7 @@ class Recipe:
     mmproj: Path | None = None
     mmproj_type: str = "f16"
     no_mtp: bool = False
+    split: int | None = None
     work_dir: Path | None = None
     fresh: bool = False
     seed: int = 0

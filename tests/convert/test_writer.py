@@ -10,12 +10,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import psutil
 import pytest
+import split_files
 import torch
 from safetensors.torch import load_file, save_file
 from saved_logits import answered, logit_error, saved_logits
@@ -32,6 +34,7 @@ from tesseraq_gguf.converter.writer import (
 )
 from tesseraq_gguf.errors import ConversionError, ModelError, UsageError, VerificationError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.gguf_files.parts import part_name, parts_of
 from tesseraq_gguf.models import Decoder, ModelSource
 from tesseraq_gguf.models.experts import aliases, stack_of
 from tesseraq_gguf.runtime import ensure_source
@@ -451,7 +454,7 @@ def test_the_child_ends_with_its_parent(make_model, learn, tmp_path):
     job: dict[str, object] = {
         "task": "write", "name": "m", "folder": str(make_model("llama").folder), "gguf": None, "metadata": {},
         "out": str(tmp_path / "out.gguf"), "learned": [str(f) for f in learn(make_model("llama"))],
-        "type": "q8_0", "types": {},
+        "type": "q8_0", "types": {}, "part_bytes": None,
         "scratch": str(tmp_path), "llama_cpp": str(ensure_source().llama_cpp), "gguf_py": str(ensure_source().gguf_py),
     }  # fmt: skip
     (tmp_path / "job").write_text(json.dumps(job))
@@ -489,3 +492,60 @@ def test_outputs_that_cannot_be(tiny_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(writer.tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(UsageError, match="cannot be written: Permission denied"):
         check_output(tmp_path / "new.gguf")
+
+
+def test_a_file_in_parts_holds_what_the_whole_one_does(make_model, learn, tmp_path):
+    """Parts are read by gguf's own reader, and the model as llama-gguf-split joins them."""
+    source, most = make_model("llama"), 60_000
+    contents = Contents(learn(source), metadata={"tesseraq.method": "random"})
+    whole = open_gguf(write_gguf(source, tmp_path / "whole.gguf", contents).path)
+    (tmp_path / "out-00001-of-00002.gguf").write_bytes(b"GGUF of yesterday")
+    written = write_gguf(source, tmp_path / "out.gguf", replace(contents, part_bytes=most))
+    parts = [path for path in parts_of(tmp_path / "out.gguf") if path.stat().st_size > 100]
+    assert written.path == parts[0]
+    assert written.bytes == sum(part.stat().st_size for part in parts)
+    assert len(parts) > 3
+    assert [part.name for part in parts] == [part_name("out", index, len(parts)) for index in range(len(parts))]
+    found = open_gguf(written.path)
+    assert found.parts == tuple(parts)
+    own = {"split.no", "split.count", "split.tensors.count"}
+    assert found.entries.keys() - whole.entries.keys() == own
+    assert all(found.entries[key].raw == entry.raw for key, entry in whole.entries.items())
+    assert [t.name for t in found.tensors] == [t.name for t in whole.tensors]
+    assert all(np.array_equal(found.data(a), whole.data(b)) for a, b in zip(found.tensors, whole.tensors, strict=True))
+    for index, part in enumerate(parts):
+        of_part = [tensor for tensor in found.tensors if tensor.part == index]
+        assert part.stat().st_size <= most or len(of_part) == (1 if index else 0)
+
+
+def test_a_file_that_fits_is_in_one_part(make_model, tmp_path):
+    source = make_model("llama")
+    plain = write_plain(source, tmp_path / "plain.gguf", "f16").path
+    fits = write_plain(source, tmp_path / "fits.gguf", "f16", Contents(part_bytes=plain.stat().st_size + 1000)).path
+    assert fits == tmp_path / "fits.gguf"
+    assert fits.read_bytes() == plain.read_bytes()
+    notes: list[str] = []
+    one = write_plain(source, tmp_path / "one.gguf", "f16", Contents(part_bytes=1), Told(notes))
+    assert len(open_gguf(one.path).parts) == 1 + len(open_gguf(plain).tensors)
+    assert any("metadata alone" in note for note in notes)
+    assert any("has its own file" in note for note in notes)
+    keys = [
+        {key for key in gguf.GGUFReader(part).fields if not key.startswith("GGUF.")}
+        for part in open_gguf(one.path).parts
+    ]
+    assert all(of_part == {"split.no", "split.count", "split.tensors.count"} for of_part in keys[1:])
+    read = [tensor for part in open_gguf(one.path).parts for tensor in gguf.GGUFReader(part).tensors]
+    expected = gguf.GGUFReader(plain).tensors
+    assert [tensor.name for tensor in read] == [tensor.name for tensor in expected]
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(read, expected, strict=True))
+
+
+def test_outputs_in_parts_that_cannot_be(tiny_gguf, tmp_path):
+    first = split_files.split(tiny_gguf, tmp_path, [3], "out")[0]
+    check_output(tmp_path / "out.gguf", split=True)
+    with pytest.raises(UsageError, match="is the model itself"):
+        check_output(tmp_path / "out.gguf", ModelSource("m", tmp_path, gguf=first), split=True)
+    check_output(tmp_path / "out.gguf", ModelSource("m", tmp_path, gguf=first))
+    (tmp_path / "out-00004-of-00004.gguf").write_text("mine")
+    with pytest.raises(UsageError, match="not a GGUF file"):
+        check_output(tmp_path / "out.gguf", split=True)

@@ -55,6 +55,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mmproj": {"mmproj": "mmproj.gguf"},
     "mmproj_type": {"mmproj": "mmproj.gguf", "mmproj_type": "q8_0"},
     "no_mtp": {"no_mtp": True},
+    "split": {"split": "4G"},
     "preset": {"preset": "fast"},
     "method": {"method": "gptq"},
     "init": {"init": "none"},
@@ -101,7 +102,7 @@ def test_options_that_decide_what_blocks_learn_say_so():
     """A new option joins one of both: what decides nothing in the blocks, or what makes another run."""
     silent = {
         "model", "out", "type", "calibration", "preprocess", "preprocess_steps",  # what is read, and what becomes of it
-        "mmproj", "mmproj_type", "no_mtp", "imatrix", "write_imatrix",
+        "mmproj", "mmproj_type", "no_mtp", "split", "imatrix", "write_imatrix",
         "token", "device", "memory_budget", "work_dir", "fresh",
         "finish", "finish_steps",
     }  # fmt: skip
