@@ -34,6 +34,11 @@ def _disturbs(character: str) -> bool:
     return character in _REORDERING or unicodedata.category(character) in _UNPRINTABLE
 
 
+def short(value: float) -> str:
+    """Return a number with four digits, without an exponent as long as that is readable."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
 def to_json(data: Any) -> str:
     """Return JSON that every reader takes: numbers that are not finite are strings, lone surrogates are replaced."""
     return json.dumps(_strict(data), indent=2, default=str, allow_nan=False)

@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 from typing_extensions import Self
 
+from tesseraq_gguf.printing import short
+
 if TYPE_CHECKING:
     from tesseraq_gguf.learning.reconstruction import BlockResult
     from tesseraq_gguf.methods.held_out import Verdict
@@ -163,9 +165,9 @@ def block_line(result: BlockResult, blocks: int) -> str:
     before, after = result.loss_before, result.loss_after
     if after is not None:
         share = f" ({100 * after / before:.0f} %)" if before else ""
-        parts.append(f"loss {f'{_short(before)} → ' if before is not None else ''}{_short(after)}{share}")
+        parts.append(f"loss {f'{short(before)} → ' if before is not None else ''}{short(after)}{share}")
     if result.verdict:
-        parts.append(f"held out {_short(result.verdict.kept)}{_undone(result.verdict)}")
+        parts.append(f"held out {short(result.verdict.kept)}{_undone(result.verdict)}")
     parts.append("from an earlier run" if result.resumed else f"{result.seconds:.0f} s")
     return "  ".join(parts)
 
@@ -175,7 +177,7 @@ def _undone(verdict: Verdict) -> str:
     if not verdict.kept_start:
         return ""
     if verdict.end > verdict.start:
-        return f", which learning made {_short(verdict.end)}: undone"
+        return f", which learning made {short(verdict.end)}: undone"
     return ", and worse on what was learned on: undone"
 
 
@@ -218,8 +220,3 @@ class TimeLeft:
         if self._part > 0.05:
             return left * (self._now - self._started) / self._part
         return None
-
-
-def _short(value: float) -> str:
-    """Four digits, without an exponent as long as that is readable."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

@@ -11,6 +11,7 @@ from tesseraq_gguf.conversion.report import BlockReport, ConversionReport
 from tesseraq_gguf.gguf_files.inspection import Inspection, TypeSummary, inspect
 from tesseraq_gguf.pages import document, svg, table
 from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.printing import short
 
 _BLOCKS_DRAWN = 48
 """Curves of losses that are drawn, spread over the blocks: more hide each other."""
@@ -108,7 +109,7 @@ def _block(block: BlockReport) -> Sequence[str]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else short(value)
 
 
 def _draw_losses(axes: Any, blocks: Sequence[BlockReport]) -> None:
@@ -122,6 +123,7 @@ def _draw_losses(axes: Any, blocks: Sequence[BlockReport]) -> None:
         if any(values):
             axes.plot(places, [value or nan for value in values], "o-", ms=3, lw=1.2, color=colour, label=label)
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("block")
     axes.set_ylabel("loss")
     axes.legend(fontsize=8, frameon=False)
@@ -138,6 +140,7 @@ def _draw_curves(axes: Any, blocks: Sequence[BlockReport]) -> None:
         label = f"block {block.index + 1}" if place in (0, len(drawn) - 1) else None
         points = range(1, 1 + len(losses))
         axes.plot(points, [loss / losses[0] for loss in losses], lw=1, color=colours(place), label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("stretch")
     axes.set_ylabel("loss against the first")
     axes.set_ylim(bottom=0)

@@ -13,6 +13,7 @@ from tesseraq_gguf.conversion.page import page
 from tesseraq_gguf.conversion.report import BlockReport, ConversionReport
 from tesseraq_gguf.methods.held_out import Verdict
 from tesseraq_gguf.methods.problem import Mark
+from tesseraq_gguf.printing import short
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_the_command_writes_it(run, make_model, long_text, tmp_path):  # noqa: F
     assert [block["index"] for block in blocks] == [0, 1]
     assert blocks[0]["curve"][0]["doing"] == "stage 1 of 20, 80 % soft"
     text = place.read_text(encoding="utf-8")
-    assert "tesseraq-gguf convert" in text and f"{blocks[1]['loss_after']:.4g}" in text
+    assert "tesseraq-gguf convert" in text and short(blocks[1]["loss_after"]) in text
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.gguf", "page.html"]
 
 
