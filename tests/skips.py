@@ -19,6 +19,8 @@ EXPECTED = (
     r"this processor has no \w+",  # both kinds of processors run these tests, one or the other
     r"this gguf does not know \w+",  # the newest release of gguf may be older than the newest type
     r"needs network namespaces, which only root",  # containers may keep them even from root
+    r"needs Chromium",
+    r"needs the web page",  # which npm builds
 )
 """Regular expressions of reasons, from their beginnings."""
 

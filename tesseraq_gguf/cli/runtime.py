@@ -88,6 +88,27 @@ def build(
     print(runtime.root)
 
 
+@app.command("page")
+def page(
+    force: Annotated[bool, typer.Option("--force", help="Build even if it is there.")] = False,
+) -> None:
+    """Build llama.cpp's web page into the runtime that serve uses; nothing to do if it is there. Prints its folder.
+
+    npm builds it from the source of the runtime, with the packages that llama.cpp pins. It takes Node.js 20.19 or
+    newer, a network, and a gigabyte of disk while it is built.
+
+    \b
+    Example:
+      tesseraq-gguf runtime page
+    """
+    from tesseraq_gguf.runtime import find_runtime
+    from tesseraq_gguf.runtime.page import add_page
+    from tesseraq_gguf.runtime.progress import RichReporter
+
+    with RichReporter() as reporter:
+        print(add_page(find_runtime(), reporter, force))
+
+
 @app.command("path")
 def path(backend: Backend = "cpu", portable: Portable = False, target: OfTarget = None) -> None:
     """Print the folder of the runtime that eval, chat and serve use; llama.cpp's programs are in its bin/.

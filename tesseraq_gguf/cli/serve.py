@@ -11,6 +11,7 @@ import typer
 
 from tesseraq_gguf.cli.parameters import of_fields, takes
 from tesseraq_gguf.cli.runtime import with_runtime
+from tesseraq_gguf.errors import UsageError
 
 
 class Reasoning(str, Enum):
@@ -81,7 +82,10 @@ def chat(_: typer.Context, **options: Any) -> None:
 class Serving:
     """What to serve, and where, as the command line takes it."""
 
-    file: Annotated[Path, typer.Argument(help="The GGUF file to serve; any that llama.cpp runs.")]
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="The GGUF file to serve; any that llama.cpp runs.", show_default="that, or --models"),
+    ] = None
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="More options, as llama-server has them.")
     ] = None
@@ -106,6 +110,17 @@ class Serving:
             show_default="where there is one",
         ),
     ] = None
+    draft: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A smaller model with the same vocabulary, which drafts several tokens."),
+    ] = None
+    models: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Serve every model of a folder, each loaded when it is asked for."),
+    ] = None
+    opens: Annotated[
+        bool, typer.Option("--open", help="Open the server's web page in a browser; runtime page builds it.")
+    ] = False
 
 
 @takes(of_fields(Serving))
@@ -113,17 +128,33 @@ def serve(_: typer.Context, **given: Any) -> None:
     """Answer programs that speak OpenAI's interface, over HTTP.
 
     It is llama.cpp's own server, from the runtime, for several clients at a time: /v1/chat/completions,
-    /v1/completions, and what else llama-server has. Ctrl-C ends it.
+    /v1/completions, and what else llama-server has; and its web page at /, once runtime page has
+    built it. Ctrl-C ends it.
 
     \b
     Examples:
-      tesseraq-gguf serve out.gguf
+      tesseraq-gguf serve out.gguf --open
       tesseraq-gguf serve out.gguf --mmproj mmproj.gguf
+      tesseraq-gguf serve big.gguf --draft small.gguf
+      tesseraq-gguf serve --models ./models -- --models-max 2
       tesseraq-gguf serve out.gguf --port 9000 --ctx 16384 -- --parallel 8 --flash-attn on -ctk q8_0 -ctv q8_0
     """
     from tesseraq_gguf.serving.serve import Extras
     from tesseraq_gguf.serving.serve import serve as run
 
     serving = Serving(**given)
-    extras = Extras(serving.mmproj, serving.mtp, serving.options or ())
-    with_runtime(lambda: run(serving.file, serving.host, serving.port, serving.ctx, extras))
+    options = list(serving.options or ())
+    file = serving.file
+    if serving.models is not None:
+        if file is not None and not str(file).startswith("-"):
+            raise UsageError("give a GGUF file to serve, or a folder with --models, not both")
+        options = [*([] if file is None else [str(file)]), *options]  # `--models DIR -- OPTIONS` has no file
+        if not serving.models.is_dir():
+            raise UsageError(f"--models wants a folder, and {serving.models} is none")
+        file = serving.models
+    elif file is None:
+        raise UsageError("give a GGUF file to serve, or a folder of them with --models")
+    elif file.is_dir():
+        raise UsageError(f"{file} is a folder: serve it with --models")
+    extras = Extras(serving.mmproj, serving.mtp, serving.draft, serving.opens, options)
+    with_runtime(lambda: run(file, serving.host, serving.port, serving.ctx, extras))

@@ -53,6 +53,12 @@ class Runtime:
         return self.root / "python"
 
     @property
+    def page(self) -> Path | None:
+        """The folder of llama.cpp's web page; None if the runtime was built without."""
+        folder = self.root / "page"
+        return folder if (folder / "index.html").is_file() else None
+
+    @property
     def variants(self) -> list[str]:
         """Names of the CPU backends that one is chosen of when a program starts; empty if there is only `ggml-cpu`."""
         pattern = "ggml-cpu-*.dll" if self._system == "win32" else "libggml-cpu-*.so"
