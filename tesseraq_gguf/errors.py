@@ -80,5 +80,9 @@ class EvaluationError(TesseraqError):
         self.log = log
 
 
+class PublishingError(TesseraqError):
+    """A folder to publish cannot be written, or the hub does not take it. No message has a token in it."""
+
+
 class VerificationError(TesseraqError):
     """What was written does not equal what was learned. Never expected; always worth a bug report."""

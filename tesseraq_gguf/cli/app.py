@@ -24,6 +24,7 @@ from tesseraq_gguf.cli.doctor import doctor
 from tesseraq_gguf.cli.eval import evaluate
 from tesseraq_gguf.cli.inspect import inspect
 from tesseraq_gguf.cli.output import INTERRUPTED, Stopped, Terminated, print_line
+from tesseraq_gguf.cli.publish import publish
 from tesseraq_gguf.cli.recipe import recipe
 from tesseraq_gguf.cli.serve import chat, serve
 from tesseraq_gguf.cli.text import write_text
@@ -47,6 +48,7 @@ for command, name in (
     (compare, "compare"),
     (inspect, "inspect"),
     (recipe, "recipe"),
+    (publish, "publish"),
     (write_text, "write-text"),
     (chat, "chat"),
     (serve, "serve"),

@@ -32,6 +32,7 @@ COMMANDS = [
     ["compare"],
     ["inspect"],
     ["recipe"],
+    ["publish"],
     ["write-text"],
     ["chat"],
     ["serve"],
