@@ -36,6 +36,7 @@ COMMANDS = [
     ["write-text"],
     ["chat"],
     ["serve"],
+    ["doctor"],
     ["runtime"],
     ["runtime", "build"],
     ["runtime", "path"],
