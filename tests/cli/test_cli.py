@@ -39,6 +39,7 @@ COMMANDS = [
     ["doctor"],
     ["runtime"],
     ["runtime", "build"],
+    ["runtime", "page"],
     ["runtime", "path"],
     ["runtime", "info"],
 ]
