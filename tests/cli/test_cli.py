@@ -41,6 +41,7 @@ COMMANDS = [
     ["runtime", "build"],
     ["runtime", "page"],
     ["runtime", "path"],
+    ["runtime", "page"],
     ["runtime", "info"],
 ]
 
