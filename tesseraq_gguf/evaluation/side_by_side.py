@@ -214,8 +214,9 @@ def _opened(file: Path, ctx: int) -> closing[Any]:
 
 
 def _identity(file: Path) -> tuple[str, int, int]:
-    """What tells a file from what it was before."""
-    return str(file.resolve()), _bytes(file), file.stat().st_mtime_ns
+    """What tells a file, with all its parts, from what it was before."""
+    found = open_gguf(file)
+    return str(file.resolve()), found.bytes, max(part.stat().st_mtime_ns for part in found.parts)
 
 
 def _bytes(file: Path) -> int:

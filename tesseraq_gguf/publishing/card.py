@@ -134,7 +134,16 @@ class Card:
         ) + (" Speeds are of one machine." if timed else "")
         plot = [f"\n![divergence against bits per weight]({PLOT})"] if found.plotted else []
         return "\n".join(
-            ["## Measured\n", said, "", _table(head, rows, set(range(1, len(head)))), *plot, *self._wrote(), ""]
+            [
+                "## Measured\n",
+                said,
+                "",
+                _table(head, rows, set(range(1, len(head)))),
+                *plot,
+                *self._tasks(),
+                *self._wrote(),
+                "",
+            ]
         )
 
     def _wrote(self) -> list[str]:
@@ -151,6 +160,18 @@ class Card:
             return []
         said = "Repeated: four words in a row that an answer had before. Both grow first where a file is broken."
         return ["", _table(("file", "answers", "without an end", "repeated"), rows, {1, 2, 3}), "", said]
+
+    def _tasks(self) -> list[str]:
+        """What tasks found, a column for each figure."""
+        every = self.measured.all if self.measured else ()
+        keys = [key for key in dict.fromkeys(key for row in every for key in row) if key.startswith("task_")]
+        keys = [key for key in keys if not key.endswith("_error")]
+        if not keys:
+            return []
+        rows = [(self._called(row), *(_task(row, key) for key in keys)) for row in every]
+        head = ("file", *(_cell(key.removeprefix("task_")) for key in keys))
+        said = "Tasks of lm-evaluation-harness; ± is one standard error."
+        return ["", _table(head, rows, set(range(1, len(head)))), "", said]
 
     def _called(self, row: Mapping[str, Any]) -> str:
         file = next((file for file in self.files if file.row is row), None)
@@ -182,7 +203,10 @@ class Card:
         return f" (a recent one for {_listed(f'`{tag}`' for tag in recent)})" if recent else ""
 
     def _llama(self, file: CardFile) -> str:
-        return f"    llama-server -hf {self.repo}:{file.tag}" if self.repo else f"    llama-server -m {file.names[0]}"
+        if self.repo:
+            return f"    llama-server -hf {self.repo}:{file.tag}"
+        projector = next((f" --mmproj {other.names[0]}" for other in self.files if other.projector), "")
+        return f"    llama-server -m {file.names[0]}{projector}"
 
     def _ollama(self, file: CardFile) -> str:
         if self.repo:
@@ -247,6 +271,11 @@ def _figures_of(row: Mapping[str, Any], file: CardFile | None, *, reference: boo
         perplexity,
         *answers,
     )
+
+
+def _task(row: Mapping[str, Any], key: str) -> str:
+    value, error = row.get(key), row.get(f"{key}_error")
+    return "" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
 def _costs_head(found: Measured, timed: bool) -> tuple[str, ...]:

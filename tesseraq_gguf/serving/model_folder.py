@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tesseraq_gguf.errors import FileFormatError, UsageError
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
+from tesseraq_gguf.gguf_files.parts import part_of
 
-_LATER_PART = re.compile(r"-(?!00001-of-)\d{5}-of-\d{5}\.gguf$")
 _COMPANION = re.compile(r".*mmproj|mtp-|dspark-|dflash-")
 """Files that the router takes for companions of a model, by their names."""
 
@@ -50,7 +50,8 @@ def _is_model(file: Path) -> bool:
 
 def _why_not(file: Path) -> str:
     """Why a file that is listed cannot be served; empty if it can."""
-    if _LATER_PART.search(file.name):
+    named = part_of(file.name)
+    if named and named.index:
         return "it is a part of a split file; parts are hidden in a folder of their own"
     try:
         kind = open_gguf(file).get("general.type", "model")

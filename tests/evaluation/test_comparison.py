@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from split_files import split
 
 from tesseraq_gguf.errors import EvaluationError, UsageError
 from tesseraq_gguf.evaluation import side_by_side
@@ -250,3 +252,12 @@ def test_the_front_has_what_nothing_smaller_is_below():
 
     files: list[Any] = [File(2, 1.0), File(3, 1.2), File(4, 0.5), File(4, 0.6), File(5, 0.5)]
     assert front(files) == [files[0], files[2]]
+
+
+def test_what_was_found_of_a_file_in_parts_is_not_that_of_other_parts(tiny_gguf, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(side_by_side, "find_runtime", lambda: type("Runtime", (), {"manifest": {}}))
+    parts, text = split(tiny_gguf, tmp_path, [2]), Text(np.zeros((2, 16), np.int32), {}, 32)
+    Findings(tiny_gguf, parts[0], text).add(np.ones((5, 7), np.float32))
+    assert Findings(tiny_gguf, parts[0], text).done == 1
+    os.utime(parts[1], (1, 2**31))
+    assert Findings(tiny_gguf, parts[0], text).done == 0

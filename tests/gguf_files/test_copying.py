@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from saved_logits import saved_logits
 from small_gguf import small_gguf
 from split_files import split
 
@@ -62,3 +63,13 @@ def test_a_copy_that_is_another_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(copying, "_write", damaged)
     with pytest.raises(VerificationError, match=r"blk\.0\.ffn_up\.weight of .*m\.gguf is another in its copy"):
         copying.copy(source, tmp_path / "copy.gguf", _raw(source), None, lambda _: None)
+
+
+@pytest.mark.runtime
+def test_llama_cpp_answers_from_parts_as_from_the_whole_file(tiny_gguf, long_text, tmp_path):
+    source = open_gguf(tiny_gguf)
+    first, *_ = copying.copy(source, tmp_path / "copy.gguf", _raw(source), 20_000, lambda _: None)
+    assert len(open_gguf(first).parts) > 2
+    (_, whole, _), (_, parts, _) = (saved_logits(file, long_text, 32, 2) for file in (tiny_gguf, first))
+    assert whole.equal(parts)
+    assert whole.std() > 0

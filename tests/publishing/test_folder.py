@@ -118,6 +118,33 @@ def test_the_card_has_measured_figures_and_no_others(run, files, tmp_path):
     assert "    llama-server -m Tiny-1M-Q2_K_S.gguf" in card
 
 
+def test_the_card_has_what_files_write_and_what_tasks_found(run, files, tmp_path):
+    data = json.loads(files["compare.json"].read_text())
+    for row in (data["reference"], *data["files"]):
+        row |= {
+            "generated_answers": 20,
+            "generated_unended": 0.15,
+            "generated_repeated": 0.0345,
+            "prompt_speed": 912.34,
+        }
+        row |= {"answer_speed": 45.67, "task_arc_easy acc": 0.4321, "task_arc_easy acc_error": 0.0123}
+    files["compare.json"].write_text(json.dumps(data))
+    images = small_gguf(tmp_path / "mm.gguf", "f16", general__architecture="clip")
+    assert (
+        run(
+            "publish", files["ours"], files["stock"], images, tmp_path / "out", "--comparison", files["compare.json"]
+        ).code
+        == 0
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| `TSQ2` | 20 | 15.0 % | 3.5 % |" in card or "| `TSQ2` | 20 | 15.0 % | 3.4 % |" in card
+    assert "| `TSQ2` | 0.4321 ± 0.0123 |" in card
+    assert "| 912.3 | 45.7 |" in card
+    assert "Speeds are of one machine" in card
+    assert "llama-server -m Tiny-1M-Q2_K_S.gguf --mmproj mmproj-Tiny-1M-F16.gguf" in card
+    assert "| theirs |" in card  # compared, not published
+
+
 def test_a_card_without_a_comparison_says_that_nothing_was_measured(run, files, tmp_path):
     assert _publish(run, files, tmp_path / "out").code == 0
     card = (tmp_path / "out" / "README.md").read_text()
