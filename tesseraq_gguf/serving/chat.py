@@ -20,7 +20,7 @@ from tesseraq_gguf.serving.counting import Counter
 from tesseraq_gguf.serving.display import Folding
 from tesseraq_gguf.serving.images import check_projector, read_image, see
 from tesseraq_gguf.serving.talk import as_text, show_answer, talk, tell
-from tesseraq_gguf.serving.thinking import marks, set_thinking
+from tesseraq_gguf.serving.thinking import Marks, marks, set_thinking
 
 CONTEXT = 4096
 """Tokens of a conversation, unless the model was made for fewer."""
@@ -118,8 +118,17 @@ def _with_its_terminal(
     model: Any = conversation.model
     tell(about(file, model.n_ctx()))
     template = given if given is not None else _own_template(open_gguf(file))
-    found = marks(template, lambda said: _formatter(model, template)(messages=said).prompt) if template else None
+    found = _marks(model, template) if template is not None else None
     return Talk(conversation, Folding(found, beside.shows_thoughts), Counter(model)), reader()
+
+
+def _marks(model: Any, template: str) -> Marks | None:
+    """Marks of thoughts that are seen in answers: tokens of control are left out of them."""
+    formatter = _formatter(model, template)
+    found = marks(template, lambda said: formatter(messages=said).prompt)
+    both = () if found is None else (found.begin.encode(), found.end.encode())
+    seen = (mark in model.detokenize(model.tokenize(mark, add_bos=False, special=True)) for mark in both)
+    return found if all(seen) else None
 
 
 def _given_template(header: GgufFile, beside: Beside) -> str | None:

@@ -108,20 +108,23 @@ class _Fold:
         self._status.update(Text(f"thinking, {self._seconds():.0f} s", style="dim"))
 
     def answer(self, text: str) -> None:
-        self.close()
+        self._fold("\n")
         text = text.lstrip("\n") if self._blank else text
         self._blank = self._blank and not text
         sys.stdout.write(printable(text, "\n\t"))
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Fold the thought, if there is one."""
+        """Fold a thought that no answer came after, and leave its line to be ended."""
+        self._fold(", and gave no answer")
+
+    def _fold(self, end: str) -> None:
         if self._status is not None:
             self._status.stop()
             self._status = None
         if self._began is not None:
-            end = "\n" if self._open else ""
-            self._console.print(Text(f"{end}thought for {self._seconds():.0f} s", style="dim"))
+            begin = "\n" if self._open else ""
+            self._console.print(Text(f"{begin}thought for {self._seconds():.0f} s{end}", style="dim"), end="")
             self._began = None
 
     def _seconds(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,17 @@ def _part(part: Any, file: Path) -> dict[str, Any]:
         return {"type": "text", "text": _text(part.get("text"), file)}
     image = part.get("image_url") if kind == "image_url" else None
     url = image.get("url") if isinstance(image, dict) else None
-    if not isinstance(url, str) or not url.startswith(ADDRESS):  # others would be fetched
+    if not isinstance(url, str) or not _holds_an_image(url):  # others would be fetched
         raise UsageError(f"{file} is no conversation: a message has parts that are neither text nor images in it")
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _holds_an_image(url: str) -> bool:
+    kind, _, data = url.partition(";base64,")
+    try:
+        return kind.startswith(ADDRESS) and bool(base64.b64decode(data, validate=True))
+    except ValueError:
+        return False
 
 
 def _text(content: Any, file: Path) -> str:

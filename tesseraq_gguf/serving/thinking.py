@@ -13,6 +13,7 @@ SWITCH = "enable_thinking"
 """The variable by which templates turn thinking off, llama.cpp's and transformers' name for it."""
 
 _QUESTION = {"role": "user", "content": "question"}
+_CALL = {"id": "1", "type": "function", "function": {"name": "tool", "arguments": {}}}
 _THOUGHT = "tesseraqthought"
 _BEFORE = re.compile(r"([<\[][^\s<>\[\]]*[>\]]\w*)\s*$")
 _AFTER = re.compile(r"\s*([<\[][^\s<>\[\]]*[>\]])")
@@ -53,14 +54,17 @@ def marks(template: str, render: Callable[[list[dict[str, Any]]], str]) -> Marks
 
 
 def _around_a_thought(render: Callable[[list[dict[str, Any]]], str]) -> tuple[str, str] | None:
-    """What the template puts around a thought that an answer had."""
+    """What the template puts around a thought that an answer had; some keep one only before a call of a tool."""
     answer = {"role": "assistant", "content": "answer", "reasoning_content": _THOUGHT}
-    try:
-        before, thought, after = render([_QUESTION, answer]).partition(_THOUGHT)
-    except ChatTemplateError:
-        return None
-    begin, end = _BEFORE.search(before), _AFTER.match(after)
-    return (begin[1], end[1]) if thought and begin and end else None
+    for said in (answer, answer | {"tool_calls": [_CALL]}):
+        try:
+            before, thought, after = render([_QUESTION, said]).partition(_THOUGHT)
+        except ChatTemplateError:
+            continue
+        begin, end = _BEFORE.search(before), _AFTER.match(after)
+        if thought and begin and end:
+            return begin[1], end[1]
+    return None
 
 
 def _named(template: str) -> tuple[str, str] | None:

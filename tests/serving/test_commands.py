@@ -95,8 +95,12 @@ def test_a_text_of_a_base_model_is_taken_up_as_well(tmp_path):
     assert model.heard == ["The quick dog.\nA lazy"]
 
 
+def image_at(url):
+    return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+
+
 ASKED, SAID = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}
-SEEN = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image;base64,AA=="}}]}
+SEEN = image_at("data:image;base64,AA==")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,9 @@ SEEN = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "
         ([{"role": "user"}, SAID], "a message has no text"),
         ([{"role": "user", "content": "\ud800"}, SAID], "a message is not UTF-8 text"),
         ([SEEN, SAID], "which this chat does not see"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a/b"}}]}, SAID], "neither"),
+        ([image_at("http://a/b"), SAID], "neither"),
+        ([image_at("data:image;base64,???"), SAID], "neither"),
+        ([image_at("data:image,AA=="), SAID], "neither"),
         ([{"role": "user", "content": [{"type": "audio"}]}, SAID], "neither text nor images"),
         ([{"role": "user", "content": ["hi"]}, SAID], "neither text nor images"),
     ],
@@ -125,6 +131,16 @@ def test_what_is_no_conversation_is_refused_and_changes_nothing(content, said, t
     converse(model, "first", f"/load {file}", "second")
     assert said in capsys.readouterr().err
     assert [each["content"] for each in model.heard[1]] == ["first", "One.", "second"]
+
+
+def test_images_are_taken_up_by_a_chat_that_sees(tmp_path):
+    file = tmp_path / "said.json"
+    file.write_text(json.dumps([SEEN, SAID]))
+    model = FakeLlama((["Red."], "stop"))
+    conversation = Conversation(model, True, 7, 0)
+    conversation.sees = True
+    talk(Talk(conversation), lines(f"/load {file}", "and?"))
+    assert model.heard == [[SEEN, SAID, {"role": "user", "content": "and?"}]]
 
 
 def test_a_base_model_takes_no_system_text(tmp_path, capsys):

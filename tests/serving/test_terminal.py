@@ -134,7 +134,7 @@ def test_thoughts_are_folded_unless_they_are_to_be_shown(terminal, tiny_gguf, tm
     folded.until("^>$")
     folded.press("the quick brown fox\r")
     screen = folded.until(r"ended at --max-tokens 8\)\n>$")
-    assert re.search(r"> the quick brown fox\nthought for \d+ s\n\n\(ended", screen)
+    assert re.search(r"> the quick brown fox\nthought for \d+ s, and gave no answer\n\(ended", screen)
     folded.press("/thought\r")
     screen = folded.until(r"/thought\n[^>]+\n>$")
     thought = screen.rpartition("/thought\n")[2].removesuffix("\n>").strip()

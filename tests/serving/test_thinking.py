@@ -21,6 +21,7 @@ KEEPS = (
     "{% if m.reasoning_content %}<|channel>thought\n{{ m.reasoning_content }}\n<channel|>{% endif %}"
     "{{ m.content }}{% endfor %}<|assistant|>"
 )
+TOOLS = KEEPS.replace("if m.reasoning_content", "if m.reasoning_content and m.tool_calls")
 
 
 def render(template: str) -> Any:
@@ -39,6 +40,7 @@ def render(template: str) -> Any:
         (CUTS.replace("think", "seed:think"), Marks("<seed:think>", "</seed:think>")),
         (CUTS.replace("</think>", "[/THINK]"), Marks("[THINK]", "[/THINK]")),
         (KEEPS, Marks("<|channel>thought", "<channel|>")),
+        (TOOLS, Marks("<|channel>thought", "<channel|>")),
         (TURNS + "{# <|reasoning_effort|> #}", None),
     ],
 )
@@ -109,7 +111,7 @@ def test_what_is_stopped_within_a_thought_ends_its_line(capsys):
 
     with pytest.raises(KeyboardInterrupt):
         Folding(Marks("<think>", "</think>")).show(pieces())
-    assert capsys.readouterr().out == "thought for 0 s\n\n"
+    assert capsys.readouterr().out == "thought for 0 s, and gave no answer\n"
 
 
 def test_elsewhere_thoughts_come_as_they_are(capsys):
@@ -122,6 +124,19 @@ def test_a_folded_thought_stays_in_the_conversation():
     conversation = Conversation(FakeLlama((["<think>Hm</think>", "Yes."], "stop")), True, 7, 0)
     Folding(Marks("<think>", "</think>")).show(conversation.answer("hi"))
     assert conversation.messages[1]["content"] == "<think>Hm</think>Yes."
+
+
+@pytest.mark.runtime
+def test_marks_that_answers_leave_out_are_none(tiny_gguf):
+    """A thought would never end on the screen."""
+    from tesseraq_gguf.serving import chat
+
+    model = chat.load(tiny_gguf)
+    assert chat._marks(model, CUTS + "<think>") == Marks("<think>", "</think>", begun=True)
+    template = KEEPS.replace("<|channel>thought\n", "<s>").replace("\n<channel|>", "</s>")
+    assert marks(template, render(template)) == Marks("<s>", "</s>")
+    assert chat._marks(model, template) is None
+    assert chat._marks(model, "{{ raise_exception('broken') }}") is None
 
 
 SWITCHED = TURNS + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
