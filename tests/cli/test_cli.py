@@ -41,7 +41,6 @@ COMMANDS = [
     ["runtime", "build"],
     ["runtime", "page"],
     ["runtime", "path"],
-    ["runtime", "page"],
     ["runtime", "info"],
 ]
 
