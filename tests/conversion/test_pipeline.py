@@ -472,3 +472,26 @@ def test_ptq161_is_of_its_own_type(make_model, long_text, tmp_path):  # noqa: F8
         convert(recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, method="lrq", type="ptq1_61"))
     with pytest.raises(UsageError, match="no order"):
         convert(recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, embedding_type="ptq1_61"))
+
+
+def test_a_run_in_parts_ends_with_the_first_of_them(make_model, tiny_gguf, long_text, run, tmp_path):  # noqa: F811
+    source = make_model("llama")
+    for type, method in (("f16", "tesseraq"), ("tsq2", "rtn")):
+        chosen: dict[str, Any] = {"method": method, "device": "cpu"} if method == "rtn" else {}
+        recipe = Recipe(str(source.folder), tmp_path / f"{type}.gguf", type=type, **chosen | {"split": "40K"})
+        report = convert(recipe)
+        found = inspect(report.out)
+        assert report.out.name == f"{type}-00001-of-{found.parts:05}.gguf"
+        assert found.parts > 1
+        assert report.bytes == sum(part.stat().st_size for part in tmp_path.glob(f"{type}-*.gguf"))
+        assert not (tmp_path / f"{type}.gguf").exists()
+    assert "--split 40000" in run("recipe", report.out).out
+    assert "is part 2 of" in run("inspect", report.out.with_name(report.out.name.replace("00001-of", "00002-of"))).err
+    report.out.with_name(report.out.name.replace("00001-of", "00002-of")).unlink()
+    for name in ("inspect", "recipe", "chat", "serve"):
+        assert f"part 2 of {found.parts} is missing, tsq2-00002-of" in run(name, report.out).err
+    commands: list[list[Any]] = [["eval"], ["compare", tiny_gguf]]
+    for command in commands:
+        assert f"part 2 of {found.parts} is missing" in run(*command, report.out, "--text", long_text).err
+    again = run("convert", report.out, tmp_path / "again.gguf", "--type", "q8_0")
+    assert f"part 2 of {found.parts} is missing" in again.err
