@@ -33,6 +33,7 @@ Watch = Callable[[str, int, int], None]
 """Told what is counted, how much of it is done, and of how much."""
 
 _CHUNK = 1 << 24
+_IMATRIX = ": give it as --imatrix"
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,9 @@ def plan(request: Request) -> Plan:
         raise UsageError(f"{twice.name} is given twice")
     sources = {path: open_gguf(path) for path in request.files}
     facts = {path: inspect(path) for path in request.files}
+    for path, source in sources.items():
+        if (kind := source.get("general.type", "model")) not in ("model", "mmproj"):
+            raise UsageError(f"{path} is no model, but of the kind '{kind}'" + _IMATRIX * (kind == "imatrix"))
     if broken := next((path for path in facts if facts[path].runs_on.startswith("nothing")), None):
         raise UsageError(f"{broken} runs on {facts[broken].runs_on}")
     models = [path for path in sources if facts[path].architecture != PROJECTOR]

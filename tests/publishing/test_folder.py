@@ -236,6 +236,7 @@ def _other_model(files, out):
     "case",
     [_unknown, _missing_part, _text, _there, _twice, _remeasured, _no_comparison, _no_matrix, _other_model,
      lambda files, out: ([files["stock"].with_name("none.gguf"), out], "no file at"),
+     lambda files, out: ([files["imatrix.gguf"], out], "but of the kind 'imatrix': give it as --imatrix"),
      lambda files, out: ([files["stock"]], "nothing to publish"),
      lambda files, out: ([files["stock"], files["ours"]], "where to publish comes last"),
      lambda files, out: ([files["stock"], out / "deep"], "does not exist. Make it first"),
