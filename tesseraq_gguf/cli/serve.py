@@ -84,7 +84,7 @@ class Serving:
 
     file: Annotated[
         Path | None,
-        typer.Argument(help="The GGUF file to serve; any that llama.cpp runs.", show_default="that, or --models"),
+        typer.Argument(help="The GGUF file to serve, any that llama.cpp runs; or --models.", show_default=False),
     ] = None
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="More options, as llama-server has them.")

@@ -15,10 +15,12 @@ from tiny_drafters import drafter  # noqa: F401  (a fixture)
 from tiny_models import make_model  # noqa: F401  (a fixture)
 
 from tesseraq_gguf import Recipe, convert
+from tesseraq_gguf.errors import UsageError
 from tesseraq_gguf.models import ModelSource
 from tesseraq_gguf.runtime import Runtime
+from tesseraq_gguf.serving import serve as serving
 from tesseraq_gguf.serving.model_folder import check_folder
-from tesseraq_gguf.serving.serve import Extras, _drafting
+from tesseraq_gguf.serving.serve import Extras, _drafting, _page
 
 PROMPT = "the quick brown fox"
 
@@ -185,8 +187,6 @@ def test_a_runtime_without_a_server(
     run: Callable[..., Any], tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, port: int
 ) -> None:
     """One that an earlier version built."""
-    from tesseraq_gguf.serving import serve as serving
-
     monkeypatch.setattr(serving, "find_runtime", lambda: Runtime(tmp_path, {"backend": "cpu", "portable": True}))
     answer = run("serve", tiny_gguf, "--port", port)
     assert answer.code == 1
@@ -226,3 +226,16 @@ def test_nothing_to_draft_with(run: Callable[..., Any], tiny_gguf: Path) -> None
     answer = run("serve", tiny_gguf, "--mtp")
     assert answer.code == 2
     assert "has no head for speculation to draft with" in answer.error
+
+
+def test_a_page_that_is_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "find_runtime", lambda: Runtime(tmp_path, {}))
+    assert _page(Extras()) == []
+    with pytest.raises(UsageError, match="the runtime has no web page; run: tesseraq-gguf runtime page"):
+        _page(Extras(opens=True))
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page/index.html").write_text("a page")
+    assert _page(Extras(opens=True)) == ["--path", str(tmp_path / "page")]
+    assert _page(Extras(options=["--path=mine"])) == []
+    monkeypatch.setenv("LLAMA_API_KEY", "SECRET")
+    assert _page(Extras()) == []
