@@ -51,9 +51,3 @@ runtime() {
     esac
     tesseraq-gguf runtime build > /dev/null
 }
-
-# Build the web page into the runtime, where npm is there to do it.
-page() {
-    command -v npm > /dev/null || return 0
-    tesseraq-gguf runtime page > /dev/null || say "going on without the web page"
-}
