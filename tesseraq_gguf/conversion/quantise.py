@@ -20,6 +20,7 @@ from tesseraq_gguf.learning.rounding import round_blocks
 from tesseraq_gguf.learning.sensitivity import measure_sensitivity
 from tesseraq_gguf.methods.building import method_of
 from tesseraq_gguf.methods.rare_experts import RARE
+from tesseraq_gguf.methods.table import BOTH_CHAINS, start_row
 from tesseraq_gguf.models.experts import expert_of
 
 _NAMED = 8
@@ -113,6 +114,7 @@ def walk_of(run: Run, model: Model, calibration: Calibration) -> Reconstruction:
         team=run.team,
         empty=place_of(run, calibration).empty,
         importance=run.weighed,
+        originals=BOTH_CHAINS if start_row(recipe.method_row.start or recipe.start).both_chains else 0,
     )
 
 

@@ -158,6 +158,7 @@ class Mixture:
                 block=rest,
                 grids=grids,
                 inputs=self._with_answers(problem.inputs),
+                originals=None if problem.originals is None else self._with_answers(problem.originals),
                 held_out=apart and replace(apart, inputs=self._with_answers(apart.inputs)),
             )
         part.report = self._reported(0)
@@ -290,6 +291,8 @@ class Mixture:
             samples=len(inputs),
             held_out=None,
             curve=[],
+            usual=None,
+            originals=None,
             importance={n: problem.importance[f"{name}.{n}"] for n in names if f"{name}.{n}" in problem.importance},
         )
         if apart is not None and len(apart):

@@ -46,6 +46,9 @@ Finished = Callable[[int], "BlockResult | None"]
 _REPORTED_SAMPLES = 32
 """Losses told to the user are means over so many samples: what they cost should not be felt."""
 
+_ORDINARY = 4.0
+"""How many times the median a target is long that is still an ordinary one."""
+
 _MORE_BITS = "Give its matrices a type of more bits (--tensor-type), or take another --method"
 """What to do about a block that is finite until it is quantised."""
 
@@ -99,6 +102,7 @@ class Reconstruction:
         empty: makes the tensors that hidden states are kept in.
         importance: weights of the squared errors of columns, float32 [in] by checkpoint name, where rounding to nearest
             goes by an importance matrix.
+        originals: sequences of the full-precision chain that the method looks at before a block, at most.
     """
 
     decoder: Decoder
@@ -115,6 +119,7 @@ class Reconstruction:
     team: Team = field(default_factory=Team)
     empty: Empty = torch.empty
     importance: Mapping[str, Tensor] = field(default_factory=dict)
+    originals: int = 0
 
     def run(
         self,
@@ -193,11 +198,15 @@ class Reconstruction:
         """
         started = time.monotonic()
         problem.report(0, 0, "running it on what it is fed")
+        if result is None and self.originals:
+            first = problem.targets[: self.team.count(min(self.originals, problem.samples or len(problem.targets)))]
+            problem.originals = self.empty(first.shape).copy_(first)
         ordered = [name for name, grid in problem.grids.items() if grid.ordered and result is None]
         watch = InputWatch()
         with watch.watching(problem.block, ordered), counted(problem) as visits:
             _run_in_place(problem.targets, problem.forward, problem, TAKE_ANOTHER)
         visits = in_all(visits, self.team)
+        problem.usual = self.team.from_first(lambda: _usual_length(problem.targets))
         if problem.held_out:
             _run_in_place(problem.held_out.targets, problem.forward, problem, TAKE_ANOTHER)
         if result is not None:
@@ -334,6 +343,16 @@ def _overflow(
 
 
 @torch.no_grad()
+def _usual_length(targets: Tensor) -> float | None:
+    """The length of targets [samples, length, hidden] beyond which one is out of the ordinary; None if all have none.
+
+    The first position of a sequence is weighed by what the answers feel of it, and does not count.
+    """
+    lengths = targets[:_REPORTED_SAMPLES, 1:].norm(dim=-1)
+    median = float(lengths.median()) if lengths.numel() else 0.0
+    return _ORDINARY * median if median > 0 else None
+
+
 def _mean_loss(problem: BlockProblem, weights: Weights) -> float:
     samples = min(problem.samples or len(problem.inputs), _REPORTED_SAMPLES)
     some = torch.arange(problem.team.count(samples))

@@ -129,8 +129,8 @@ def _loss(
     total = torch.zeros((), dtype=torch.float64)
     for first in range(0, len(sequences.inputs), at_once):
         hidden, target = (x[first : first + at_once] for x in (sequences.inputs, sequences.targets))
-        out = problem.quantised(hidden.to(problem.device), weights, vectors)
-        loss = problem.weighted((out.float() - target.to(problem.device)).square())
+        out, target = problem.quantised(hidden.to(problem.device), weights, vectors), target.to(problem.device)
+        loss = problem.weighted((out.float() - target).square(), target)
         total += len(hidden) * float(loss)
     problem.team.add_up([total])
     return float(total) / sequences.sequences

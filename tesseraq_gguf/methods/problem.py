@@ -70,6 +70,9 @@ class BlockProblem:
         importance: weights of the squared errors of columns, float32 [in] by module name, of an importance matrix that
             rounding to nearest goes by.
         curve: how the loss of what this process learned on went.
+        usual: the length that targets have at most, as a rule; None where they have no length to compare.
+        originals: X, what the block is fed in the full-precision model, float32 [fewer samples, length, hidden], for
+            starts that make up for what inputs have lost; None where it is not known.
     """
 
     block: LoadedBlock
@@ -89,6 +92,8 @@ class BlockProblem:
     verdict: Verdict | None = None
     importance: Mapping[str, Tensor] = field(default_factory=dict)
     curve: list[Mark] = field(default_factory=list)
+    usual: float | None = None
+    originals: Tensor | None = None
 
     def full_name(self, name: str) -> str:
         """Return the checkpoint name of a matrix of the block, by its module name."""
@@ -120,11 +125,21 @@ class BlockProblem:
         hidden, target = self.inputs[samples].to(self.device), self.targets[samples].to(self.device)
         with self.precision():
             out = self.quantised(hidden, weights)
-        return self.weighted((out.float() - target).pow(2))
+        return self.weighted((out.float() - target).pow(2), target)
 
-    def weighted(self, error: Tensor) -> Tensor:
-        """Sum errors [batch, length, hidden] over channels as the answers feel these; mean over tokens."""
+    def weighted(self, error: Tensor, target: Tensor) -> Tensor:
+        """Sum squared errors over channels as the answers feel these; mean over tokens.
+
+        Blocks look at the direction of what they are handed, through a norm. So where a target is far longer than
+        others are, as those of a token that attention rests on, its error counts in proportion to its length.
+
+        Args:
+            error: squared, float32 [batch, length, hidden].
+            target: what it is the error of, of the same shape.
+        """
         first, rest = error[:, 0] @ self.sensitivity[0], error[:, 1:] @ self.sensitivity[1]
+        if self.usual is not None:
+            rest = rest * (self.usual / target[:, 1:].norm(dim=-1)).clamp(max=1).square()
         return (first.sum() + rest.sum()) / (first.numel() + rest.numel())
 
     def precision(self) -> torch.autocast:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 PARTS = ("mask", "scales", "cosine")
 """Parts of PTQ1.61, each with all before it: the mask alone, learned scales, the cosine in their loss."""
 
+BOTH_CHAINS = 128
+"""Sequences of the full-precision chain that are kept, at most, where a start looks at both chains."""
+
 STAGES = 20
 """Stages in which TesseraQ fixes the rounding; a preset says how many Adam steps each has."""
 
@@ -118,14 +121,20 @@ class StartRow(Row):
 
     Attributes:
         scaled: whether AWQ's scales are folded in before.
+        both_chains: whether it looks at what the block is fed in the full-precision model, too.
     """
 
     scaled: bool = False
+    both_chains: bool = False
 
 
 _STARTS = (
     StartRow("gptq", "GPTQ", "rounds column by column and makes up for the error in those to come", "gptq:build"),
     StartRow("awq+gptq", "AWQ+GPTQ", "takes AWQ's scales, then GPTQ", "gptq:build", scaled=True),
+    StartRow("qep", "QEP+GPTQ", "makes up for what inputs have lost, then takes GPTQ", "qep:build", both_chains=True),
+    StartRow(
+        "awq+qep", "AWQ+QEP+GPTQ", "takes AWQ's scales, then QEP and GPTQ", "qep:build", scaled=True, both_chains=True
+    ),
     StartRow("awq", "AWQ", "scales channels by what they are fed, and searches clipping", "awq:build", scaled=True),
     StartRow("omniquant", "OmniQuant", "learns the clipping of every group", "omniquant:build", needs="uniform"),
     StartRow("none", "RTN", "rounds to nearest", "start:build"),
@@ -165,6 +174,8 @@ _METHODS = (
         "flexround", "FlexRound", "learns a divisor for every weight", "flexround:build", needs="uniform", begins=True
     ),
     _as_it_starts("awq+gptq"),
+    _as_it_starts("awq+qep"),
+    _as_it_starts("qep"),
     _as_it_starts("gptq"),
     _as_it_starts("awq"),
     _as_it_starts("omniquant"),

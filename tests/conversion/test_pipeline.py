@@ -235,7 +235,7 @@ def test_divisions_learned_before_rounding_reach_the_file(options, make_model, l
     assert all(r.loss_after < r.loss_before for r in told.results)
 
 
-@pytest.mark.parametrize("init", ["none", "awq", "omniquant", "awq+gptq"])
+@pytest.mark.parametrize("init", ["none", "awq", "omniquant", "awq+gptq", "awq+qep"])
 def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
     convert(recipe_of(make_model("gemma3"), tmp_path / "out.gguf", long_text, init=init), told)
@@ -243,7 +243,7 @@ def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == f"tesseraq from {init}"
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq", "omniquant"])
+@pytest.mark.parametrize("method", ["gptq", "qep", "awq", "awq+gptq", "omniquant"])
 def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
     convert(recipe_of(make_model("gemma3"), tmp_path / "out.gguf", long_text, method=method, type="tsq3"), told)

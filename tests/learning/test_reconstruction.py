@@ -12,7 +12,7 @@ from tiny_models import make_model  # noqa: F401  (a fixture)
 from tesseraq_gguf.compute.activations import ActivationRounding, round_tokens
 from tesseraq_gguf.compute.parallel import Team
 from tesseraq_gguf.compute.schemes import ActivationScheme
-from tesseraq_gguf.learning.reconstruction import Reconstruction, _mean_loss
+from tesseraq_gguf.learning.reconstruction import Reconstruction, _mean_loss, _usual_length
 from tesseraq_gguf.methods.problem import BlockProblem
 from tesseraq_gguf.models import Decoder
 from tesseraq_gguf.types.grids import grid_of
@@ -40,14 +40,28 @@ def by_hand(problem, weights, feed=lambda x: x):
     return x + feed(inner) @ weights["down"].double().T
 
 
-def test_the_loss_is_the_squared_error_as_the_answers_feel_it(problem):
+@pytest.mark.parametrize("compared", [False, True])
+def test_the_loss_is_the_squared_error_as_the_answers_feel_it(compared, problem):
+    """Where targets are longer than usual, but for the first position, errors count in proportion to their length."""
     weights, some = rounded(problem), torch.tensor([1, 6])
+    lengths = problem.targets[some].double().norm(dim=-1)
+    problem.usual = usual = float(lengths.median()) if compared else None
     error = (by_hand(problem, weights) - problem.targets.double())[some].square()
     total = 0.0
-    for sample in error:
-        for position, token in enumerate(sample):
-            total += float(token @ problem.sensitivity[min(position, 1)].double())
+    for sample, its_lengths in zip(error, lengths, strict=True):
+        for position, (token, length) in enumerate(zip(sample, its_lengths, strict=True)):
+            share = min(1.0, usual / float(length)) ** 2 if usual is not None and position else 1.0
+            total += share * float(token @ problem.sensitivity[min(position, 1)].double())
     assert float(problem.loss(weights, some)) == pytest.approx(total / (2 * 32), rel=1e-4)
+
+
+def test_a_target_is_long_against_the_median_of_those_behind_the_first_position():
+    targets = torch.ones(3, 5, 4)
+    targets[:, 0] *= 1000
+    targets[1, 3] *= 50
+    assert _usual_length(targets) == pytest.approx(4 * 2.0)
+    assert _usual_length(torch.zeros(3, 5, 4)) is None
+    assert _usual_length(torch.ones(3, 1, 4)) is None
 
 
 def test_the_loss_has_activations_rounded(problem):
@@ -55,7 +69,7 @@ def test_the_loss_has_activations_rounded(problem):
     problem.rounding = ActivationRounding(ActivationScheme(3))
     out = by_hand(problem, weights, lambda x: round_tokens(x.float(), 3).double())
     error = (out - problem.targets.double()).square()
-    expected = float(problem.weighted(error.float()))
+    expected = float(problem.weighted(error.float(), problem.targets))
     assert float(problem.loss(weights, all_)) == pytest.approx(expected, rel=1e-3)
     problem.rounding = None
     assert abs(float(problem.loss(weights, all_)) - expected) > 0.1 * expected

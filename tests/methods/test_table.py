@@ -16,6 +16,7 @@ from tesseraq_gguf.methods.building import method_of
 from tesseraq_gguf.methods.gptq import GPTQ
 from tesseraq_gguf.methods.omniquant import OmniQuant
 from tesseraq_gguf.methods.ptq161 import Ptq161
+from tesseraq_gguf.methods.qep import QEP
 from tesseraq_gguf.methods.rotated import Rotated
 from tesseraq_gguf.methods.scaled_rounding import ScaledRounding
 from tesseraq_gguf.methods.start import AsItStarts, Nearest
@@ -24,7 +25,10 @@ from tesseraq_gguf.methods.tesseraq import SOFT_SHARE, TesseraQ
 from tesseraq_gguf.types.grids import GRIDS
 
 SETTINGS = Settings(6, 4, 6e-2, 1e-2, width=64, own={"rank": None, "parts": "scales"})
-STARTED = {"gptq": GPTQ(), "awq+gptq": GPTQ(), "awq": ClipSearch(), "omniquant": OmniQuant(30, 4), "none": Nearest()}
+STARTED = {
+    "gptq": GPTQ(), "awq+gptq": GPTQ(), "qep": QEP(), "awq+qep": QEP(), "awq": ClipSearch(),
+    "omniquant": OmniQuant(30, 4), "none": Nearest(),
+}  # fmt: skip
 
 
 def test_importing_the_table_is_cheap():
@@ -61,6 +65,8 @@ def test_the_others_are_as_they_start():
     assert found == {
         "awq+gptq": AWQ(AsItStarts(GPTQ())),
         "gptq": AsItStarts(GPTQ()),
+        "awq+qep": AWQ(AsItStarts(QEP())),
+        "qep": AsItStarts(QEP()),
         "awq": AWQ(AsItStarts(ClipSearch())),
         "omniquant": AsItStarts(OmniQuant(30, 4)),
         "rtn": AsItStarts(Nearest()),

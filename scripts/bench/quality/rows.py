@@ -115,6 +115,7 @@ NAMED_MIXES = ("Q2_K_S", "Q3_K_M", "Q4_K_M", "IQ2_M", "IQ3_XXS")
 
 _LEARNED = (
     ("gptq", "GPTQ", ("--method", "gptq")),
+    ("qep", "QEP+GPTQ", ("--method", "qep")),
     ("tesseraq-awq", "TesseraQ from AWQ", ("--method", "tesseraq", "--init", "awq")),
 )
 """Ends of names of rows, methods as tables say them, and as the program does."""
