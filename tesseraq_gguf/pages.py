@@ -40,6 +40,8 @@ def check_place(option: str, place: Path, used: Iterable[Path]) -> None:
     Raises:
         UsageError: a folder, in a folder that is not there, or one of the files.
     """
+    if str(place) == "-":
+        raise UsageError(f"{option} wants the name of a file; --json prints to the standard output")
     if place.is_dir():
         raise UsageError(f"{option} {place} is a folder: name a file in it")
     if not place.absolute().parent.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import platformdirs
 from filelock import FileLock, Timeout
+
+_CHUNK = 1 << 24
 
 _ALIVE = ".alive"
 """Lock that a process holds while it builds in a folder."""
@@ -24,6 +27,16 @@ def cache_folder(kind: str) -> Path:
     folder = Path(base).expanduser() / kind
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of files, one behind the other, as `sha256sum` has that of one."""
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+    return found.hexdigest()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from rich.text import Text
 from tesseraq_gguf.cli.output import bar, going_on, print_json
 from tesseraq_gguf.cli.parameters import Json, of_fields, takes
 from tesseraq_gguf.cli.runtime import with_runtime
-from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.errors import TesseraqError, UsageError
 from tesseraq_gguf.printing import printable
 
 if TYPE_CHECKING:
@@ -57,9 +57,11 @@ class Asked:
         """Refuse outputs that cannot be written, or that are what is read, before any work is done."""
         from tesseraq_gguf.pages import check_place, check_plot
 
+        used = [self.reference, *self.files, self.text]
         for option, place in (("--csv", self.table), ("--report", self.report), ("--plot", self.plot)):
             if place is not None:
-                check_place(option, place, (self.reference, *self.files, self.text))
+                check_place(option, place, used)
+                used.append(place)
         if self.report:
             check_plot("--report", self.report, (".html",))
         if self.plot:
@@ -83,7 +85,10 @@ class Asked:
 
         for place, write in ((self.table, _write_table), (self.plot, write_plot), (self.report, write_page)):
             if place is not None:
-                write(found, place)
+                try:
+                    write(found, place)
+                except OSError as error:
+                    raise TesseraqError(f"{place} cannot be written: {error.strerror or error}") from None
 
 
 @takes(of_fields(Asked))

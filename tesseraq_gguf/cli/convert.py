@@ -144,7 +144,8 @@ def _print_plan(plan: PlanReport) -> None:
 
 def _print_report(report: ConversionReport) -> None:
     learned = f", {report.block_bits_per_weight:.2f} in the learned matrices" if report.block_bits_per_weight else ""
-    print(f"{report.out}: {size(report.bytes)}, {report.bits_per_weight:.2f} bits per weight{learned}")
+    in_parts = f" and {report.parts - 1} more" if report.parts > 1 else ""
+    print(f"{report.out}{in_parts}: {size(report.bytes)}, {report.bits_per_weight:.2f} bits per weight{learned}")
     if report.divergence is not None:
         print(
             f"Divergence from the original, on {report.held_out:,} tokens held out: "

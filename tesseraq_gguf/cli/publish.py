@@ -199,7 +199,7 @@ def _of_model(name: str, files: Sequence[Any]) -> bool:
 
 def _print_plan(found: Plan) -> None:
     for file in found.files:
-        named = file.names[0] + (f" and {len(file.names) - 1} more parts" if len(file.names) > 1 else "")
+        named = file.names[0] + (f", the first of {len(file.names)} parts" if len(file.names) > 1 else "")
         print(printable(f"{file.source.path} -> {named}, {size(file.source.bytes)}"))
         if file.changed:
             print(f"  sets {', '.join(file.changed)}")

@@ -57,8 +57,7 @@ def _recipe(seen: Inspection) -> Iterator[str]:
     if "command" in seen.tesseraq:
         yield "<h2>Recipe</h2>"
         yield f"<pre>{html.escape(str(seen.tesseraq['command']))}</pre>"
-        known = [f"{name} {seen.tesseraq[name]}" for name in ("version", "runtime") if name in seen.tesseraq]
-        yield f"<p class='note'>{html.escape(', '.join(known))}</p>"
+        yield f"<p class='note'>tesseraq-gguf {html.escape(str(seen.tesseraq.get('version', '')))}</p>"
 
 
 def _type(of: TypeSummary) -> Sequence[str]:

@@ -70,6 +70,7 @@ class ConversionReport:
         held_out: tokens of these sequences.
         kept_start: blocks in which learning ended worse than it began on these sequences, and was undone.
         learned: how each block went; empty where nothing was learned.
+        parts: files that it is in.
     """
 
     out: Path
@@ -85,6 +86,7 @@ class ConversionReport:
     held_out: int = 0
     kept_start: int = 0
     learned: tuple[BlockReport, ...] = ()
+    parts: int = 1
 
 
 def report_on(
@@ -112,6 +114,7 @@ def report_on(
         blocks=len({t.name.split(".")[1] for t in seen.tensors if t.name.startswith("blk.")}),
         resumed=0,
         seconds=time.monotonic() - started,
+        parts=seen.parts,
         fallbacks=fallbacks or {},
         runs_on=seen.runs_on,
     )

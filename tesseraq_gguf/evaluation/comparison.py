@@ -22,7 +22,9 @@ from tesseraq_gguf.evaluation.perplexity import check_request
 from tesseraq_gguf.evaluation.side_by_side import Findings, Positions, Text, run, tokenised
 from tesseraq_gguf.evaluation.speed import Speed, speeds
 from tesseraq_gguf.evaluation.tasks import LoadedTasks, TaskResult, check_limit, evaluate_tasks, load_tasks
+from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.gguf_files.inspection import Inspection, inspect
+from tesseraq_gguf.paths import sha256
 from tesseraq_gguf.runtime.load import memory_of
 from tesseraq_gguf.runtime.locate import find_runtime
 
@@ -137,6 +139,7 @@ class Compared:
         return {
             "file": str(self.file),
             "bytes": self.facts.bytes,
+            "sha256": sha256(*open_gguf(self.file).parts),
             "bpw": self.facts.bpw,
             "block_bpw": self.facts.block_bpw,
             "types": {t.type: t.tensors for t in self.facts.types},

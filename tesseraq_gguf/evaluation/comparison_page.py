@@ -54,8 +54,7 @@ def page(found: Comparison) -> str:
         "<h2>Size, memory and speed</h2>",
         _table([NAME, *costs(found)], [found.reference, *found.files]),
         "<p class='note'>bpw: bits per weight, of the whole file and of the matrices in its blocks. Memory is what "
-        f"llama.cpp plans for {request.memory_at:,} tokens. A prompt has {PROMPT} tokens, an answer {ANSWER}; × is the "
-        "ratio to the first file, and the best of three rounds in turns counts.</p>",
+        f"llama.cpp plans for {request.memory_at:,} tokens.{_of_speed(found)}</p>",
         *_tasks(found),
         *_written(found),
         "<h2>Where in a chunk</h2>",
@@ -66,13 +65,30 @@ def page(found: Comparison) -> str:
     return document(f"{request.reference.name}: comparison", parts)
 
 
+def _of_speed(found: Comparison) -> str:
+    """What is said of speeds where some were measured."""
+    first = found.files[0]
+    if first.speed is None:
+        return ""
+    return (
+        f" A prompt has {PROMPT} tokens, an answer {ANSWER}; × is the ratio to {html.escape(first.file.name)}, and the "
+        "best of three rounds in turns counts."
+    )
+
+
 Column = tuple[str, Callable[[Compared], str]]
 """A heading, and what stands under it."""
 
 NAME: Column = ("file", lambda f: f.file.name)
 
+
+def _with_error(value: float, error: float) -> str:
+    """Three decimals, and none of a number that needs none."""
+    return f"{value:.3f} ± {error:.3f}" if value < 1000 else f"{value:.0f} ± {error:.0f}"
+
+
 ANSWERS: Sequence[Column] = (
-    ("perplexity", lambda f: f"{f.answers.perplexity:.3f} ± {f.answers.perplexity_error:.3f}"),
+    ("perplexity", lambda f: _with_error(f.answers.perplexity, f.answers.perplexity_error)),
     ("KLD", lambda f: f"{f.answers.kld:.4f} ± {f.answers.kld_error:.4f}"),
     ("RMS Δp", lambda f: f"{100 * f.answers.rms_dp:.2f} %"),
     ("same top", lambda f: f"{100 * f.answers.same_top:.2f} %"),
@@ -189,18 +205,27 @@ def _worst(found: Comparison, file: Compared) -> str:
 
 
 def _front(axes: Any, found: Comparison) -> None:
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import LogFormatter
 
     best = front(found.files)
-    axes.plot([f.facts.bpw for f in best], [f.answers.kld for f in best], color="#c2410c", lw=1, zorder=1)
+    axes.plot(
+        [f.facts.bpw for f in best],
+        [f.answers.kld for f in best],
+        color="#c2410c",
+        lw=1,
+        zorder=1,
+        label="no smaller file is closer",
+    )
     for file in found.files:
         x, y = file.facts.bpw, file.answers.kld
         axes.errorbar(x, y, yerr=file.answers.kld_error, fmt="o", color="#c2410c" if file in best else "#9ca3af")
         axes.annotate(file.file.stem, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
     if min(f.answers.kld for f in found.files) > 0:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which(LogFormatter(minor_thresholds=(1, 0.5)))
+    if len(best) > 1:
+        axes.legend(fontsize=8, frameon=False)
     axes.margins(x=0.2, y=0.15)
     axes.set_xlabel("bits per weight, the whole file")
     axes.set_ylabel("KLD, nats per token")

@@ -233,8 +233,8 @@ def _speed(runtime: Runtime, watch: Callable[[str, int, int], None]) -> Finding:
         return Finding("speed", "bad", str(error), f"build the runtime anew: {runtime.target.build_command} --force")
     said = (
         f"TSQ2 against Q4_0, one block of a 7B model: prompts {trial.prompt:.1f} × ({trial.ours.prompt:.0f} and "
-        f"{trial.theirs.prompt:.0f} tokens/s; usual {_span(USUAL_PROMPT)}), answers {trial.answer:.1f} × "
-        f"({trial.ours.answer:.0f} and {trial.theirs.answer:.0f} tokens/s; usual {_span(USUAL_ANSWER)})"
+        f"{trial.theirs.prompt:.0f} tokens/s; on whole models {_span(USUAL_PROMPT)}), answers {trial.answer:.1f} × "
+        f"({trial.ours.answer:.0f} and {trial.theirs.answer:.0f} tokens/s; on whole models {_span(USUAL_ANSWER)})"
     )
     if trial.prompt >= _TOLERATED * USUAL_PROMPT[0] and trial.answer >= _TOLERATED * USUAL_ANSWER[0]:
         return Finding("speed", "good", said)

@@ -93,7 +93,7 @@ class Card:
         of = f"[{self.base}](https://huggingface.co/{self.base})" if self.base else _cell(self.title)
         ours = any("method" in file.facts.tesseraq for file in self.files)
         learned = " Some were made with tesseraq-gguf." if ours else ""
-        return f"GGUF files of {of}.{learned} Each is a quantised copy: its answers differ from the original's.\n"
+        return f"GGUF files of {of}.{learned} The answers of quantised ones differ from the original's.\n"
 
     def _files(self) -> str:
         rows = []
@@ -227,8 +227,8 @@ class Card:
             lines.append(f"{'; '.join(facts)}.\n")
         if any("command" in file.facts.tesseraq for file in self.files):
             lines.append(
-                "The same command, version and machine give the same bytes; names stand in place of paths. "
-                "`tesseraq-gguf recipe FILE` prints the command.\n"
+                "The same command, version and machine give the same tensors, bit for bit; names stand in place of "
+                "paths, and publishing added some metadata. `tesseraq-gguf recipe FILE` prints the command.\n"
             )
         return "\n".join(lines)
 

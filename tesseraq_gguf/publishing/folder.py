@@ -7,7 +7,6 @@ divergence.png          the drawing of the card        SHA256SUMS   of all the o
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from tesseraq_gguf.gguf_files.imatrix import read_imatrix
 from tesseraq_gguf.gguf_files.inspection import Inspection, inspect
 from tesseraq_gguf.gguf_files.parts import LARGEST_COUNT
 from tesseraq_gguf.pages import drawn
-from tesseraq_gguf.paths import temporary_sibling
+from tesseraq_gguf.paths import sha256, temporary_sibling
 from tesseraq_gguf.publishing.card import ANYWHERE, PLOT, Card, CardFile, draw, points
 from tesseraq_gguf.publishing.measured import Measured, read_comparison
 from tesseraq_gguf.publishing.names import base_name, check_names, read_tag, safe, stem_of, tag_of
@@ -197,7 +196,7 @@ def plan(request: Request) -> Plan:
         if len(parts) > LARGEST_COUNT:
             raise UsageError(f"{path} would be {len(parts):,} parts, more than can be counted: make them larger")
         names = copying.file_names(stems[path], len(parts))
-        row = measured.row_of(path, source.bytes) if measured else None
+        row = measured.row_of(source) if measured else None
         files.append(Planned(source, stems[path], tags[path], entries, names, facts[path], row))
     if measured and not any(file.row for file in files):
         raise UsageError(f"{request.comparison} has nothing of {', '.join(path.name for path in request.files)}")
@@ -265,7 +264,7 @@ def _fill(found: Plan, folder: Path, watch: Watch) -> None:
         (folder / PLOT).write_bytes(found.plot())
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     (folder / CARD).write_text(found.card(sizes), encoding="utf-8")
-    sums = [f"{_sha256(folder / name)}  {name}\n" for name in sorted(found.names) if name != SUMS]
+    sums = [f"{sha256(folder / name)}  {name}\n" for name in sorted(found.names) if name != SUMS]
     (folder / SUMS).write_text("".join(sums), encoding="utf-8")
 
 
@@ -280,6 +279,9 @@ def _tags(request: Request, sources: Mapping[Path, GgufFile], facts: Mapping[Pat
 def _entries(source: GgufFile, request: Request) -> dict[str, bytes]:
     """Metadata of a copy: the file's own, with what the request says of it."""
     entries = {key: entry.raw for key, entry in source.entries.items() if not key.startswith("split.")}
+    for key in ("quantize.imatrix.file", "quantize.imatrix.dataset"):  # llama-quantize's, with the folders of its user
+        if place := _text(source, key):
+            entries[key] = copying.text(Path(place.replace("\\", "/")).name)
     owner = request.repo.partition("/")[0] if request.repo else None
     page = f"{HUB}/{request.repo}" if request.repo else None
     said = {"quantized_by": request.by or owner, "url": request.url or page, "license": request.license}
@@ -345,11 +347,3 @@ def _text(source: GgufFile, key: str) -> str | None:
 def _is_gguf(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            found.update(chunk)
-    return found.hexdigest()

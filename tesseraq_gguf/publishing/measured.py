@@ -10,8 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from tesseraq_gguf.errors import UsageError
+from tesseraq_gguf.gguf_files.gguf_file import GgufFile
+from tesseraq_gguf.paths import sha256
 
-_NEEDED = ("file", "bytes", "bpw", "perplexity", "perplexity_error", "kld", "kld_error", "kld_99", "same_top", "tokens")
+_NEEDED = (
+    "file",
+    "bytes",
+    "sha256",
+    "bpw",
+    "perplexity",
+    "perplexity_error",
+    "kld",
+    "kld_error",
+    "kld_99",
+    "same_top",
+    "tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -42,19 +56,20 @@ class Measured:
         """Whether there is something to draw, and something to draw it with."""
         return bool(self.rows) and find_spec("matplotlib") is not None
 
-    def row_of(self, file: Path, size: int) -> Mapping[str, Any] | None:
-        """Return the figures of a file of so many bytes: all parts together; None if there are none.
+    def row_of(self, file: GgufFile) -> Mapping[str, Any] | None:
+        """Return the figures of a file; None if there are none.
 
         Raises:
-            UsageError: they are of a file of that name, but of another size.
+            UsageError: they are of a file of that name, but of another one.
         """
-        every = [row for row in self.all if Path(row["file"]).name == file.name]
-        found = next((row for row in every if row["bytes"] == size), None)
-        if every and not found:
-            raise UsageError(
-                f"what was measured of {file.name} is of a file of {every[0]['bytes']:,} bytes, and {file} has "
-                f"{size:,}: compare it again"
-            )
+        every = [row for row in self.all if Path(row["file"]).name == file.path.name]
+        if not every:
+            return None
+        same = [row for row in every if row["bytes"] == file.bytes]
+        digest = sha256(*file.parts) if same else ""
+        found = next((row for row in same if row["sha256"] == digest), None)
+        if found is None:
+            raise UsageError(f"what was measured of {file.path.name} is not of {file.path} as it is: compare it again")
         return found
 
 

@@ -268,6 +268,11 @@ BAD = [
     ("compare good.gguf base.gguf --text short.txt --chunks 0", "--chunks"),
     ("compare good.gguf base.gguf --text short.txt --memory-at 0", "--memory-at must be at least 1 token"),
     ("compare good.gguf base.gguf --text short.txt --generate 0", "--generate must be between 1 and 24, not 0"),
+    ("compare good.gguf base.gguf --text short.txt --csv -", "--csv wants the name of a file"),
+    (
+        "compare good.gguf base.gguf --text short.txt --csv a.html --report a.html",
+        "--report a.html is a.html, which is",
+    ),
     ("compare good.gguf base.gguf --text short.txt --shots 3", "--shots has no meaning without --tasks"),
     ("compare good.gguf base.gguf --text short.txt --csv a-folder", "--csv a-folder is a folder"),
     ("compare good.gguf base.gguf --text short.txt --csv nowhere/t.csv", "does not exist"),

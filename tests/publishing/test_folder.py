@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -17,6 +18,7 @@ from split_files import split
 
 from tesseraq_gguf.gguf_files.gguf_file import open_gguf
 from tesseraq_gguf.gguf_files.imatrix import Imatrix, Squares, write_imatrix
+from tesseraq_gguf.paths import sha256
 from tesseraq_gguf.publishing import folder
 
 SAID = {"general__basename": "Tiny", "general__size_label": "1M", "general__license": "apache-2.0"}
@@ -24,7 +26,8 @@ COMMAND = "tesseraq-gguf convert tiny out.gguf --type tsq2 --preset fast"
 
 
 def _row(path: Path, **figures) -> dict:
-    row = {"file": str(path), "bytes": path.stat().st_size, "bpw": 2.7517, "block_bpw": 2.5, "perplexity": 12.3456}
+    row = {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256(path), "bpw": 2.7517, "block_bpw": 2.5}
+    row |= {"perplexity": 12.3456}
     row |= {"perplexity_error": 0.4567, "kld": 0.1234, "kld_error": 0.0045, "kld_99": 1.9876, "same_top": 0.8765}
     return row | {"tokens": 4321, "memory_model": 7_100_000, "prompt_speed": None, "answer_speed": None} | figures
 
@@ -89,7 +92,7 @@ def test_a_folder_of_three_files(run, files, tmp_path):
     assert len((out / "SHA256SUMS").read_text().splitlines()) == len(names) - 1
     assert (out / "Modelfile-Q2_K_S").read_text() == "FROM ./Tiny-1M-Q2_K_S.gguf\n"
     read = gguf.GGUFReader(out / "Tiny-1M-Q2_K_S.gguf").fields
-    said = {
+    said: dict[str, Any] = {
         key: read[f"general.{key}"].contents() for key in ("quantized_by", "license", "base_model.count", "file_type")
     }
     assert said == {"quantized_by": "me", "license": "apache-2.0", "base_model.count": 1, "file_type": 21}
@@ -151,6 +154,26 @@ def test_a_card_without_a_comparison_says_that_nothing_was_measured(run, files, 
     assert "Nothing was measured of these files" in card
     assert not re.search(r"perplexity|KLD", card)
     assert not (tmp_path / "out" / "divergence.png").exists()
+
+
+def test_figures_of_another_file_of_the_same_name_and_size_are_refused(run, files, tmp_path):
+    data = bytearray(files["stock"].read_bytes())
+    data[-1] ^= 1
+    files["stock"].write_bytes(data)
+    told = run("publish", files["stock"], tmp_path / "out", "--comparison", files["compare.json"])
+    assert told.code and "compare it again" in told.err
+
+
+def test_folders_of_whoever_quantised_a_file_are_left_out(run, tmp_path):
+    said: dict[str, Any] = {
+        "quantize__imatrix__file": "/home/me/matrix.gguf",
+        "quantize__imatrix__dataset": "C:\\texts\\calm.txt",
+    }
+    file = small_gguf(tmp_path / "a.gguf", "q2_k", general__name="Tiny", **said)
+    assert run("publish", file, tmp_path / "out").code == 0
+    (made,) = (tmp_path / "out").glob("*.gguf")
+    assert open_gguf(made).get("quantize.imatrix.file") == "matrix.gguf"
+    assert open_gguf(made).get("quantize.imatrix.dataset") == "calm.txt"
 
 
 def test_what_a_stranger_wrote_stays_text(run, files, tmp_path):
