@@ -25,9 +25,10 @@ class Lines:
         """Something worth a line of its own."""
         print(" ", text)
 
-    def step(self, block: int, blocks: int, done: int, total: int) -> None:
-        """The running block has done so many steps."""
-        print(f"\r  block {block + 1} of {blocks}: {done / total:4.0%}", end="", flush=True)
+    def step(self, block: int, blocks: int, done: int, total: int, doing: str) -> None:
+        """The running block has done so many steps; there are 0 in all where they are not counted."""
+        share = f"{done / total:4.0%}" if total else doing
+        print(f"\r\033[K  block {block + 1} of {blocks}: {share}", end="", flush=True)
 
     def block(self, result: Any, blocks: int) -> None:
         """A block is finished and on disk: stopped now, the same call goes on after it."""

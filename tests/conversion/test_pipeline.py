@@ -38,10 +38,17 @@ from tesseraq_gguf.types.quantized import load_tensors
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """Two steps in a stage: what learning comes to in more is tested elsewhere."""
+    monkeypatch.setitem(PRESETS, "fast", replace(PRESETS["fast"], steps=2))
+
+
 def _digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "phi-fused"])
 @pytest.mark.parametrize(("method", "named"), [("tesseraq", "tesseraq from awq"), ("gptq", "gptq")])
 def test_learning_lowers_the_loss_of_every_block(kind, method, named, make_model, long_text, tmp_path):  # noqa: F811
@@ -118,6 +125,7 @@ def test_a_killed_run_resumed_gives_the_same_file(make_model, long_text, tmp_pat
     assert broken.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.usefixtures("brief")
 def test_finished_blocks_are_not_learned_again(make_model, long_text, tmp_path):  # noqa: F811
     source = make_model("llama")
     recipe = recipe_of(source, tmp_path / "out.gguf", long_text, work_dir=tmp_path / "work")
@@ -132,6 +140,7 @@ def test_finished_blocks_are_not_learned_again(make_model, long_text, tmp_path):
     assert told.steps > 0
 
 
+@pytest.mark.usefixtures("brief")
 def test_whatever_changes_the_result_is_noticed(make_model, long_text, tmp_path):  # noqa: F811
     source, text = make_model("llama"), tmp_path / "text.txt"
     text.write_text(long_text.read_text())
@@ -157,6 +166,7 @@ def test_rounding_needs_no_text(make_model, tmp_path):  # noqa: F811
     assert [r.loss_after for r in told.results] == [None, None]
 
 
+@pytest.mark.usefixtures("brief")
 def test_matrices_that_do_not_fit_are_named_and_kept(make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
     report = convert(recipe_of(make_model("llama-odd"), tmp_path / "out.gguf", long_text), told)
@@ -216,6 +226,7 @@ def test_the_engine_keeps_two_chains(make_model, long_text):  # noqa: F811
     assert not np.allclose(q1, y0, atol=1e-3)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("method", ["rtn", "gptq", "tesseraq", "lrq"])
 def test_rows_with_one_scale_reach_the_file(method, make_model, long_text, tmp_path):  # noqa: F811
     recipe = recipe_of(make_model("llama"), tmp_path / "out.gguf", long_text, method=method, granularity="channel")
@@ -227,6 +238,7 @@ def test_rows_with_one_scale_reach_the_file(method, make_model, long_text, tmp_p
     assert (rows[..., :2] == rows[:, :1, :2]).all()
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("options", [{"method": "flexround"}, {"method": "lrq", "rank": 8}], ids=["flexround", "lrq"])
 def test_divisions_learned_before_rounding_reach_the_file(options, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
@@ -235,6 +247,7 @@ def test_divisions_learned_before_rounding_reach_the_file(options, make_model, l
     assert all(r.loss_after < r.loss_before for r in told.results)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("init", ["none", "awq", "omniquant", "awq+gptq", "awq+qep"])
 def test_every_initialisation_makes_a_file(init, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()
@@ -252,6 +265,7 @@ def test_every_start_can_be_all_there_is(method, make_model, long_text, tmp_path
     assert inspect(tmp_path / "out.gguf").tesseraq["method"] == method
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize(
     "type",
     [
@@ -281,6 +295,7 @@ def test_every_kind_of_type_can_be_learned(type, make_model, long_text, tmp_path
     assert ("any llama.cpp" in report.runs_on) == (not tensor_type(type).custom)
 
 
+@pytest.mark.usefixtures("brief")
 @pytest.mark.parametrize("type", ["iq1_s", "iq1_m", "iq2_xxs", "iq3_s"])
 def test_lattices_are_learned_where_256_divides_the_rows(type, make_model, long_text, tmp_path):  # noqa: F811
     told = Listener()

@@ -37,8 +37,8 @@ NAMED = (
     (
         "the first stage does not learn",
         _TESSERAQ,
-        "            self._stage(problem, soft, stage * self.steps, total)",
-        "            self._stage(problem, soft, stage * self.steps, total) if stage else None",
+        "            self._stage(problem, soft, stage)",
+        "            self._stage(problem, soft, stage) if stage else None",
         "tests/methods/test_tesseraq.py",
     ),
     (
