@@ -22,6 +22,9 @@ _WORST = 12
 _BEFORE, _AFTER = 24, 4
 """Tokens shown before and after one."""
 
+_DECADE = 10.0
+"""Ratio of divergences from which on marks between powers of ten have no labels: they would overlap."""
+
 _BINS = 32
 """Stretches of a chunk that divergence is averaged over."""
 
@@ -205,7 +208,7 @@ def _worst(found: Comparison, file: Compared) -> str:
 
 
 def _front(axes: Any, found: Comparison) -> None:
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     best = front(found.files)
     axes.plot(
@@ -222,8 +225,10 @@ def _front(axes: Any, found: Comparison) -> None:
         axes.annotate(file.file.stem, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8)
     if min(f.answers.kld for f in found.files) > 0:
         axes.set_yscale("log")
-        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            which(LogFormatter(minor_thresholds=(1, 0.5)))
+        plain = StrMethodFormatter("{x:g}")
+        axes.yaxis.set_major_formatter(plain)
+        spread = max(f.answers.kld for f in found.files) / min(f.answers.kld for f in found.files)
+        axes.yaxis.set_minor_formatter(plain if spread < _DECADE else NullFormatter())
     if len(best) > 1:
         axes.legend(fontsize=8, frameon=False)
     axes.margins(x=0.2, y=0.15)
