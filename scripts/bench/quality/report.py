@@ -19,7 +19,7 @@ _COLUMNS = (
     ("", "method", "type", "bits per weight", "perplexity", "KL divergence", "same top token", "made in", "program"),
     ("---", "---", "---", "---:", "---:", "---:", "---:", "---:", "---"),
 )
-STARTS = ("rounding alone", "GPTQ", "AWQ", "OmniQuant", "AWQ+GPTQ")
+STARTS = ("rounding alone", "GPTQ", "QEP+GPTQ", "AWQ", "OmniQuant", "AWQ+GPTQ")
 """What TesseraQ can begin at, by the names that methods have in the table."""
 
 _ALONE = {"rounding alone": ("RTN", "LO-BCQ")}
