@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -66,7 +66,7 @@ def child(job: Path, environment: Mapping[str, str], log: IO[str]) -> Iterator[I
         environment: of the child.
         log: for its standard error.
     """
-    if hasattr(os, "pidfd_open"):  # Linux: elsewhere libraries do not outlive a fork
+    if _can_fork():
         with ExitStack() as stack:
             began = _forked(job, environment, log, stack)
             if began is not None:
@@ -74,6 +74,16 @@ def child(job: Path, environment: Mapping[str, str], log: IO[str]) -> Iterator[I
                 return
     with _interpreter(job, environment, log) as said:
         yield said
+
+
+@cache
+def _can_fork() -> bool:
+    """Whether this is a Linux that tells one process from a later one of its number; elsewhere forks are not safe."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except (AttributeError, OSError):  # another system, or a sandbox
+        return False
+    return True
 
 
 @contextmanager

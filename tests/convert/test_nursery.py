@@ -102,6 +102,17 @@ def test_where_there_is_no_nursery_a_child_has_an_interpreter_of_its_own(environ
     assert play(environment, tmp_path) == ([], "")
 
 
+@pytest.mark.parametrize("error", [AttributeError, PermissionError])
+def test_nothing_is_forked_where_processes_cannot_be_told_apart(error, monkeypatch):
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert not nursery._can_fork.__wrapped__()
+    monkeypatch.undo()
+    assert nursery._can_fork.__wrapped__()
+
+
 class Closed:
     """A socket that nobody serves."""
 
